@@ -1,0 +1,167 @@
+"""How predictions are combined: classifier-free guidance, DNG, negative prompting and Safe Latent Diffusion.
+
+All predictions are denoised ones (estimates of x_0), (batch, ...). Every method pushes the base prediction away along
+a direction by a scale, and :func:`combine` is the one place where that is done.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .kernels import VE, NoiseFrame, at_least_float32, per_image
+from .posterior import PosteriorTracker
+from .schedules import DDPMSchedule, IntegratedOffset
+from .settings import Settings
+
+
+def classifier_free_guidance(positive: Tensor, unconditional: Tensor, cfg: float) -> Tensor:
+    """D_u + w (D_pos - D_u) (Ho & Salimans 2022)."""
+    return unconditional + cfg * (positive - unconditional)
+
+
+def combine(base: Tensor, directions: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+    """base - sum_i scale_i direction_i, for scales of shape (batch,); in the base's dtype."""
+    guided = at_least_float32(base)
+    for direction, scale in zip(directions, scales, strict=True):
+        guided = guided - per_image(scale, base) * direction
+    return guided.to(base.dtype)
+
+
+def dynamic_scales(log_posteriors: Sequence[Tensor], settings: Sequence[Settings]) -> list[Tensor]:
+    """lambda_i = lambda_0i p_i / (1 - sum_j p_j), capped at each concept's ``max_scale``; (batch,) each.
+
+    For one concept this is the paper's eq. 8, lambda_0 p / (1 - p). Several concepts exclude one another: their
+    posteriors are rescaled together where their sum exceeds the largest ``p_max``.
+    """
+    logs = torch.stack(list(log_posteriors))
+    limit = math.log(max(s.p_max for s in settings))
+    logs = logs - (logs.logsumexp(dim=0) - limit).clamp(min=0)
+    absent = -torch.expm1(logs.logsumexp(dim=0))
+    return [
+        (s.guidance_scale * log.exp() / absent).clamp(max=s.max_scale) for s, log in zip(settings, logs, strict=True)
+    ]
+
+
+def safe_latent_direction(
+    difference: Tensor, sigma: float, momentum: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """Safe Latent Diffusion's direction (Schramowski et al. 2023, eq. 4 to 8) and its new momentum.
+
+    With d = eps - eps(c-) = (D_neg - D_ref) / sigma: mask = min(1, s_s |d|) where d < threshold, else 0;
+    g = -mask d + s_m m; m <- beta_m m + (1 - beta_m) g. The noise prediction moves by -lambda g, so the denoised one
+    by lambda sigma g, and the direction is -sigma g.
+
+    Parameters
+    ----------
+    difference: D_neg - D_ref, (batch, ...).
+    sigma: the VE noise level; at infinite noise the direction is zero.
+    momentum: m, of the same shape.
+    """
+    if math.isinf(sigma):
+        return torch.zeros_like(difference), momentum
+    d = difference / sigma
+    mask = (settings.sld_warmup_scale * d.abs()).clamp(max=1) * (d < settings.sld_threshold)
+    g = -mask * d + settings.sld_momentum_scale * momentum
+    decay = settings.sld_momentum_decay
+    return -sigma * g, decay * momentum + (1 - decay) * g
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What guidance did over one run.
+
+    ``sigmas``: (steps,) VE noise levels, falling. ``posterior`` and ``scale``: (steps, concepts, batch), float32 on
+    the CPU.
+    """
+
+    sigmas: Tensor
+    posterior: Tensor
+    scale: Tensor
+
+
+class NegativeGuidance:
+    """Guides one sampling run away from one or more undesired concepts. Make a new one for every run.
+
+    Parameters
+    ----------
+    settings: one for each concept.
+    chain: the model's training chain, over which offsets are integrated; DDPM's linear one where the model has none.
+    frame: the frame of the states and levels that calls will bring.
+    levels: the sampler's schedule, falling; None for adaptive samplers.
+    weight: broadcastable to the state, 0 where elements do not follow the chain (outside an inpainting mask).
+    log_priors: (batch,) start values for each concept, in place of their priors.
+    """
+
+    def __init__(
+        self,
+        settings: Sequence[Settings],
+        chain: DDPMSchedule | None = None,
+        frame: NoiseFrame = VE,
+        levels: Sequence[float] | None = None,
+        weight: Tensor | None = None,
+        log_priors: Sequence[Tensor] | None = None,
+    ) -> None:
+        if not settings:
+            raise ValueError("negative guidance needs the settings of at least one concept")
+        if sum(s.prior for s in settings) >= 1:
+            raise ValueError("the priors of all concepts together must stay below 1; lower some of them")
+        integrated = IntegratedOffset(chain or DDPMSchedule.named("linear"))
+        self.settings = tuple(settings)
+        self.frame = frame
+        self.trackers = [
+            PosteriorTracker(s, integrated, frame, levels, weight, log_priors[i] if log_priors else None)
+            for i, s in enumerate(self.settings)
+        ]
+        self._momenta: list[Tensor | None] = [None] * len(self.settings)
+
+    def __call__(
+        self, state: Tensor, level: float, base: Tensor, reference: Tensor, negatives: Sequence[Tensor]
+    ) -> Tensor:
+        """The guided denoised prediction at ``state`` (batch, ...) of noise ``level``, in the base's dtype.
+
+        Parameters
+        ----------
+        base: what the sampler would use without guidance.
+        reference: the prediction that the undesired ones are compared with; often the base itself.
+        negatives: the prediction under each undesired concept.
+        """
+        if len(negatives) != len(self.settings):
+            raise ValueError(f"{len(self.settings)} concepts were set up but {len(negatives)} predictions given")
+        log_posteriors = [tracker.log_posterior(state, level) for tracker in self.trackers]
+        dynamic = dynamic_scales(log_posteriors, self.settings)
+
+        reference = at_least_float32(reference)
+        directions, scales = [], []
+        for i, (settings, negative) in enumerate(zip(self.settings, negatives, strict=True)):
+            direction = at_least_float32(negative) - reference
+            scale = dynamic[i]
+            if settings.method != "dng":
+                scale = torch.full_like(scale, settings.guidance_scale)
+            if settings.method == "safe_latent_diffusion":
+                momentum = self._momenta[i]
+                if momentum is None or momentum.shape != direction.shape:
+                    momentum = torch.zeros_like(direction)
+                direction, self._momenta[i] = safe_latent_direction(
+                    direction, self.frame.sigma(level), momentum, settings
+                )
+            directions.append(direction)
+            scales.append(scale)
+
+        state = at_least_float32(state).clone()
+        for tracker, negative, log_posterior, scale in zip(
+            self.trackers, negatives, log_posteriors, scales, strict=True
+        ):
+            tracker.anchor(state, level, at_least_float32(negative).clone(), reference.clone(), log_posterior, scale)
+        return combine(base, directions, scales)
+
+    def trace(self) -> Trace:
+        """What was tracked so far. Waits for the device: call it after the run."""
+        chains = [tracker.anchors for tracker in self.trackers]
+        return Trace(
+            sigmas=torch.tensor([self.frame.sigma(anchor.level) for anchor in chains[0]]),
+            posterior=torch.stack([torch.stack([a.log_posterior for a in c]) for c in chains], 1).exp().float().cpu(),
+            scale=torch.stack([torch.stack([a.scale for a in c]) for c in chains], 1).float().cpu(),
+        )

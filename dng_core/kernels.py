@@ -1,0 +1,104 @@
+"""Noise frames and the reverse kernel between any two noise levels.
+
+Everything is computed in the variance-exploding (VE) frame, x = x_0 + sigma n. A :class:`NoiseFrame` says how the
+states and noise levels of a model or sampler convert into it. Noise levels are Python floats: they are known before
+the sampling loop, and arithmetic on them never touches the device.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoiseFrame:
+    """The frame in which a sampler holds its states.
+
+    ``kind``
+
+    - "ve": state x, level sigma (k-diffusion and ComfyUI for epsilon, v and EDM models).
+    - "vp": state x / sqrt(1 + sigma^2), level sigma (DDPM's own states).
+    - "flow": state (1 - t) x_0 + t k n, level t in (0, 1], with k the ``noise_scale`` (rectified flow; ComfyUI's
+      CONST). Then x = state / (1 - t) and sigma = k t / (1 - t), infinite at t = 1.
+    """
+
+    kind: Literal["ve", "vp", "flow"] = "ve"
+    noise_scale: float = 1.0
+
+    def sigma(self, level: float) -> float:
+        """The VE noise level of ``level``; infinite for a flow at t = 1."""
+        if self.kind == "flow":
+            return self.noise_scale * level / (1 - level) if level < 1 else math.inf
+        return level
+
+    def scale(self, level: float) -> float:
+        """The factor that takes a state at ``level`` into the VE frame; infinite for a flow at t = 1."""
+        if self.kind == "flow":
+            return 1 / (1 - level) if level < 1 else math.inf
+        return math.sqrt(1 + level**2) if self.kind == "vp" else 1.0
+
+    def carry(self, level: float, next_level: float) -> float:
+        """r times :meth:`scale`, for r = sigma(next_level)^2 / sigma(level)^2; finite also where scale is not."""
+        if self.kind == "flow":
+            if level >= 1:
+                return 0.0
+            return next_level**2 * (1 - level) / (level**2 * (1 - next_level) ** 2)
+        return (next_level / level) ** 2 * self.scale(level)
+
+
+VE = NoiseFrame("ve")
+VP = NoiseFrame("vp")
+
+
+@dataclass(frozen=True)
+class ReverseKernel:
+    """The reverse transition p(x' | x, x_0 = D) = N(r x + (1 - r) D, variance) from sigma to sigma', in the VE frame.
+
+    It is DDPM's posterior kernel (Ho et al. 2020, eq. 6 and 7) for a jump of any size, and what ancestral samplers
+    draw from at eta = 1.
+    """
+
+    sigma: float
+    next_sigma: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.next_sigma < self.sigma:
+            raise ValueError(f"a reverse kernel goes down in noise, not from {self.sigma} to {self.next_sigma}")
+
+    @property
+    def ratio(self) -> float:
+        """r = sigma'^2 / sigma^2; 0 from infinite noise."""
+        return (self.next_sigma / self.sigma) ** 2
+
+    @property
+    def variance(self) -> float:
+        """s^2 = sigma'^2 (1 - r)."""
+        return self.next_sigma**2 * (1 - self.ratio)
+
+    @property
+    def vp_variance(self) -> float:
+        """The same variance in the VP frame, s^2 / (1 + sigma'^2): beta-tilde for neighbouring DDPM timesteps."""
+        return self.variance / (1 + self.next_sigma**2)
+
+    @property
+    def forward_variance(self) -> float:
+        """The forward step's variance, beta in the VP frame, brought to the VE frame: DDPM's other choice of noise."""
+        fraction = 1 / (1 + self.sigma**2)
+        return (1 + self.next_sigma**2) * (1 - (1 + self.next_sigma**2) * fraction)
+
+    def mean(self, x: Tensor, denoised: Tensor) -> Tensor:
+        """r x + (1 - r) D for a VE state x; both tensors of one shape."""
+        return self.ratio * x + (1 - self.ratio) * denoised
+
+
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """(batch,) -> (batch, 1, ..., 1), to be multiplied with a latent of the rank of ``like``."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """``tensor`` in float32, or as it is where it is more precise already."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

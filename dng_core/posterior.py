@@ -1,0 +1,162 @@
+"""The posterior p(c-|x) along a sampling run: Algorithm 2 of Koulischer et al. (2025), and the tracker that runs it.
+
+All posteriors are natural logarithms, one per image of a batch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .kernels import VE, NoiseFrame, ReverseKernel, at_least_float32
+from .schedules import IntegratedOffset
+from .settings import Settings
+
+MAX_ANCHOR_STATES = 4
+"""States kept by the tracker. A sampler returns at most one step back (trial points, rejected adaptive steps)."""
+
+
+def posterior_increment(
+    next_state: Tensor,
+    state: Tensor,
+    negative: Tensor,
+    reference: Tensor,
+    next_level: float,
+    level: float,
+    frame: NoiseFrame = VE,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """log p(x'|x, c-) - log p(x'|x): what one reverse jump adds to log p(c-|x) at temperature 1, offset 0.
+
+    Algorithm 2's difference of squared distances, written as one inner product, so that no two large norms cancel:
+
+        (1 / sigma'^2) < D_neg - D_ref , x' - r x - (1 - r) (D_neg + D_ref) / 2 >
+
+    Parameters
+    ----------
+    next_state, state: (batch, ...), after and before the jump, in ``frame``.
+    negative, reference: (batch, ...), denoised predictions (estimates of x_0) at ``state`` with the undesired
+        condition and without it.
+    next_level, level: noise levels in ``frame``; ``next_level`` is below ``level`` and above 0.
+    weight: broadcastable to the state; elements of weight 0 do not count (outside an inpainting mask).
+
+    Returns
+    -------
+    (batch,), in float32 or the states' own precision where that is higher.
+    """
+    kernel = ReverseKernel(frame.sigma(level), frame.sigma(next_level))
+    negative, reference = at_least_float32(negative), at_least_float32(reference)
+    moved = frame.scale(next_level) * at_least_float32(next_state)
+    moved = moved - frame.carry(level, next_level) * at_least_float32(state)
+    product = (negative - reference) * (moved - (1 - kernel.ratio) / 2 * (negative + reference))
+    if weight is not None:
+        product = product * weight
+    return product.flatten(1).sum(dim=1) / kernel.next_sigma**2
+
+
+def offset_increment(settings: Settings, kernel: ReverseKernel, integrated: IntegratedOffset) -> float:
+    """What the offset adds to log p(c-|x) over one jump, in the form that the settings ask for.
+
+    "per_step": delta / (2 beta-tilde) of this jump (Algorithm 2). "integrated": delta (F(sigma) - F(sigma')).
+    "total": the same, with delta chosen such that the whole chain adds ``settings.offset`` nats.
+    """
+    if settings.offset_form == "per_step":
+        return settings.offset / (2 * kernel.vp_variance)
+    share = integrated(kernel.sigma) - integrated(kernel.next_sigma)
+    return settings.offset * (share / integrated.total if settings.offset_form == "total" else share)
+
+
+@dataclass
+class Anchor:
+    """A point of the tracked chain: its noise level, log-posterior and guidance scale, and what the next jump needs."""
+
+    level: float
+    log_posterior: Tensor
+    scale: Tensor
+    state: Tensor | None
+    negative: Tensor | None
+    reference: Tensor | None
+
+
+class PosteriorTracker:
+    """Tracks log p(c-|x) of one concept along a sampler's model calls, however many calls a step takes.
+
+    The points from which a jump may start form a stack of falling noise levels. A call first drops the anchors that
+    are not above it in noise, then takes its posterior from the top one; it becomes an anchor itself if its level is
+    on the sampler's schedule. So midpoints of a step never become anchors, a corrected point replaces its trial point,
+    and a rejected step is forgotten. A point that was never anchored (no negative prediction there) is jumped over.
+
+    Parameters
+    ----------
+    settings: prior, temperature, offset and clamps.
+    integrated: the offset integrated over the model's training chain.
+    levels: the sampler's schedule; None for adaptive samplers, where every call is an anchor.
+    weight: see :func:`posterior_increment`.
+    log_prior: (batch,) start values of log p in place of ``settings.prior``.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        integrated: IntegratedOffset,
+        frame: NoiseFrame = VE,
+        levels: Sequence[float] | None = None,
+        weight: Tensor | None = None,
+        log_prior: Tensor | None = None,
+    ) -> None:
+        self.settings = settings
+        self.frame = frame
+        self.anchors: list[Anchor] = []
+        self._integrated = integrated
+        self._levels = levels
+        self._weight = weight
+        self._log_prior = log_prior
+
+    def log_posterior(self, state: Tensor, level: float) -> Tensor:
+        """log p(c-|x) at a new state (batch, ...) of noise ``level``: (batch,), clamped to [p_min, p_max]."""
+        while self.anchors and self.anchors[-1].level <= level * (1 + 1e-6):
+            dropped = self.anchors.pop()
+            if not self.anchors:
+                return self._restart(dropped, level, state)
+        if not self.anchors:
+            return self._clamp(self._prior(state))
+        top = self.anchors[-1]
+        if top.state is None or top.negative is None or top.reference is None:
+            return top.log_posterior
+        increment = posterior_increment(
+            state, top.state, top.negative, top.reference, level, top.level, self.frame, self._weight
+        )
+        kernel = ReverseKernel(self.frame.sigma(top.level), self.frame.sigma(level))
+        offset = offset_increment(self.settings, kernel, self._integrated)
+        return self._clamp(top.log_posterior + self.settings.temperature * increment + offset)
+
+    def anchor(self, state: Tensor, level: float, negative: Tensor, reference: Tensor, log_posterior: Tensor, scale: Tensor) -> None:
+        """Let the chain continue from this point, where the two predictions are known, if it is on the schedule.
+
+        ``log_posterior`` and ``scale``, (batch,), are those of this point. The tensors are kept, not copied.
+        """
+        if self.anchors and not self._on_schedule(level):
+            return
+        self.anchors.append(Anchor(level, log_posterior, scale, state, negative, reference))
+        if len(self.anchors) > MAX_ANCHOR_STATES:
+            old = self.anchors[-1 - MAX_ANCHOR_STATES]
+            old.state = old.negative = old.reference = None
+
+    def _prior(self, state: Tensor) -> Tensor:
+        if self._log_prior is not None:
+            return self._log_prior
+        dtype = torch.promote_types(state.dtype, torch.float32)
+        return torch.full((state.shape[0],), math.log(self.settings.prior), dtype=dtype, device=state.device)
+
+    def _restart(self, first: Anchor, level: float, state: Tensor) -> Tensor:
+        """A call at or above the first anchor: the same point again keeps its posterior, more noise starts afresh."""
+        same = math.isclose(first.level, level, rel_tol=1e-6) and first.log_posterior.shape[0] == state.shape[0]
+        return first.log_posterior if same else self._clamp(self._prior(state))
+
+    def _clamp(self, log_posterior: Tensor) -> Tensor:
+        return log_posterior.clamp(math.log(self.settings.p_min), math.log(self.settings.p_max))
+
+    def _on_schedule(self, level: float) -> bool:
+        return self._levels is None or any(math.isclose(level, known, rel_tol=1e-5) for known in self._levels)

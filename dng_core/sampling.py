@@ -1,0 +1,57 @@
+"""Algorithm 1 of Koulischer et al. (2025): DDPM ancestral sampling with negative guidance, over any two denoisers."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .guidance import NegativeGuidance
+from .kernels import ReverseKernel
+
+Predictor = Callable[[Tensor, float], tuple[Tensor, Sequence[Tensor]]]
+"""(state, sigma) -> the reference's denoised prediction, and one for each undesired concept; none if unguided."""
+
+
+def ddpm_sample(
+    predict: Predictor,
+    noise: Tensor,
+    sigmas: Sequence[float],
+    guidance: NegativeGuidance | None = None,
+    generator: torch.Generator | None = None,
+    variance: Literal["posterior", "forward"] = "posterior",
+) -> Tensor:
+    """Draw samples by the ancestral chain over ``sigmas``.
+
+    Parameters
+    ----------
+    predict: the denoisers, for states in the VE frame, x = x_0 + sigma n. Without guidance its second result is not
+        used.
+    noise: (batch, ...), standard normal; the chain starts from noise * sqrt(1 + sigma^2), DDPM's own start.
+    sigmas: noise levels, falling, above 0 (see :func:`~dng_core.schedules.ddpm_sigmas`, ``karras_sigmas``).
+    guidance: made for this run, in the VE frame; None for unguided samples.
+    generator: draws the chain's noise on the CPU, so that a seed means the same on every device and whatever the
+        guidance.
+    variance: of the noise added: "posterior" is beta-tilde, the exact kernel's; "forward" is beta, as in the
+        authors' code. No noise is added after the last level.
+
+    Returns
+    -------
+    (batch, ...): the denoised prediction at the last level.
+    """
+    if not sigmas or any(b >= a for a, b in zip(sigmas, sigmas[1:], strict=False)) or sigmas[-1] <= 0:
+        raise ValueError("sigmas must be falling noise levels above 0")
+    if variance not in ("posterior", "forward"):
+        raise ValueError(f"variance must be 'posterior' or 'forward', not {variance!r}")
+
+    x = noise * (1 + sigmas[0] ** 2) ** 0.5
+    denoised = x
+    for i, sigma in enumerate(sigmas):
+        reference, negatives = predict(x, sigma)
+        denoised = guidance(x, sigma, reference, reference, negatives) if guidance else reference
+        if i + 1 < len(sigmas):
+            kernel = ReverseKernel(sigma, sigmas[i + 1])
+            spread = (kernel.variance if variance == "posterior" else kernel.forward_variance) ** 0.5
+            step_noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+            x = kernel.mean(x, denoised) + spread * step_noise
+    return denoised
