@@ -1,0 +1,388 @@
+"""Pixel-space class models in ComfyUI: load one, condition it on a class, draw with any sampler, measure the images.
+
+A latent of these models is the image itself, (batch, channels, height, width) in -1 .. 1, so there is no VAE.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models_base
+import numpy as np
+import torch
+from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor, nn
+
+from ..dng_core.experiments.networks import UNet, channels_last
+from ..dng_core.experiments.report import Report, bar_chart, contact_sheet, markdown_table, measure
+from ..dng_core.experiments.weights import (
+    DenoiserInfo,
+    load_classifier,
+    load_denoiser,
+    shipped_classifiers,
+    shipped_denoisers,
+)
+
+CATEGORY = "DNG/pixel models"
+LABEL_KEY = "dng_class_label"  # in a conditioning's dict: the class, as the network counts them
+NO_CLASS = "none"
+SAMPLING_SETTINGS = {  # DDPMSchedule's names -> ComfyUI's, which calls Stable Diffusion's chain "linear"
+    "linear": {"beta_schedule": "sqrt_linear", "linear_start": 1e-4, "linear_end": 0.02},
+    "scaled_linear": {"beta_schedule": "linear", "linear_start": 0.00085, "linear_end": 0.012},
+}
+LIVE_FEATURE_MAPS = 14  # peak memory of a forward pass in feature maps: 0.64 MiB per 28x28 image, measured on the CPU
+
+DNGReport = io.Custom("DNG_REPORT")
+
+
+class PixelLatentFormat(comfy.latent_formats.LatentFormat):
+    """The latent is the image: no compression, no scaling, and the preview shows it as it is."""
+
+    spacial_downscale_ratio = 1
+
+    def __init__(self, channels: int) -> None:
+        self.latent_channels = channels
+        self.latent_rgb_factors = np.eye(3).tolist() if channels == 3 else [[1.0, 1.0, 1.0]]
+
+
+class PixelModelConfig(comfy.supported_models_base.BASE):
+    """What ComfyUI wants to know of a model before it has one."""
+
+    supported_inference_dtypes = [torch.float32]  # noqa: RUF012 (ComfyUI declares it so)
+
+    def __init__(self, info: DenoiserInfo) -> None:
+        super().__init__({"disable_unet_model_creation": True})
+        self.sampling_settings = SAMPLING_SETTINGS[info.schedule]
+        self.latent_format = PixelLatentFormat(info.network.in_channels)
+
+
+class PixelNetwork(nn.Module):
+    """The U-Net behind the call that ComfyUI makes; channels last, which is twice as fast on a CPU."""
+
+    dtype = torch.float32
+
+    def __init__(self, unet: UNet) -> None:
+        super().__init__()
+        self.unet = channels_last(unet)
+
+    def forward(self, x: Tensor, timestep: Tensor, class_label: Tensor, **options: Any) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.unet(x, timestep, class_label).contiguous()
+
+
+class PixelModel(comfy.model_base.BaseModel):
+    """A class-conditional epsilon network as a ComfyUI model; ``info`` says what it draws."""
+
+    def __init__(self, unet: UNet, info: DenoiserInfo) -> None:
+        super().__init__(PixelModelConfig(info), comfy.model_base.ModelType.EPS)
+        self.diffusion_model = PixelNetwork(unet)
+        self.info = info
+
+    def memory_required(self, input_shape: Sequence[int], cond_shapes: object = None) -> float:
+        """Bytes that a forward pass takes, by which ComfyUI decides how many predictions go into one batch."""
+        floats = LIVE_FEATURE_MAPS * self.info.network.base_channels / self.info.network.patch_size**2
+        return input_shape[0] * math.prod(input_shape[2:]) * floats * self.get_dtype().itemsize
+
+    def extra_conds(self, **conditioning: Any) -> dict[str, comfy.conds.CONDRegular]:
+        """Hand the class label to the network; called once per conditioning, before sampling.
+
+        Raises
+        ------
+        ValueError: for a conditioning without a label of this model, or a latent of another size.
+        """
+        name, network = self.info.name, self.info.network
+        role = conditioning.get("prompt_type", "given")
+        label = conditioning.get(LABEL_KEY)
+        if label is None:
+            raise ValueError(
+                f"the {role} conditioning carries no class label, and the pixel model {name!r} knows nothing else "
+                f"(is it a text conditioning?): connect a Class Label node"
+            )
+        if not 0 <= label <= network.num_classes:
+            raise ValueError(
+                f"the {role} conditioning's class label {label} is not one of the pixel model {name!r}: connect a "
+                f"Class Label node that has this model as its input"
+            )
+        expected = (network.in_channels, network.image_size, network.image_size)
+        if tuple(conditioning["noise"].shape[1:]) != expected:
+            raise ValueError(
+                f"the latent is {_size(conditioning['noise'].shape[1:])}, the pixel model {name!r} draws "
+                f"{_size(expected)} (channels x height x width): connect an Empty Pixel Latent node"
+            )
+        if not conditioning["cross_attn"].any():  # no class, or zeroed by ConditioningZeroOut
+            label = network.num_classes
+        return {"class_label": comfy.conds.CONDRegular(torch.tensor([label], device=conditioning["device"]))}
+
+
+def load_pixel_model(name: str) -> comfy.model_patcher.ModelPatcher:
+    """A shipped denoiser as ComfyUI's MODEL; errors as :func:`load_denoiser`.
+
+    The plain ModelPatcher is meant: the dynamic one pages weights in through ComfyUI's own layers, which a network of
+    five megabytes neither has nor needs.
+    """
+    unet, info = load_denoiser(shipped_denoisers()[name])
+    patcher = comfy.model_patcher.ModelPatcher(
+        PixelModel(unet, info),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    patcher.cached_patcher_init = (load_pixel_model, (name,))
+    return patcher
+
+
+def pixel_model_info(model: comfy.model_patcher.ModelPatcher, node: str) -> DenoiserInfo:
+    """The description of a MODEL that :class:`LoadPixelModel` made; ``node`` names who asks, for the error."""
+    if not isinstance(model.model, PixelModel):
+        raise ValueError(
+            f"{node}: the model is a {type(model.model).__name__}, not a pixel model: connect Load Pixel Model"
+        )
+    return model.model.info
+
+
+def class_index(text: str, class_names: tuple[str, ...]) -> int | None:
+    """The class that a name or number means; None for "none" and for nothing at all.
+
+    Raises
+    ------
+    ValueError: if it is neither a name nor a number of a class.
+    """
+    text = text.strip()
+    if text.lower() in ("", NO_CLASS):
+        return None
+    names = [name.lower() for name in class_names]
+    if text.lower() in names:
+        return names.index(text.lower())
+    if text.isdecimal() and int(text) < len(names):
+        return int(text)
+    raise ValueError(f"{text!r} is not one of the classes {', '.join(class_names)} (nor their number, from 0)")
+
+
+def to_classifier_images(images: Tensor, size: int, channels: int, name: str) -> Tensor:
+    """IMAGE, (n, k size, k size, 3) in 0 .. 1, to (n, channels, size, size) in -1 .. 1; undoes an upscaling by k.
+
+    Raises
+    ------
+    ValueError: if the images are no whole multiple of the size; ``name`` is the input's, for the error.
+    """
+    height, width = images.shape[1:3]
+    factor = height // size
+    if height != width or factor * size != height:
+        raise ValueError(
+            f"{name} is {width}x{height}; the classifier sees {size}x{size} and its whole multiples: connect what "
+            f"Pixel Latent to Image gives"
+        )
+    small = images[:, ::factor, ::factor, :3].float().permute(0, 3, 1, 2)
+    return 2 * (small if channels == 3 else small.mean(dim=1, keepdim=True)) - 1
+
+
+class LoadPixelModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DNGLoadPixelModel",
+            display_name="Load Pixel Model",
+            category=CATEGORY,
+            description="A small class-conditional diffusion model that comes with DNG. It draws pixels: no VAE.",
+            search_aliases=["mnist", "digits", "class model", "ddpm", "pixel space"],
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=list(shipped_denoisers()),
+                    tooltip="The model. mnist draws handwritten digits, 28x28, of the classes 0 to 9.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="A MODEL for any sampler; its conditioning is a Class Label.")],
+        )
+
+    @classmethod
+    def execute(cls, name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_pixel_model(name))
+
+
+class ClassLabel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DNGClassLabel",
+            display_name="Class Label",
+            category=CATEGORY,
+            description="The class a pixel model is to draw, or to avoid, as a conditioning.",
+            search_aliases=["class condition", "digit", "label conditioning", "null label"],
+            inputs=[
+                io.Model.Input("model", tooltip="The pixel model whose classes are meant."),
+                io.String.Input(
+                    "label",
+                    default=NO_CLASS,
+                    tooltip='A class by name or number (from 0), or "none": any class, the unconditional prediction.',
+                ),
+            ],
+            outputs=[io.Conditioning.Output(tooltip="For the positive, negative or unconditional of a sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, label: str) -> io.NodeOutput:
+        info = pixel_model_info(model, "Class Label")
+        index = class_index(label, info.class_names)
+        # The tensor is 1 for a class and 0 for none, so that ConditioningZeroOut means none.
+        marker = torch.zeros(1, 1, 1) if index is None else torch.ones(1, 1, 1)
+        return io.NodeOutput([[marker, {LABEL_KEY: info.network.num_classes if index is None else index}]])
+
+
+class EmptyPixelLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DNGEmptyPixelLatent",
+            display_name="Empty Pixel Latent",
+            category=CATEGORY,
+            description="An empty latent of the size that a pixel model draws.",
+            search_aliases=["empty latent", "blank image", "pixel space"],
+            inputs=[
+                io.Model.Input("model", tooltip="The pixel model, which has one size."),
+                io.Int.Input("batch_size", default=64, min=1, max=4096, tooltip="How many images to draw."),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, batch_size: int) -> io.NodeOutput:
+        network = pixel_model_info(model, "Empty Pixel Latent").network
+        samples = torch.zeros(
+            (batch_size, network.in_channels, network.image_size, network.image_size),
+            device=comfy.model_management.intermediate_device(),
+        )
+        return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": 1})
+
+
+class PixelLatentToImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DNGPixelLatentToImage",
+            display_name="Pixel Latent to Image",
+            category=CATEGORY,
+            description="What a pixel model drew, as images.",
+            search_aliases=["decode pixels", "latent to image", "vae decode"],
+            inputs=[
+                io.Latent.Input("samples", tooltip="The latent from a sampler that ran a pixel model."),
+                io.Int.Input(
+                    "upscale",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="Each pixel becomes a square of this side. Class Report undoes it.",
+                ),
+            ],
+            outputs=[io.Image.Output()],
+        )
+
+    @classmethod
+    def execute(cls, samples: dict[str, Any], upscale: int) -> io.NodeOutput:
+        pixels = samples["samples"]
+        if pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+            raise ValueError(
+                f"Pixel Latent to Image: samples is {_size(pixels.shape)}, not a batch of images with 1 or 3 "
+                f"channels: connect a sampler that runs a pixel model (other latents need VAE Decode)"
+            )
+        image = ((pixels.float() + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1)
+        image = image.repeat_interleave(upscale, dim=2).repeat_interleave(upscale, dim=3)
+        return io.NodeOutput(image.permute(0, 2, 3, 1).contiguous())
+
+
+class ClassReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DNGClassReport",
+            display_name="Class Report",
+            category=CATEGORY,
+            description=(
+                "What share of the images still shows the class that was to be avoided, how evenly the other classes "
+                "are drawn, and what changed against the images without guidance. Chain several, each with the report "
+                "of the one before as previous: the last one's table, chart and sheet hold every row."
+            ),
+            search_aliases=["classifier", "evaluate", "histogram", "class removal", "metrics", "KL"],
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The images of one method, from Pixel Latent to Image."),
+                io.String.Input("name", default="DNG", tooltip="The method's name in the table and pictures."),
+                io.Combo.Input(
+                    "classifier",
+                    options=list(shipped_classifiers()),
+                    tooltip="The classifier that looks at the images; mnist knows the digits 0 to 9.",
+                ),
+                io.String.Input(
+                    "forbidden", default="0", tooltip="The class that was to be avoided, by name or number (from 0)."
+                ),
+                io.Image.Input(
+                    "baseline",
+                    optional=True,
+                    tooltip="The images without guidance, from the same seeds. With it the row says what share of "
+                    "those that did not show the forbidden class kept their class, and by how much they changed.",
+                ),
+                DNGReport.Input("previous", optional=True, tooltip="The report to add this row to."),
+            ],
+            outputs=[
+                DNGReport.Output(display_name="report", tooltip="For the next Class Report's previous."),
+                io.String.Output(display_name="table", tooltip="All rows as a Markdown table."),
+                io.Image.Output(display_name="chart", tooltip="Bar chart of the share of each class."),
+                io.Image.Output(
+                    display_name="sheet",
+                    tooltip="The methods side by side, the same seed in the same place; a red frame marks images "
+                    "that still show the forbidden class.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        images: Tensor,
+        name: str,
+        classifier: str,
+        forbidden: str,
+        baseline: Tensor | None = None,
+        previous: Report | None = None,
+    ) -> io.NodeOutput:
+        network, info = load_classifier(shipped_classifiers()[classifier])
+        index = class_index(forbidden, info.class_names)
+        if index is None:
+            raise ValueError(f"Class Report: forbidden must be one of the classes {', '.join(info.class_names)}")
+        report = previous or Report(info.class_names, index)
+        if (report.class_names, report.forbidden) != (info.class_names, index):
+            raise ValueError(
+                f"Class Report: previous is a report on {report.class_names[report.forbidden]!r}, this one asks for "
+                f"{info.class_names[index]!r}: give all rows of a report the same classifier and forbidden class"
+            )
+
+        def seen(batch: Tensor, input_name: str) -> Tensor:
+            return to_classifier_images(batch, info.image_size, info.in_channels, f"Class Report: {input_name}").cpu()
+
+        unguided = None if baseline is None else seen(baseline, "baseline")
+        report = report.with_row(*measure(name, seen(images, "images"), network, info.class_names, index, unguided))
+        table = markdown_table(report)
+        return io.NodeOutput(
+            report,
+            table,
+            _as_image(bar_chart(report)),
+            _as_image(contact_sheet(report)),
+            ui={"text": [table], "figures": [row.to_dict() for row in report.rows]},
+        )
+
+
+def _size(shape: Any) -> str:
+    return "x".join(str(n) for n in shape)
+
+
+def _as_image(picture: Image.Image) -> Tensor:
+    """A picture as IMAGE, (1, height, width, 3) in 0 .. 1."""
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
+
+
+NODES: list[type[io.ComfyNode]] = [LoadPixelModel, ClassLabel, EmptyPixelLatent, PixelLatentToImage, ClassReport]
