@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, write the weights and the record beside them, and print both paths.
+    """Train, write the weights and the record beside them, print both paths; 1 with a message if that can't be."""
+    try:
+        train(args)
+    except (OSError, ValueError, FloatingPointError) as error:
+        print(f"dng train: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(args: argparse.Namespace) -> None:
+    """What :func:`run` does.
 
     Raises
     ------
-    FileNotFoundError, ValueError: as :func:`load_mnist`, for a bad option, and for a checkpoint of another run.
+    OSError: if the data is not there or the output can't be written.
+    ValueError: for data that is not MNIST's, a bad option, and a checkpoint of another run.
+    FloatingPointError: if the loss is no longer finite.
     """
     config = _config(args)
     device = _device(args.device)
@@ -99,7 +112,6 @@ def run(args: argparse.Namespace) -> int:
     os.replace(partial, files.record)
     print(f"loss {result.loss:.5f}" + "".join(f", {k.replace('_', ' ')} {v:.4f}" for k, v in figures.items()))
     print(f"weights: {files.weights}\nrecord: {files.record}\n{files.checkpoint} is no longer needed")
-    return 0
 
 
 def _default(text: str, field: str) -> str:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..schedules import DDPMSchedule
 from .data import to_model_range
-from .networks import Classifier, UNet, UNetConfig
+from .networks import Classifier, UNet, UNetConfig, channels_last
 
 LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]  # (model, indices of the batch, generator)
 
@@ -139,7 +139,7 @@ def _optimise(
     """Train ``model`` on ``count`` images from the checkpoint on, if there is one, to the end of ``config.epochs``."""
     if config.batch_size > count:
         raise ValueError(f"batch_size {config.batch_size} is above the number of images, {count}")
-    model = model.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    model = channels_last(model.to(device)).train()
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     total = math.ceil(config.epochs * count / config.batch_size)

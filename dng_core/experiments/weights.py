@@ -23,10 +23,10 @@ RETRAIN = "reinstall DNG, or train it with `dng train`"
 
 @dataclass(frozen=True)
 class DenoiserInfo:
-    """What a denoiser's file says of it.
+    """What a denoiser's file says of it: an epsilon network on images of ``data_range``, black to white.
 
-    ``schedule``: the training chain's name (:meth:`DDPMSchedule.named`); ``data_range``: what black and white are in
-    the model's space; ``class_names``: the names of labels 0, 1, ... (the label after the last is the null label).
+    ``schedule``: the training chain's name (:meth:`DDPMSchedule.named`); ``class_names``: the names of labels 0, 1,
+    ... (the label after the last is the null label). The only data range is -1 .. 1.
     """
 
     name: str
@@ -81,6 +81,7 @@ def load_denoiser(path: Path) -> tuple[UNet, DenoiserInfo]:
         network = UNetConfig(**_tuples(raw.pop("network")))
         info = DenoiserInfo(network=network, **_tuples(raw))
         model = UNet(network)
+        _check_range(info)
     if len(info.class_names) != network.num_classes:
         raise ValueError(f"{path} names {len(info.class_names)} classes, its network has {network.num_classes}")
     return _filled(path, model, state_dict), info
@@ -92,6 +93,7 @@ def load_classifier(path: Path) -> tuple[Classifier, ClassifierInfo]:
     with _reading(path):
         info = ClassifierInfo(**_tuples(raw))
         model = Classifier(info.in_channels, len(info.class_names), info.width)
+        _check_range(info)
     return _filled(path, model, state_dict), info
 
 
@@ -137,6 +139,11 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _tuples(raw: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+
+
+def _check_range(info: DenoiserInfo | ClassifierInfo) -> None:
+    if info.data_range != (-1.0, 1.0):
+        raise ValueError(f"its data range is {info.data_range}, not -1 .. 1")
 
 
 def _filled(path: Path, model: Network, state_dict: dict[str, Tensor]) -> Network:
