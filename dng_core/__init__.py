@@ -1,0 +1,6 @@
+"""Dynamic Negative Guidance: the mathematics, the experiments and the headless runner, without ComfyUI.
+
+Importing this package imports nothing else; take what is needed from its modules.
+"""
+
+__version__ = "0.1.0"
