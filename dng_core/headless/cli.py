@@ -1,0 +1,75 @@
+"""The command line `dng`. Each command lives in a module of its own, imported when it is used.
+
+A command's module has `add_arguments(parser)` and `run(args) -> int`. Those named with needs are imported only once
+the interpreter has what they need: where it has not, the same command is started again under the Python of the ComfyUI
+that this project installs.
+"""
+
+import argparse
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn
+
+from .. import __version__
+from .environment import missing_modules, restart_under
+from .errors import HeadlessError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: its name, the module that implements it, a line of help, and what that module imports."""
+
+    name: str
+    module: str
+    help: str
+    needs: tuple[str, ...] = ()
+
+
+COMMANDS = (
+    Command("run", "dng_core.headless.run_command", "run an API-format workflow in a real ComfyUI"),
+    Command("install", "dng_core.headless.install_command", "install the pinned ComfyUI into the user's cache"),
+    Command("test", "dng_core.headless.test_command", "run all tests of this checkout"),
+    Command("train", "dng_core.experiments.train_command", "train the shipped MNIST models", ("torch", "tqdm")),
+    Command("figures", "dng_core.experiments.figures_command", "print the project's figures", ("torch", "tqdm")),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (1: an error with a message, 130: Ctrl-C, 143: terminated)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="dng", description="Dynamic Negative Guidance for ComfyUI, headless.")
+    parser.add_argument("--version", action="version", version=f"dng {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    subparsers_by_name = {command.name: subparsers.add_parser(command.name, help=command.help) for command in COMMANDS}
+    chosen = next((command for command in COMMANDS if arguments[:1] == [command.name]), None)
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), interrupt)
+    try:
+        if chosen is None:
+            parser.parse_args(arguments)
+            return 2
+        if missing := missing_modules(chosen.needs):
+            from .install import ensure_installed
+
+            return restart_under(ensure_installed().python, arguments, missing)
+        module = importlib.import_module(chosen.module)
+        module.add_arguments(subparsers_by_name[chosen.name])
+        status: int = module.run(parser.parse_args(arguments))
+        return status
+    except HeadlessError as error:
+        print(f"dng: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dng: stopped", file=sys.stderr)
+        return 128 + (received[0] if received else signal.SIGINT)

