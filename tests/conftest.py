@@ -1,0 +1,85 @@
+"""What all tests share: dng_core by its own name, ComfyUI in this process, the pack as ComfyUI loads it, and a server.
+
+The checkout's folder never gets onto sys.path: its nodes/ would hide ComfyUI's module `nodes`. dng_core and the pack
+are loaded by their paths instead.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_package(folder: Path, name: str) -> ModuleType:
+    """Load the package in `folder` as the module `name`, without touching sys.path."""
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[name] = package
+    spec.loader.exec_module(package)
+    return package
+
+
+load_package(ROOT / "dng_core", "dng_core")
+
+from dng_core.headless import server as headless_server  # noqa: E402
+from dng_core.headless.install import managed  # noqa: E402
+from dng_core.headless.locate import Location, comfyui_folder  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def comfyui_location() -> Location:
+    """The ComfyUI that the tests use, run by the Python that runs the tests: DNG_COMFYUI, else the installed one."""
+    named = os.environ.get("DNG_COMFYUI")
+    if not named and not managed().is_whole():
+        pytest.fail("There is no ComfyUI to test with: run `python -m dng_core test`, or set DNG_COMFYUI.")
+    folder = comfyui_folder(Path(named), "DNG_COMFYUI") if named else managed().comfyui
+    return Location(folder, Path(sys.executable), "the tests")
+
+
+@pytest.fixture(scope="session")
+def comfyui(comfyui_location: Location) -> ModuleType:
+    """ComfyUI in this process, ready for real models and samplers; returns its package `comfy`."""
+    import torch
+
+    sys.path.insert(0, str(comfyui_location.path))
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = not torch.cuda.is_available()
+    import comfy.model_management
+    import comfy.sample
+    import comfy.samplers
+
+    return comfy
+
+
+@pytest.fixture(scope="session")
+def pack(comfyui: ModuleType) -> ModuleType:
+    """This node pack, loaded as ComfyUI does it: a package named after its path.
+
+    Its modules are imported with `importlib.import_module(pack.__name__ + ".nodes.bridge")`. Their dng_core is
+    another copy than the tests' own `dng_core`: compare values, not classes.
+    """
+    return load_package(ROOT, str(ROOT).replace(".", "_x_"))
+
+
+@pytest.fixture(scope="session")
+def comfyui_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The log of the session's server."""
+    return tmp_path_factory.mktemp("comfyui") / "comfyui.log"
+
+
+@pytest.fixture(scope="session")
+def comfyui_server(comfyui_location: Location, comfyui_log: Path) -> Iterator[headless_server.Server]:
+    """A real ComfyUI server with this pack loaded, started once for the whole session.
+
+    Run a workflow on it with `dng_core.headless.client.run_workflow(comfyui_server, prompt)`.
+    """
+    with headless_server.comfyui_server(comfyui_location, ROOT, log=comfyui_log) as server:
+        yield server
