@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import NoReturn
 
 from .. import __version__
 from .environment import missing_modules, restart_under
@@ -48,10 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = next((command for command in COMMANDS if arguments[:1] == [command.name]), None)
     received: list[int] = []
 
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)  # one way to stop: whatever handles Ctrl-C in an orderly way handles these
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), interrupt)

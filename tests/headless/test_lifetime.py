@@ -1,0 +1,194 @@
+"""Whatever happens to the runner or to ComfyUI, the user gets a clear message and no process is left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dng_core.headless import server as servers
+from dng_core.headless.client import run_workflow
+from dng_core.headless.errors import HeadlessError
+from dng_core.headless.locate import Location
+from dng_core.headless.process import start_comfyui, stop
+from dng_core.headless.server import comfyui_server, free_port, running_server
+
+from .conftest import FAKE, runs, wait_for
+
+CPU = ["--cpu"]  # spares the search for a GPU, which imports torch
+
+
+@pytest.fixture
+def pids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file in which the fake ComfyUI notes its own process id and its child's."""
+    file = tmp_path / "pids"
+    monkeypatch.setenv("FAKE_PIDS", str(file))
+    return file
+
+
+@pytest.fixture
+def hanging_run(
+    dng: Callable[..., subprocess.Popen[str]], workflow_file: Callable[..., Path], pids: Path, tmp_path: Path
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A `dng run` in the middle of a workflow, and the processes that it started."""
+    log = tmp_path / "out" / "comfyui.log"
+    options = ["--comfyui", str(FAKE), "--cpu", "--output", str(tmp_path / "out")]
+    runner = dng(["run", str(workflow_file("Hang")), *options], os.environ)
+    assert wait_for(lambda: log.is_file() and pids.is_file() and len(pids.read_text().split()) == 2)
+    yield runner, [int(pid) for pid in pids.read_text().split()]
+    runner.kill()
+    runner.communicate()
+
+
+def is_running_the_prompt(runner: subprocess.Popen[str]) -> bool:
+    """Read the runner's messages until it says that it runs the workflow."""
+    assert runner.stderr is not None
+    return any("Running workflow.json" in line for line in iter(runner.stderr.readline, ""))
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_stopped_run_leaves_no_process(
+    hanging_run: tuple[subprocess.Popen[str], list[int]], name: str, status: int, tmp_path: Path
+) -> None:
+    runner, started = hanging_run
+    assert is_running_the_prompt(runner)
+    runner.send_signal(getattr(signal, name))
+    _, messages = runner.communicate(timeout=30)
+    assert runner.returncode == status
+    assert "dng: stopped" in messages
+    assert "Traceback" not in messages
+    assert not any(runs(pid) for pid in started)
+    assert not (tmp_path / "out" / "record.json").exists()
+
+
+def test_a_killed_run_leaves_no_process(hanging_run: tuple[subprocess.Popen[str], list[int]]) -> None:
+    runner, started = hanging_run
+    runner.kill()
+    assert wait_for(lambda: not any(runs(pid) for pid in started))
+
+
+def test_a_run_stopped_while_comfyui_starts_leaves_no_process(
+    hanging_run: tuple[subprocess.Popen[str], list[int]],
+) -> None:
+    runner, started = hanging_run
+    runner.send_signal(signal.SIGINT)
+    runner.communicate(timeout=30)
+    assert runner.returncode == 130
+    assert not any(runs(pid) for pid in started)
+
+
+def test_a_run_after_a_stopped_one_is_unaffected(
+    hanging_run: tuple[subprocess.Popen[str], list[int]],
+    dng: Callable[..., subprocess.Popen[str]],
+    workflow_file: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    runner, _ = hanging_run
+    runner.kill()
+    runner.communicate()
+    options = ["--comfyui", str(FAKE), "--cpu", "--output", str(tmp_path / "out")]
+    again = dng(["run", str(workflow_file("Done")), *options], os.environ)
+    _, messages = again.communicate(timeout=60)
+    assert again.returncode == 0, messages
+    assert (tmp_path / "out" / "record.json").is_file()
+
+
+def test_a_comfyui_that_ignores_requests_to_stop_is_killed(
+    fake: Location, pids: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FAKE_START", "stubborn")
+    process = start_comfyui(fake, ["--port", str(free_port())], tmp_path / "log")
+    assert wait_for(lambda: pids.is_file() and len(pids.read_text().split()) == 2)
+    stop(process, grace_seconds=0.5)
+    assert not any(runs(int(pid)) for pid in pids.read_text().split())
+
+
+def test_an_error_in_the_callers_code_stops_comfyui(fake: Location, pids: Path) -> None:
+    with pytest.raises(ZeroDivisionError), comfyui_server(fake, options=CPU):
+        _ = 1 / 0
+    assert not any(runs(int(pid)) for pid in pids.read_text().split())
+
+
+def test_a_server_that_dies_midway_is_reported_with_the_end_of_its_log(fake: Location) -> None:
+    prompt = {"1": {"class_type": "Die", "inputs": {}}}
+    with comfyui_server(fake, options=CPU) as server, pytest.raises(HeadlessError) as caught:
+        run_workflow(server, prompt)
+    assert "ended unexpectedly (exit status 9)" in str(caught.value)
+    assert "out of memory, says the fake ComfyUI" in str(caught.value)
+
+
+def test_a_server_that_does_not_start_is_reported_with_the_end_of_its_log(
+    fake: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_START", "die")
+    with pytest.raises(HeadlessError, match=r"exit status 3.*\n.*has a bad day"), comfyui_server(fake, options=CPU):
+        pass
+
+
+def test_a_wished_for_port_that_is_in_use_is_named(fake: Location) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(HeadlessError, match=rf"Port {port} is in use[\s\S]*Leave out --port"),
+            comfyui_server(fake, options=CPU, port=port),
+        ):
+            pass
+
+
+def test_losing_the_port_to_another_program_tries_another(
+    fake: Location, pids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_START", "taken")
+    with comfyui_server(fake, options=CPU) as server:
+        assert server.stats["system"]["comfyui_version"] == "fake"
+
+
+def test_another_comfyui_on_the_same_port_is_not_taken_for_ours(
+    fake: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with comfyui_server(fake, options=CPU) as other:
+        monkeypatch.setattr(servers, "START_SECONDS", 1.0)
+        with pytest.raises(HeadlessError, match="did not answer"):
+            servers.wait_until_ready(servers.Server(other.url), ["--user-directory", "ours"])
+
+
+def test_a_server_url_that_nobody_answers_at_is_named() -> None:
+    with pytest.raises(HeadlessError, match=r"No ComfyUI answers at http://127\.0\.0\.1:\d+[\s\S]*--server"):
+        running_server(f"127.0.0.1:{free_port()}")
+
+
+def test_giving_up_on_a_running_server_cancels_our_prompt_alone(fake: Location) -> None:
+    with comfyui_server(fake, options=CPU) as ours:
+        remote = running_server(ours.url)
+        with pytest.raises(HeadlessError, match=r"did not end in 1\.0 s"):
+            run_workflow(remote, {"1": {"class_type": "Hang", "inputs": {}}}, timeout=1.0)
+        cancelled = running_server(ours.url).stats["system"]["cancelled"]
+    assert len(cancelled) == 1
+
+
+def test_an_interruption_by_another_user_of_the_server_is_told(fake: Location) -> None:
+    with comfyui_server(fake, options=CPU) as server, pytest.raises(HeadlessError, match="interrupted at"):
+        run_workflow(server, {"1": {"class_type": "Interrupted", "inputs": {}}})
+
+
+def test_a_server_that_vanishes_is_reported(
+    fake: Location, monkeypatch: pytest.MonkeyPatch, pids: Path
+) -> None:
+    monkeypatch.setattr("dng_core.headless.client.LISTEN_SECONDS", 0.2)
+    with comfyui_server(fake, options=CPU) as ours:
+        remote = running_server(ours.url)  # as if it ran elsewhere: nothing but the connection tells of its end
+        with pytest.raises(HeadlessError, match="no longer answers"):
+            run_workflow(remote, {"1": {"class_type": "Die", "inputs": {}}})
+
+
+def test_the_packs_root_is_kept_from_comfyuis_path(fake: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.setenv("PYTHONPATH", f"{root}{os.pathsep}/elsewhere")
+    with comfyui_server(fake, options=CPU) as server:
+        path = server.stats["system"]["path"]
+    assert path[0] == str(FAKE)
+    assert str(root) not in path
+    assert "/elsewhere" in path
