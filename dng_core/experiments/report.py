@@ -165,7 +165,20 @@ def bar_chart(report: Report, width: int = 960, height: int = 480) -> Image.Imag
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
     font, small = ImageFont.load_default(18), ImageFont.load_default(15)
-    left, right, top, bottom = 64, width - 20, 84, height - 60
+    left, right, bottom = 64, width - 20, height - 60
+    removed = report.class_names[report.forbidden]
+    draw.text((left, 10), f"Share of each class, with {removed} removed", fill=INK, font=font)
+    x, y = float(left), 53
+    for i, row in enumerate(report.rows):
+        label = f"{row.name}: {row.forbidden_share:.1%} still {removed}"
+        length = 20 + draw.textlength(label, font=small)
+        if x > left and x + length > right:
+            x, y = float(left), y + 22
+        draw.rectangle((x, y - 7, x + 14, y + 7), fill=_colour(i))
+        draw.text((x + 20, y), label, fill=INK, font=small, anchor="lm")
+        x += length + 28
+    top = y + 31
+
     shares = [[n / row.images for n in row.histogram.values()] for row in report.rows]
     even = 1 / (len(report.class_names) - 1)
     step = _tick(max(even, *(max(s) for s in shares)))
@@ -195,14 +208,6 @@ def bar_chart(report: Report, width: int = 960, height: int = 480) -> Image.Imag
         draw.text((left + (c + 0.5) * group, bottom + 8), name, fill=colour, font=font, anchor="ma")
     draw.text(((left + right) / 2, height - 8), "class, as the classifier sees it", fill=INK, font=small, anchor="ms")
 
-    removed = report.class_names[report.forbidden]
-    draw.text((left, 10), f"Share of each class, with {removed} removed", fill=INK, font=font)
-    x = float(left)
-    for i, row in enumerate(report.rows):
-        label = f"{row.name}: {row.forbidden_share:.1%} still {removed}"
-        draw.rectangle((x, 46, x + 14, 60), fill=_colour(i))
-        draw.text((x + 20, 53), label, fill=INK, font=small, anchor="lm")
-        x += 20 + draw.textlength(label, font=small) + 28
     return picture
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .networks import Classifier, UNet, UNetConfig
@@ -118,7 +118,7 @@ def _save(path: Path, state_dict: Mapping[str, Tensor], kind: str, info: Denoise
         for k, v in state_dict.items()
     }
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"kind": kind, "info": json.dumps(asdict(info))})
+    partial.write_bytes(save(tensors, metadata={"kind": kind, "info": json.dumps(asdict(info))}))
     os.replace(partial, path)
 
 

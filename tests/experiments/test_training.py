@@ -1,0 +1,158 @@
+"""Training: a seed gives the same weights, stopped and resumed or not; bad checkpoints and options are refused."""
+
+import argparse
+import gzip
+import hashlib
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dng_core.experiments import data, train_command, training
+from dng_core.experiments.networks import UNetConfig
+from dng_core.experiments.training import TrainingConfig, train_classifier, train_denoiser
+from dng_core.experiments.weights import load_classifier, load_denoiser
+
+CPU = torch.device("cpu")
+NETWORK = UNetConfig(8, 1, 32, channel_multipliers=(1,), blocks_per_level=1, attention_levels=(), num_classes=3)
+CONFIG = TrainingConfig(epochs=3.0, batch_size=4, checkpoint_every=2)  # 12 steps on 16 images
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (16, 1, 8, 8), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+
+
+@pytest.fixture
+def labels() -> torch.Tensor:
+    return torch.arange(16) % 3
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
+    """Let training write so many checkpoints, then break off."""
+    original, done = training._save_checkpoint, []
+
+    def save(*args: object) -> None:
+        original(*args)
+        done.append(args)
+        if len(done) == saves:
+            raise Stopped
+
+    monkeypatch.setattr(training, "_save_checkpoint", save)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resumed_denoiser_has_the_weights_of_an_unbroken_run(tmp_path, images, labels, monkeypatch):
+    whole = train_denoiser(images, labels, NETWORK, CONFIG, tmp_path / "whole", CPU)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Stopped):
+            train_denoiser(images, labels, NETWORK, CONFIG, tmp_path / "broken", CPU)
+    resumed = train_denoiser(images, labels, NETWORK, CONFIG, tmp_path / "broken", CPU)
+    assert same(whole.state_dict, resumed.state_dict)
+    assert (whole.loss, whole.steps) == (resumed.loss, 12)
+
+
+def test_resumed_classifier_has_the_weights_of_an_unbroken_run(tmp_path, images, labels, monkeypatch):
+    whole = train_classifier(images, labels, 3, CONFIG, tmp_path / "whole", CPU)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            train_classifier(images, labels, 3, CONFIG, tmp_path / "broken", CPU)
+    assert same(whole.state_dict, train_classifier(images, labels, 3, CONFIG, tmp_path / "broken", CPU).state_dict)
+
+
+def test_a_finished_checkpoint_only_gives_its_weights(tmp_path, images, labels, monkeypatch):
+    first = train_denoiser(images, labels, NETWORK, CONFIG, tmp_path / "checkpoint", CPU)
+    monkeypatch.setattr(training, "_save_checkpoint", lambda *args: pytest.fail("trained on"))
+    again = train_denoiser(images, labels, NETWORK, CONFIG, tmp_path / "checkpoint", CPU)
+    assert same(first.state_dict, again.state_dict)
+    assert again.loss == first.loss
+    assert again.seconds == pytest.approx(first.seconds, abs=0.1)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, images, labels):
+    train_denoiser(images, labels, NETWORK, CONFIG, tmp_path / "checkpoint", CPU)
+    with pytest.raises(ValueError, match="other settings"):
+        train_denoiser(images, labels, NETWORK, replace(CONFIG, seed=1), tmp_path / "checkpoint", CPU)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path, images, labels):
+    (tmp_path / "checkpoint").write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match=r"damaged.*remove"):
+        train_denoiser(images, labels, NETWORK, CONFIG, tmp_path / "checkpoint", CPU)
+
+
+@pytest.mark.parametrize("change", [{"epochs": 0}, {"batch_size": -1}, {"learning_rate": float("nan")}, {"seed": -1}])
+def test_settings_out_of_range_are_named(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        replace(CONFIG, **change)
+
+
+@pytest.fixture
+def mnist_like(tmp_path, monkeypatch) -> Path:
+    """A folder of 64 + 64 random "digits" in MNIST's file format, accepted by their own checksums."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(2)
+    for split in ("train", "t10k"):
+        pixels = torch.randint(0, 256, (64, 28, 28), generator=generator).to(torch.uint8).numpy().tobytes()
+        contents = {
+            f"{split}-images-idx3-ubyte": struct.pack(">IIII", 2051, 64, 28, 28) + pixels,
+            f"{split}-labels-idx1-ubyte": struct.pack(">II", 2049, 64) + bytes(i % 10 for i in range(64)),
+        }
+        for name, content in contents.items():
+            monkeypatch.setitem(data.MNIST_MD5, name, hashlib.md5(content).hexdigest())
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+    return folder
+
+
+def dng_train(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    train_command.add_arguments(parser)
+    return train_command.run(parser.parse_args([str(a) for a in arguments]))
+
+
+def test_command_trains_a_denoiser_and_writes_a_record(mnist_like, tmp_path):
+    output = tmp_path / "out"
+    options = ("--epochs", 1, "--batch-size", 32, "--device", "cpu")
+    assert dng_train("denoiser", "--data", mnist_like, "--output", output, *options) == 0
+    model, info = load_denoiser(output / "mnist_denoiser.safetensors")
+    assert info.class_names == tuple("0123456789")
+    assert model(torch.zeros(1, 1, 28, 28), torch.tensor([5]), torch.tensor([10])).shape == (1, 1, 28, 28)
+    record = json.loads((output / "mnist_denoiser.json").read_text())
+    assert record["steps"] == 2
+    assert "dng train denoiser" in record["command"]
+    assert "--epochs 1 --batch-size 32 --learning-rate 0.0008 --seed 0" in record["command"]
+
+
+def test_command_trains_a_classifier_and_records_its_accuracy(mnist_like, tmp_path):
+    output = tmp_path / "out"
+    assert dng_train("classifier", "--data", mnist_like, "--output", output, "--epochs", 1, "--device", "cpu") == 1
+    options = ("--epochs", 1, "--batch-size", 32, "--device", "cpu")
+    assert dng_train("classifier", "--data", mnist_like, "--output", output, *options) == 0
+    model, info = load_classifier(output / "mnist_classifier.safetensors")
+    assert model(torch.zeros(2, info.in_channels, info.image_size, info.image_size)).shape == (2, 10)
+    assert 0 <= json.loads((output / "mnist_classifier.json").read_text())["test_accuracy"] <= 1
+
+
+def test_command_says_what_is_wrong_with_the_data(tmp_path, capsys):
+    assert dng_train("denoiser", "--data", tmp_path, "--output", tmp_path / "out") == 1
+    assert "IDX files" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_data_is_refused(mnist_like, tmp_path, capsys):
+    (mnist_like / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"something else"))
+    assert dng_train("denoiser", "--data", mnist_like, "--output", tmp_path / "out") == 1
+    assert "not MNIST's" in capsys.readouterr().err
