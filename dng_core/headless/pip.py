@@ -12,6 +12,7 @@ from .errors import HeadlessError
 SHOWN = ("Collecting", "Downloading", "Building", "Installing", "Saved")
 LINE_WIDTH = 100
 TAIL_LINES = 15
+PYTHON = f"Python {sys.version_info.major}.{sys.version_info.minor} on {sys.platform}"
 
 # What pip prints, and what that means; the first that matches is the reason.
 REASONS = (
@@ -28,15 +29,20 @@ REASONS = (
     ),
     (
         r"NewConnectionError|Max retries exceeded|name resolution|ConnectionError|ReadTimeout|ProxyError|SSLError"
-        r"|Network is unreachable|Connection refused|Looking in links: \S*\s*ERROR: Could not find",
+        r"|Network is unreachable|Connection refused",
         "the package index cannot be reached.",
         "Check the network (pip's proxy and index settings apply) and run the command again, or name a ComfyUI that "
         "you have with --comfyui.",
     ),
     (
+        r"\(from versions: none\)",
+        f"the package index cannot be reached, or has nothing for {PYTHON}.",
+        "Check the network (pip's proxy and index settings apply) and run the command again with Python 3.11, 3.12 or "
+        "3.13, or name a ComfyUI that you have with --comfyui.",
+    ),
+    (
         r"No matching distribution found|Could not find a version",
-        f"the package index has no fitting release for Python {sys.version_info.major}.{sys.version_info.minor}"
-        f" on {sys.platform}.",
+        f"the package index has no fitting release for {PYTHON}.",
         "Use Python 3.11, 3.12 or 3.13, or name a ComfyUI that you have with --comfyui.",
     ),
 )

@@ -174,9 +174,7 @@ def test_an_interruption_by_another_user_of_the_server_is_told(fake: Location) -
         run_workflow(server, {"1": {"class_type": "Interrupted", "inputs": {}}})
 
 
-def test_a_server_that_vanishes_is_reported(
-    fake: Location, monkeypatch: pytest.MonkeyPatch, pids: Path
-) -> None:
+def test_a_server_that_vanishes_is_reported(fake: Location, monkeypatch: pytest.MonkeyPatch, pids: Path) -> None:
     monkeypatch.setattr("dng_core.headless.client.LISTEN_SECONDS", 0.2)
     with comfyui_server(fake, options=CPU) as ours:
         remote = running_server(ours.url)  # as if it ran elsewhere: nothing but the connection tells of its end

