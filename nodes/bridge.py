@@ -1,0 +1,229 @@
+"""Where a ComfyUI sampling run meets dng_core: frames, one batch for all predictions, and the life of a run's state.
+
+A run begins when ComfyUI calls a guider's ``outer_sample`` and dies with it. Its hooks live in the guider's
+``model_options``, which ComfyUI copies for every run, so nothing is left behind on the model.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import comfy.model_sampling
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..dng_core.guidance import NegativeGuidance, Trace
+from ..dng_core.kernels import NoiseFrame
+from ..dng_core.schedules import DDPMSchedule
+from ..dng_core.settings import Settings
+
+Reference = Literal["auto", "positive", "cfg"]
+REFERENCES: tuple[Reference, ...] = ("auto", "positive", "cfg")
+
+
+@dataclass(frozen=True)
+class Concept:
+    """Something to avoid: its conditioning as it came through the wire, and how to guide away from it."""
+
+    conditioning: list
+    settings: Settings
+    reference: Reference = "auto"
+
+    @property
+    def active(self) -> bool:
+        return bool(self.conditioning) and self.settings.guidance_scale > 0
+
+
+class Run:
+    """One guided sampling run: the hooks that ComfyUI calls, and the guidance that they feed."""
+
+    def __init__(self, keys: Sequence[str], reference: Reference, guidance: NegativeGuidance) -> None:
+        self._keys = keys
+        self._reference = reference
+        self._guidance = guidance
+        self._entries: list[list[dict]] = []
+        self._inner_calc = None
+        self._raw: tuple[Tensor, Tensor | None, list[Tensor | None]] | None = None
+        self._level = 0.0
+
+    def install(self, guider: comfy.samplers.CFGGuider) -> None:
+        """Hook into this run's options. Patches that are already there keep working, and see the unguided predictions."""
+        options = guider.model_options
+        self._guider = guider
+        self._inner_calc = options.get("sampler_calc_cond_batch_function")
+        options["sampler_calc_cond_batch_function"] = self.calc_cond_batch
+        options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", []), self.post_cfg]
+
+    def calc_cond_batch(self, args: dict) -> list[Tensor]:
+        """Evaluate the sampler's own conditionings and the undesired ones, in one batch where ComfyUI finds room."""
+        conds, x, sigma = args["conds"], args["input"], args["sigma"]
+        self._level = float(sigma.flatten()[0])
+        undesired = [self._guider.conds[key] for key in self._keys]
+        active = [[c for c in entries if _in_range(c, self._level)] for entries in undesired]
+        evaluated = [entries for entries in active if entries]
+
+        if self._inner_calc is not None:
+            out = list(self._inner_calc(args))
+            extra = self._calc(args, evaluated) if evaluated else []
+        else:
+            both = self._calc(args, [*conds, *evaluated])
+            out, extra = both[: len(conds)], both[len(conds) :]
+
+        remaining = iter(extra)
+        negatives = [next(remaining) if entries else None for entries in active]
+        self._raw = out[0], out[1] if conds[1] is not None else None, negatives
+        self._entries = active
+        return out
+
+    def post_cfg(self, args: dict) -> Tensor:
+        """Push what the sampler would use without DNG away from the undesired concepts."""
+        if self._raw is None:
+            raise RuntimeError("a patch on this model skipped the evaluation that Dynamic Negative Guidance needs")
+        positive, unconditional, negatives = self._raw
+        self._raw = None
+        base, state = args["denoised"], args["input"]
+        if self._reference == "cfg":
+            reference = base
+        elif self._reference == "positive" or unconditional is None:
+            reference = positive
+        else:
+            reference = unconditional
+        present = [
+            reference if negative is None else _where_covered(negative, reference, entries)
+            for negative, entries in zip(negatives, self._entries, strict=True)
+        ]
+        return self._guidance(state, self._level, base, reference, present)
+
+    def trace(self) -> Trace:
+        return self._guidance.trace()
+
+    @staticmethod
+    def _calc(args: dict, conds: list) -> list[Tensor]:
+        return comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], args["model_options"])
+
+
+def begin_run(
+    guider: comfy.samplers.CFGGuider,
+    concepts: Sequence[Concept],
+    keys: Sequence[str],
+    sampler: comfy.samplers.Sampler,
+    sigmas: Tensor,
+    latent_shape: Sequence[int],
+    denoise_mask: Tensor | None,
+) -> Run:
+    """Set up guidance for the run that ``guider`` is about to begin; its conds must hold the undesired ones by key.
+
+    Raises ValueError where the guider, the sampler or the model cannot be tracked.
+    """
+    name = type(guider).__name__
+    if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
+        raise ValueError(
+            f"Dynamic Negative Guidance does not work with the guider {name}, which combines predictions in its own "
+            "way; use CFGGuider, BasicGuider or a KSampler"
+        )
+    references = {concept.reference for concept in concepts}
+    if len(references) > 1:
+        raise ValueError(f"all chained concepts must share one reference, not {', '.join(sorted(references))}")
+    sampler_name = getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__)
+    if "lcm" in sampler_name:
+        raise ValueError(
+            "the sampler lcm cannot be tracked by Dynamic Negative Guidance, since it draws a new image at every "
+            "step; choose another, such as euler_ancestral or dpmpp_2m"
+        )
+    if "cfg_pp" in sampler_name and guider.conds.get("negative") is None:
+        raise ValueError(f"the sampler {sampler_name} needs an unconditional conditioning; connect `unconditional`")
+
+    model_sampling = guider.model_patcher.get_model_object("model_sampling")
+    for key in keys:
+        guider.conds[key] = [_area_to_mask(c, latent_shape) for c in guider.conds[key]]
+    adaptive = any(kind in sampler_name for kind in ("dpm_fast", "dpm_adaptive"))
+    guidance = NegativeGuidance(
+        [concept.settings for concept in concepts],
+        chain=_training_chain(model_sampling),
+        frame=_noise_frame(model_sampling),
+        levels=None if adaptive else [level for level in sigmas.tolist() if level > 0],
+        weight=denoise_mask,
+    )
+    run = Run(keys, references.pop(), guidance)
+    run.install(guider)
+    return run
+
+
+def check_conditioning(conditioning: list, name: str, positive: list | None = None, batch: int | None = None) -> None:
+    """Raise ValueError, naming the input, where a conditioning is not finite or does not fit its neighbours."""
+    for embedding, _ in conditioning:
+        if embedding is None:
+            continue
+        if not bool(torch.isfinite(embedding).all()):
+            raise ValueError(f"the conditioning `{name}` holds NaN or infinite values; encode the prompt again")
+        if batch is not None and embedding.shape[0] not in (1, batch):
+            raise ValueError(
+                f"the conditioning `{name}` is a batch of {embedding.shape[0]}, the latent one of {batch}; use one "
+                "prompt for all images or one for each"
+            )
+    widths = {c[0].shape[-1] for c in positive or [] if c[0] is not None}
+    for embedding, _ in conditioning:
+        if embedding is not None and widths and embedding.shape[-1] not in widths:
+            raise ValueError(
+                f"the conditioning `{name}` is {embedding.shape[-1]} wide but `positive` {widths.pop()}: they come from "
+                "text encoders of different model families; encode both with the CLIP that belongs to the model"
+            )
+
+
+def _noise_frame(model_sampling: object) -> NoiseFrame:
+    kinds = (comfy.model_sampling.IMG_TO_IMG, comfy.model_sampling.IMG_TO_IMG_FLOW)
+    if isinstance(model_sampling, kinds):
+        raise ValueError(
+            "image-to-image models (such as Lotus) follow no noise schedule that Dynamic Negative Guidance can track"
+        )
+    if isinstance(model_sampling, comfy.model_sampling.CONST):
+        return NoiseFrame("flow", float(getattr(model_sampling, "noise_scale", 1.0)))
+    return NoiseFrame("ve")
+
+
+def _training_chain(model_sampling: object) -> DDPMSchedule:
+    """The model's own discrete chain; DDPM's linear one, as a function of sigma, for models that have none."""
+    discrete = isinstance(model_sampling, comfy.model_sampling.ModelSamplingDiscrete)
+    if not discrete or isinstance(model_sampling, comfy.model_sampling.CONST):
+        return DDPMSchedule.named("linear")
+    alpha_bars = 1 / (model_sampling.sigmas.cpu().double() ** 2 + 1)
+    betas = 1 - alpha_bars / torch.cat([alpha_bars.new_ones(1), alpha_bars[:-1]])
+    return DDPMSchedule(betas)
+
+
+def _in_range(entry: dict, level: float) -> bool:
+    """Whether a conditioning applies at a noise level, as ComfyUI decides it from its timestep range."""
+    return entry.get("timestep_end", -math.inf) <= level <= entry.get("timestep_start", math.inf)
+
+
+def _area_to_mask(entry: dict, latent_shape: Sequence[int]) -> dict:
+    """An entry whose area has become a mask: ComfyUI copies areas to the other conditionings, which must not happen."""
+    entry = {**entry, "set_area_to_bounds": False}
+    area = entry.pop("area", None)
+    if area is None:
+        return entry
+    sizes = list(latent_shape[2:])
+    if area[0] == "percentage":
+        fractions = list(area[1:])
+        used = sizes[-(len(fractions) // 2) :]
+        extent = [max(1, round(f * s)) for f, s in zip(fractions[: len(used)], used, strict=True)]
+        area = [*extent, *(round(f * s) for f, s in zip(fractions[len(used) :], used, strict=True))]
+    dims = len(area) // 2
+    mask = torch.zeros(1, *sizes)
+    window = tuple(slice(start, start + size) for size, start in zip(area[:dims], area[dims:], strict=True))
+    mask[(..., *window)] = 1.0
+    if "mask" in entry:
+        mask = mask * comfy.utils.reshape_mask(entry["mask"], (1, 1, *sizes))[:, 0].to(mask)
+    return {**entry, "mask": mask}
+
+
+def _where_covered(negative: Tensor, reference: Tensor, entries: list[dict]) -> Tensor:
+    """``negative``, but the reference where no entry's mask reaches: ComfyUI leaves zeros there."""
+    if any("mask" not in entry for entry in entries):
+        return negative
+    covered = torch.zeros_like(negative, dtype=torch.bool)
+    for entry in entries:
+        covered = covered | (entry["mask"].unsqueeze(1) > 0)
+    return torch.where(covered, negative, reference)

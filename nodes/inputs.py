@@ -1,0 +1,119 @@
+"""The DNG settings as node inputs, shared by every node that guides."""
+
+from comfy_api.latest import io
+
+from ..dng_core.settings import METHODS, OFFSET_FORMS, Settings
+from .bridge import REFERENCES
+
+TRACE = io.Custom("DNG_TRACE")
+
+DEFAULTS = Settings()
+
+
+def settings_inputs() -> list[io.Input]:
+    """One input per field of Settings that users set, the rarely used ones folded away."""
+    return [
+        io.Float.Input(
+            "guidance_scale",
+            default=DEFAULTS.guidance_scale,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.001,
+            tooltip="lambda_0: how hard to push away once the image turns into what is to be avoided. 1 is exact, "
+            "more is safer, 0 switches guidance off.",
+        ),
+        io.Float.Input(
+            "prior",
+            default=DEFAULTS.prior,
+            min=0.0001,
+            max=0.99,
+            step=0.01,
+            round=0.0001,
+            tooltip="The share of images that you expect to show the undesired thing without guidance. If in doubt, "
+            "choose it too high rather than too low.",
+        ),
+        io.Float.Input(
+            "temperature",
+            default=DEFAULTS.temperature,
+            min=0.0,
+            max=10.0,
+            step=0.05,
+            round=0.001,
+            advanced=True,
+            tooltip="tau: how far each step's evidence moves the posterior. 1 is exact; less makes it slower, which "
+            "helps with models whose errors add up, and with large latents.",
+        ),
+        io.Float.Input(
+            "offset",
+            default=DEFAULTS.offset,
+            min=0.0,
+            max=100.0,
+            step=0.0001,
+            round=0.000001,
+            advanced=True,
+            tooltip="delta: a steady upward drift of the posterior, which switches guidance on earlier. 0 is exact. "
+            "Its unit is that of offset_form.",
+        ),
+        io.Combo.Input(
+            "offset_form",
+            options=list(OFFSET_FORMS),
+            default=DEFAULTS.offset_form,
+            advanced=True,
+            tooltip="integrated: the paper's delta at 1000 steps, the same at every step count. total: nats added to "
+            "the log-posterior over a whole run. per_step: as in the paper's Algorithm 2, once per step taken.",
+        ),
+        io.Float.Input(
+            "p_min",
+            default=DEFAULTS.p_min,
+            min=1e-12,
+            max=0.99,
+            step=0.000001,
+            round=0.0000000001,
+            advanced=True,
+            tooltip="The posterior never falls below this, so that it can rise again.",
+        ),
+        io.Float.Input(
+            "p_max",
+            default=DEFAULTS.p_max,
+            min=0.01,
+            max=0.999999,
+            step=0.01,
+            round=0.000001,
+            advanced=True,
+            tooltip="The posterior never rises above this, which bounds the push: guidance_scale * p / (1 - p).",
+        ),
+        io.Float.Input(
+            "max_scale",
+            default=DEFAULTS.max_scale,
+            min=0.01,
+            max=100000.0,
+            step=1.0,
+            round=0.01,
+            advanced=True,
+            tooltip="A cap on the push guidance_scale * p / (1 - p), whatever the posterior.",
+        ),
+        io.Combo.Input(
+            "method",
+            options=list(METHODS),
+            default=DEFAULTS.method,
+            advanced=True,
+            tooltip="dng: dynamic, by the posterior. For comparison: negative_prompting pushes at guidance_scale all "
+            "the time; safe_latent_diffusion masks the push per element.",
+        ),
+        io.Combo.Input(
+            "reference",
+            options=list(REFERENCES),
+            default=REFERENCES[0],
+            advanced=True,
+            tooltip="What the undesired prediction is compared with. auto: the unconditional prediction where there "
+            "is one, else the positive. positive: the positive alone; then encode the undesired prompt together with "
+            "the positive one. cfg: the CFG mix, as in public scripts of the paper.",
+        ),
+    ]
+
+
+def split_settings(values: dict) -> tuple[Settings, str]:
+    """Node inputs by name -> validated settings, and the choice of reference."""
+    reference = values.pop("reference")
+    return Settings(**values), reference

@@ -1,0 +1,81 @@
+"""Dynamic Negative Guidance: the model patch that adds DNG to any stock sampler."""
+
+from dataclasses import dataclass
+
+import comfy.sampler_helpers
+from comfy.patcher_extension import WrappersMP
+from comfy_api.latest import io
+
+from .bridge import Concept, begin_run, check_conditioning
+from .inputs import settings_inputs, split_settings
+
+WRAPPER_KEY = "dynamic_negative_guidance"
+
+
+@dataclass(frozen=True)
+class GuidedRuns:
+    """An OUTER_SAMPLE wrapper that guides every run of the patched model away from its concepts."""
+
+    concepts: tuple[Concept, ...]
+
+    def __call__(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+        guider = executor.class_obj
+        keys = [f"dng_{i}" for i in range(len(self.concepts))]
+        for key, concept in zip(keys, self.concepts, strict=True):
+            check_conditioning(concept.conditioning, "negative", batch=noise.shape[0])
+            guider.conds[key] = comfy.sampler_helpers.convert_cond(concept.conditioning)
+        begin_run(guider, self.concepts, keys, sampler, sigmas, noise.shape, denoise_mask)
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+
+
+def has_dng_patch(model) -> bool:
+    return bool(model.get_wrappers(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY))
+
+
+def patch_model(model, concept: Concept):
+    """A clone of ``model`` that is guided away from ``concept`` too; the model itself where guidance is off."""
+    if not concept.active:
+        return model
+    check_conditioning(concept.conditioning, "negative")
+    if comfy.sampler_helpers.cond_has_hooks(concept.conditioning):
+        raise ValueError(
+            "the conditioning `negative` carries hooks (such as a LoRA on the prompt), which ComfyUI registers before "
+            "a model patch can add it; use KSampler (DNG) or DNG Guider instead"
+        )
+    patched = model.clone()
+    earlier = patched.get_wrappers(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY)
+    concepts = (*(earlier[0].concepts if earlier else ()), concept)
+    patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY)
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, GuidedRuns(concepts))
+    return patched
+
+
+class DynamicNegativeGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DynamicNegativeGuidance",
+            display_name="Dynamic Negative Guidance",
+            category="DNG",
+            description="Patches a model so that every stock sampler avoids `negative`, dynamically. The sampler's own "
+            "positive and negative keep their meaning. Works at cfg 1 too. Chain several to avoid several things.",
+            search_aliases=["dng", "negative prompt", "avoid", "model patch", "cfg 1 negative", "distilled negative"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to patch. Other patches on it keep working."),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="What the images should not show. Not connected: the model passes through unchanged.",
+                ),
+                *settings_inputs(),
+            ],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="The patched model, for any stock sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model, negative=None, **values) -> io.NodeOutput:
+        concept = Concept(negative or [], *split_settings(values))
+        return io.NodeOutput(patch_model(model, concept))
+
+
+NODES = [DynamicNegativeGuidance]

@@ -1,0 +1,285 @@
+"""KSampler (DNG), KSampler Advanced (DNG), DNG Guider, and the trace of a run."""
+
+import math
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy_api.latest import io
+from nodes import common_ksampler
+
+from .bridge import Concept, begin_run, check_conditioning
+from .inputs import TRACE, settings_inputs, split_settings
+from .patch import has_dng_patch
+
+POSITIVE_TIP = "What the image should show."
+NEGATIVE_TIP = "What the image should not show. Guidance switches on only for images that are turning into it."
+UNCONDITIONAL_TIP = (
+    "The conditioning that classifier-free guidance extrapolates from, usually an empty prompt. Needed at any cfg "
+    "other than 1; also the best reference to compare `negative` with."
+)
+
+
+class NegativeGuider(comfy.samplers.CFGGuider):
+    """A CFGGuider that also guides away from a concept. ``trace`` is that of the last run; None if it was unguided."""
+
+    def __init__(self, model, positive, concept: Concept, unconditional, cfg: float) -> None:
+        super().__init__(model)
+        if has_dng_patch(model):
+            raise ValueError(
+                "the model already carries a Dynamic Negative Guidance patch; use either the patch with a stock "
+                "sampler or a DNG sampler with the unpatched model, or the push would be applied twice"
+            )
+        if not math.isclose(cfg, 1.0) and unconditional is None:
+            raise ValueError(
+                f"cfg is {cfg:g}, which needs an unconditional prediction: connect `unconditional` (usually an empty "
+                "prompt), or set cfg to 1. `negative` is what to avoid here, so it cannot stand in for it"
+            )
+        check_conditioning(concept.conditioning, "negative", positive)
+        self.trace = None
+        self._concepts = [concept] if concept.active else []
+        conds = {"positive": positive}
+        if unconditional is not None:
+            conds["negative"] = unconditional
+        self._keys = [f"dng_{i}" for i in range(len(self._concepts))]
+        self.inner_set_conds(conds | {k: c.conditioning for k, c in zip(self._keys, self._concepts, strict=True)})
+        self.set_cfg(cfg)
+
+    def outer_sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+        self.trace = None
+        if not self._concepts:
+            return super().outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        for concept in self._concepts:
+            check_conditioning(concept.conditioning, "negative", batch=noise.shape[0])
+        run = begin_run(self, self._concepts, self._keys, sampler, sigmas, noise.shape, denoise_mask)
+        samples = super().outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        self.trace = run.trace()
+        return samples
+
+
+def sample_with_dng(
+    model,
+    seed: int,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+    scheduler: str,
+    positive,
+    concept: Concept,
+    unconditional,
+    latent: dict,
+    denoise: float = 1.0,
+    disable_noise: bool = False,
+    start_step: int | None = None,
+    last_step: int | None = None,
+    force_full_denoise: bool = False,
+):
+    """ComfyUI's ``common_ksampler`` with a concept to avoid: (LATENT, trace or None).
+
+    With guidance off it is ``common_ksampler``, with the unconditional in the negative's place.
+    """
+    guider = NegativeGuider(model, positive, concept, unconditional, cfg)
+    if not concept.active:
+        negative = positive if unconditional is None else unconditional
+        (out,) = common_ksampler(
+            model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, denoise=denoise,
+            disable_noise=disable_noise, start_step=start_step, last_step=last_step,
+            force_full_denoise=force_full_denoise,
+        )  # fmt: skip
+        return out, None
+
+    latent_image = comfy.sample.fix_empty_latent_channels(
+        model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
+    )
+    out = {k: v for k, v in latent.items() if k not in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
+    sigmas = _sigmas(model, steps, sampler_name, scheduler, denoise, start_step, last_step, force_full_denoise)
+    if len(sigmas) < 2:
+        return {**out, "samples": latent_image}, None
+    if disable_noise:
+        noise = torch.zeros(latent_image.size(), dtype=latent_image.dtype, layout=latent_image.layout, device="cpu")
+    else:
+        noise = comfy.sample.prepare_noise(latent_image, seed, latent.get("batch_index"))
+    samples = guider.sample(
+        noise,
+        latent_image,
+        comfy.samplers.sampler_object(sampler_name),
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    samples = samples.to(comfy.model_management.intermediate_device(), comfy.model_management.intermediate_dtype())
+    return {**out, "samples": samples}, guider.trace
+
+
+def _sigmas(model, steps, sampler_name, scheduler, denoise, start_step, last_step, force_full_denoise):
+    sigmas = comfy.samplers.KSampler(
+        model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options
+    ).sigmas
+    if last_step is not None and last_step < len(sigmas) - 1:
+        sigmas = sigmas[: last_step + 1].clone()
+        if force_full_denoise:
+            sigmas[-1] = 0
+    return sigmas[start_step or 0 :]
+
+
+class KSamplerDNG(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KSamplerDNG",
+            display_name="KSampler (DNG)",
+            category="DNG",
+            description="KSampler with Dynamic Negative Guidance: `negative` is pushed away only in images that are "
+            "turning into it, and only while they are.",
+            search_aliases=["dynamic negative guidance", "dng", "ksampler", "negative prompt", "sampler"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model used for denoising the input latent."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="The random seed used for creating the noise. Noise does not depend on the guidance.",
+                ),  # fmt: skip
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The number of denoising steps."),
+                io.Float.Input(
+                    "cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    tooltip="Classifier-free guidance scale. At any value other than 1, connect `unconditional`.",
+                ),  # fmt: skip
+                io.Combo.Input(
+                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS,
+                    tooltip="The sampling algorithm. Ancestral and SDE samplers are tracked exactly; lcm is refused.",
+                ),  # fmt: skip
+                io.Combo.Input(
+                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How noise is removed over the steps."
+                ),
+                io.Conditioning.Input("positive", tooltip=POSITIVE_TIP),
+                io.Conditioning.Input("negative", tooltip=NEGATIVE_TIP),
+                io.Latent.Input("latent_image", tooltip="The latent image to denoise."),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="The amount of denoising applied; lower values keep more of the input latent.",
+                ),  # fmt: skip
+                *settings_inputs(),
+                io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="LATENT", tooltip="The denoised latent."),
+                TRACE.Output(display_name="trace", tooltip="Sigma, posterior and guidance scale per step and image."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,
+        unconditional=None, **values,
+    ) -> io.NodeOutput:  # fmt: skip
+        concept = Concept(negative, *split_settings(values))
+        return io.NodeOutput(
+            *sample_with_dng(
+                model, seed, steps, cfg, sampler_name, scheduler, positive, concept, unconditional, latent_image, denoise
+            )
+        )
+
+
+class KSamplerAdvancedDNG(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KSamplerAdvancedDNG",
+            display_name="KSampler Advanced (DNG)",
+            category="DNG",
+            description="KSampler (Advanced) with Dynamic Negative Guidance.",
+            search_aliases=["dynamic negative guidance", "dng", "ksampler advanced", "negative prompt"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model used for denoising the input latent."),
+                io.Combo.Input(
+                    "add_noise", options=["enable", "disable"], advanced=True,
+                    tooltip="Whether to add noise to the latent before the first step.",
+                ),  # fmt: skip
+                io.Int.Input(
+                    "noise_seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="The random seed used for creating the noise.",
+                ),  # fmt: skip
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The number of denoising steps."),
+                io.Float.Input(
+                    "cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    tooltip="Classifier-free guidance scale. At any value other than 1, connect `unconditional`.",
+                ),  # fmt: skip
+                io.Combo.Input(
+                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS,
+                    tooltip="The sampling algorithm. Ancestral and SDE samplers are tracked exactly; lcm is refused.",
+                ),  # fmt: skip
+                io.Combo.Input(
+                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How noise is removed over the steps."
+                ),
+                io.Conditioning.Input("positive", tooltip=POSITIVE_TIP),
+                io.Conditioning.Input("negative", tooltip=NEGATIVE_TIP),
+                io.Latent.Input("latent_image", tooltip="The latent image to denoise."),
+                io.Int.Input(
+                    "start_at_step", default=0, min=0, max=10000, advanced=True, tooltip="The first step to take."
+                ),
+                io.Int.Input(
+                    "end_at_step", default=10000, min=0, max=10000, advanced=True, tooltip="The step to stop before."
+                ),
+                io.Combo.Input(
+                    "return_with_leftover_noise", options=["disable", "enable"], advanced=True,
+                    tooltip="Whether to keep the noise that is left at the last step.",
+                ),  # fmt: skip
+                *settings_inputs(),
+                io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="LATENT", tooltip="The denoised latent."),
+                TRACE.Output(display_name="trace", tooltip="Sigma, posterior and guidance scale per step and image."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, add_noise, noise_seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image,
+        start_at_step, end_at_step, return_with_leftover_noise, unconditional=None, **values,
+    ) -> io.NodeOutput:  # fmt: skip
+        concept = Concept(negative, *split_settings(values))
+        return io.NodeOutput(
+            *sample_with_dng(
+                model, noise_seed, steps, cfg, sampler_name, scheduler, positive, concept, unconditional, latent_image,
+                disable_noise=add_noise == "disable",
+                start_step=start_at_step,
+                last_step=end_at_step,
+                force_full_denoise=return_with_leftover_noise == "disable",
+            )
+        )  # fmt: skip
+
+
+class DNGGuider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DNGGuider",
+            display_name="DNG Guider",
+            category="DNG",
+            description="A guider with Dynamic Negative Guidance, for SamplerCustomAdvanced.",
+            search_aliases=["dynamic negative guidance", "dng", "cfg guider", "guider"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model used for denoising."),
+                io.Conditioning.Input("positive", tooltip=POSITIVE_TIP),
+                io.Conditioning.Input("negative", tooltip=NEGATIVE_TIP),
+                io.Float.Input(
+                    "cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    tooltip="Classifier-free guidance scale. At any value other than 1, connect `unconditional`.",
+                ),  # fmt: skip
+                *settings_inputs(),
+                io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
+            ],
+            outputs=[io.Guider.Output(display_name="GUIDER", tooltip="Connect to SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, cfg, unconditional=None, **values) -> io.NodeOutput:
+        concept = Concept(negative, *split_settings(values))
+        return io.NodeOutput(NegativeGuider(model, positive, concept, unconditional, cfg))
+
+
+NODES = [KSamplerDNG, KSamplerAdvancedDNG, DNGGuider]
