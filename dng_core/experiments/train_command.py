@@ -157,7 +157,6 @@ def _record(
         "seed": config.seed,
         "steps": result.steps,
         "loss": result.loss,
-        "parameters": sum(v.numel() for v in result.state_dict.values() if v.is_floating_point()),
         "seconds": round(result.seconds),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
