@@ -132,7 +132,9 @@ class PosteriorTracker:
         offset = offset_increment(self.settings, kernel, self._integrated)
         return self._clamp(top.log_posterior + self.settings.temperature * increment + offset)
 
-    def anchor(self, state: Tensor, level: float, negative: Tensor, reference: Tensor, log_posterior: Tensor, scale: Tensor) -> None:
+    def anchor(
+        self, state: Tensor, level: float, negative: Tensor, reference: Tensor, log_posterior: Tensor, scale: Tensor
+    ) -> None:
         """Let the chain continue from this point, where the two predictions are known, if it is on the schedule.
 
         ``log_posterior`` and ``scale``, (batch,), are those of this point. The tensors are kept, not copied.

@@ -63,7 +63,9 @@ class Settings:
         self._check("p_min", 0 < self.p_min < 1, "between 0 and 1, exclusive")
         self._check("p_max", 0 < self.p_max < 1, "between 0 and 1, exclusive")
         self._check("p_min", self.p_min < self.p_max, f"less than p_max ({self.p_max})")
-        self._check("prior", self.p_min <= self.prior <= self.p_max, f"within [p_min, p_max] = [{self.p_min}, {self.p_max}]")
+        self._check(
+            "prior", self.p_min <= self.prior <= self.p_max, f"within [p_min, p_max] = [{self.p_min}, {self.p_max}]"
+        )
         self._check("max_scale", self.max_scale > 0, "greater than 0")
         self._check("sld_momentum_decay", 0 <= self.sld_momentum_decay < 1, "at least 0 and less than 1")
         self._check("sld_warmup_scale", self.sld_warmup_scale >= 0, "at least 0")

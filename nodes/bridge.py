@@ -101,7 +101,9 @@ class Run:
 
     @staticmethod
     def _calc(args: dict, conds: list) -> list[Tensor]:
-        return comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], args["model_options"])
+        return comfy.samplers.calc_cond_batch(
+            args["model"], conds, args["input"], args["sigma"], args["model_options"]
+        )
 
 
 def begin_run(

@@ -84,10 +84,21 @@ def sample_with_dng(
     if not concept.active:
         negative = positive if unconditional is None else unconditional
         (out,) = common_ksampler(
-            model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, denoise=denoise,
-            disable_noise=disable_noise, start_step=start_step, last_step=last_step,
+            model,
+            seed,
+            steps,
+            cfg,
+            sampler_name,
+            scheduler,
+            positive,
+            negative,
+            latent,
+            denoise=denoise,
+            disable_noise=disable_noise,
+            start_step=start_step,
+            last_step=last_step,
             force_full_denoise=force_full_denoise,
-        )  # fmt: skip
+        )
         return out, None
 
     latent_image = comfy.sample.fix_empty_latent_channels(
@@ -139,28 +150,44 @@ class KSamplerDNG(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model used for denoising the input latent."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
                     tooltip="The random seed used for creating the noise. Noise does not depend on the guidance.",
-                ),  # fmt: skip
+                ),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The number of denoising steps."),
                 io.Float.Input(
-                    "cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    "cfg",
+                    default=8.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
                     tooltip="Classifier-free guidance scale. At any value other than 1, connect `unconditional`.",
-                ),  # fmt: skip
+                ),
                 io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS,
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
                     tooltip="The sampling algorithm. Ancestral and SDE samplers are tracked exactly; lcm is refused.",
-                ),  # fmt: skip
+                ),
                 io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How noise is removed over the steps."
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    tooltip="How noise is removed over the steps.",
                 ),
                 io.Conditioning.Input("positive", tooltip=POSITIVE_TIP),
                 io.Conditioning.Input("negative", tooltip=NEGATIVE_TIP),
                 io.Latent.Input("latent_image", tooltip="The latent image to denoise."),
                 io.Float.Input(
-                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01,
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
                     tooltip="The amount of denoising applied; lower values keep more of the input latent.",
-                ),  # fmt: skip
+                ),
                 *settings_inputs(),
                 io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
             ],
@@ -172,13 +199,34 @@ class KSamplerDNG(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,
-        unconditional=None, **values,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        positive,
+        negative,
+        latent_image,
+        denoise,
+        unconditional=None,
+        **values,
+    ) -> io.NodeOutput:
         concept = Concept(negative, *split_settings(values))
         return io.NodeOutput(
             *sample_with_dng(
-                model, seed, steps, cfg, sampler_name, scheduler, positive, concept, unconditional, latent_image, denoise
+                model,
+                seed,
+                steps,
+                cfg,
+                sampler_name,
+                scheduler,
+                positive,
+                concept,
+                unconditional,
+                latent_image,
+                denoise,
             )
         )
 
@@ -195,24 +243,38 @@ class KSamplerAdvancedDNG(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model used for denoising the input latent."),
                 io.Combo.Input(
-                    "add_noise", options=["enable", "disable"], advanced=True,
+                    "add_noise",
+                    options=["enable", "disable"],
+                    advanced=True,
                     tooltip="Whether to add noise to the latent before the first step.",
-                ),  # fmt: skip
+                ),
                 io.Int.Input(
-                    "noise_seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    "noise_seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
                     tooltip="The random seed used for creating the noise.",
-                ),  # fmt: skip
+                ),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The number of denoising steps."),
                 io.Float.Input(
-                    "cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    "cfg",
+                    default=8.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
                     tooltip="Classifier-free guidance scale. At any value other than 1, connect `unconditional`.",
-                ),  # fmt: skip
+                ),
                 io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS,
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
                     tooltip="The sampling algorithm. Ancestral and SDE samplers are tracked exactly; lcm is refused.",
-                ),  # fmt: skip
+                ),
                 io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How noise is removed over the steps."
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    tooltip="How noise is removed over the steps.",
                 ),
                 io.Conditioning.Input("positive", tooltip=POSITIVE_TIP),
                 io.Conditioning.Input("negative", tooltip=NEGATIVE_TIP),
@@ -224,9 +286,11 @@ class KSamplerAdvancedDNG(io.ComfyNode):
                     "end_at_step", default=10000, min=0, max=10000, advanced=True, tooltip="The step to stop before."
                 ),
                 io.Combo.Input(
-                    "return_with_leftover_noise", options=["disable", "enable"], advanced=True,
+                    "return_with_leftover_noise",
+                    options=["disable", "enable"],
+                    advanced=True,
                     tooltip="Whether to keep the noise that is left at the last step.",
-                ),  # fmt: skip
+                ),
                 *settings_inputs(),
                 io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
             ],
@@ -238,19 +302,42 @@ class KSamplerAdvancedDNG(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, add_noise, noise_seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image,
-        start_at_step, end_at_step, return_with_leftover_noise, unconditional=None, **values,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model,
+        add_noise,
+        noise_seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        positive,
+        negative,
+        latent_image,
+        start_at_step,
+        end_at_step,
+        return_with_leftover_noise,
+        unconditional=None,
+        **values,
+    ) -> io.NodeOutput:
         concept = Concept(negative, *split_settings(values))
         return io.NodeOutput(
             *sample_with_dng(
-                model, noise_seed, steps, cfg, sampler_name, scheduler, positive, concept, unconditional, latent_image,
+                model,
+                noise_seed,
+                steps,
+                cfg,
+                sampler_name,
+                scheduler,
+                positive,
+                concept,
+                unconditional,
+                latent_image,
                 disable_noise=add_noise == "disable",
                 start_step=start_at_step,
                 last_step=end_at_step,
                 force_full_denoise=return_with_leftover_noise == "disable",
             )
-        )  # fmt: skip
+        )
 
 
 class DNGGuider(io.ComfyNode):
@@ -267,9 +354,14 @@ class DNGGuider(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip=POSITIVE_TIP),
                 io.Conditioning.Input("negative", tooltip=NEGATIVE_TIP),
                 io.Float.Input(
-                    "cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    "cfg",
+                    default=8.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
                     tooltip="Classifier-free guidance scale. At any value other than 1, connect `unconditional`.",
-                ),  # fmt: skip
+                ),
                 *settings_inputs(),
                 io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
             ],
