@@ -1,0 +1,80 @@
+"""What the project promises of itself: a bare Python can start it, and it moves nobody's packages."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import dng_core
+from dng_core.headless.cli import COMMANDS
+from dng_core.headless.environment import LAUNCHER
+from dng_core.headless.install import TORCH
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def bare_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python without any installed package."""
+    return subprocess.run([sys.executable, "-I", "-S", *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_the_command_line_starts_on_a_bare_python() -> None:
+    done = bare_python(str(LAUNCHER), "--help")
+    assert done.returncode == 0, done.stderr
+    assert all(command.name in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["run", "install", "test"])
+def test_the_commands_that_install_explain_themselves_on_a_bare_python(command: str) -> None:
+    done = bare_python(str(LAUNCHER), command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"dng {command}" in done.stdout
+
+
+def test_a_server_without_aiohttp_and_without_an_install_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow = tmp_path / "w.json"
+    workflow.write_text('{"1": {"class_type": "A", "inputs": {}}}')
+    monkeypatch.setenv("DNG_CACHE", str(tmp_path / "empty"))
+    done = bare_python(str(LAUNCHER), "run", str(workflow), "--server", "127.0.0.1:1")
+    assert done.returncode == 1
+    assert "needs aiohttp and tqdm" in done.stderr
+    assert "pip install aiohttp tqdm" in done.stderr
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import dng_core; print(*sys.modules)"
+    done = bare_python("-c", code, str(ROOT))
+    assert "dng_core" in done.stdout.split()
+    assert not {"torch", "numpy", "argparse"} & set(done.stdout.split())
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert PROJECT["project"]["version"] == dng_core.__version__
+
+
+def test_an_install_never_moves_a_users_torch_or_front_end() -> None:
+    required = PROJECT["project"]["dependencies"]
+    assert not [entry for entry in required if re.search(r"[<~!]|==", entry)]
+    assert not any("frontend" in entry for entry in required)
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"[a-z-]+", line) for line in lines if not line.startswith("#"))
+
+
+def test_the_name_does_not_claim_to_be_comfyuis() -> None:
+    assert "comfyui" not in PROJECT["project"]["name"].lower()
+
+
+def test_the_pins_cover_what_the_install_asks_for() -> None:
+    pins = (ROOT / "dng_core/headless/constraints.txt").read_text().splitlines()
+    assert all("==" in line for line in pins)
+    assert set(TORCH) <= set(pins)
+
+
+def test_the_root_of_the_pack_is_not_importable() -> None:
+    assert ROOT not in [Path(entry).resolve() for entry in sys.path]
