@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dng_core.headless.client import run_workflow
 from dng_core.schedules import DDPMSchedule
 
 
@@ -245,3 +246,41 @@ def test_every_input_has_a_tooltip(pixel):
         assert schema.description
         assert schema.search_aliases
         assert all(i.tooltip for i in schema.inputs), schema.node_id
+
+
+def test_the_nodes_run_in_a_server_and_report_their_figures(comfyui_server):
+    def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+        return {"class_type": class_type, "inputs": inputs}
+
+    sampler = {"seed": 3, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    prompt = {
+        "model": node("DNGLoadPixelModel", name="mnist"),
+        "seven": node("DNGClassLabel", model=["model", 0], label="7"),
+        "none": node("DNGClassLabel", model=["model", 0], label="none"),
+        "latent": node("DNGEmptyPixelLatent", model=["model", 0], batch_size=3),
+        "drawn": node(
+            "KSampler",
+            model=["model", 0],
+            positive=["seven", 0],
+            negative=["none", 0],
+            latent_image=["latent", 0],
+            **sampler,
+        ),
+        "image": node("DNGPixelLatentToImage", samples=["drawn", 0], upscale=2),
+        "first": node("DNGClassReport", images=["image", 0], name="a", classifier="mnist", forbidden="7"),
+        "second": node(
+            "DNGClassReport",
+            images=["image", 0],
+            name="b",
+            classifier="mnist",
+            forbidden="7",
+            baseline=["image", 0],
+            previous=["first", 0],
+        ),
+        "sheet": node("SaveImage", images=["second", 3], filename_prefix="sheet"),
+    }
+    result = run_workflow(comfyui_server, prompt)
+    figures = result.ui["second"]["figures"]
+    assert [(row["name"], row["images"]) for row in figures] == [("a", 3), ("b", 3)]
+    assert result.ui["second"]["text"][0].startswith("| method |")
+    assert result.files["sheet"][0][1].startswith(b"\x89PNG")
