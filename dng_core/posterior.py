@@ -70,7 +70,7 @@ def offset_increment(settings: Settings, kernel: ReverseKernel, integrated: Inte
 
 @dataclass
 class Anchor:
-    """A point of the tracked chain: its noise level, log-posterior and guidance scale, and what the next jump needs."""
+    """A point of the tracked chain: noise level, log-posterior and guidance scale, and what the next jump needs."""
 
     level: float
     log_posterior: Tensor
@@ -123,8 +123,8 @@ class PosteriorTracker:
         if not self.anchors:
             return self._clamp(self._prior(state))
         top = self.anchors[-1]
-        if top.state is None or top.negative is None or top.reference is None:
-            return top.log_posterior
+        if top.state is None or top.negative is None or top.reference is None or level == 0:
+            return top.log_posterior  # at level 0 the kernel has no width, and nothing is left to guide
         increment = posterior_increment(
             state, top.state, top.negative, top.reference, level, top.level, self.frame, self._weight
         )

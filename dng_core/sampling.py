@@ -1,5 +1,6 @@
 """Algorithm 1 of Koulischer et al. (2025): DDPM ancestral sampling with negative guidance, over any two denoisers."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -39,7 +40,7 @@ def ddpm_sample(
     -------
     (batch, ...): the denoised prediction at the last level.
     """
-    if not sigmas or any(b >= a for a, b in zip(sigmas, sigmas[1:], strict=False)) or sigmas[-1] <= 0:
+    if not sigmas or any(b >= a for a, b in itertools.pairwise(sigmas)) or sigmas[-1] <= 0:
         raise ValueError("sigmas must be falling noise levels above 0")
     if variance not in ("posterior", "forward"):
         raise ValueError(f"variance must be 'posterior' or 'forward', not {variance!r}")

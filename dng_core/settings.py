@@ -68,7 +68,8 @@ class Settings:
         )
         self._check("max_scale", self.max_scale > 0, "greater than 0")
         self._check("sld_momentum_decay", 0 <= self.sld_momentum_decay < 1, "at least 0 and less than 1")
-        self._check("sld_warmup_scale", self.sld_warmup_scale >= 0, "at least 0")
+        self._check("sld_warmup_scale", 0 <= self.sld_warmup_scale < math.inf, "at least 0 and finite")
+        self._check("sld_momentum_scale", math.isfinite(self.sld_momentum_scale), "finite")
 
     def _check(self, name: str, valid: bool, wanted: str) -> None:
         if not valid:
@@ -92,8 +93,8 @@ def _table_3(scale: float, temperature: float, offset: float) -> Preset:
     return Preset(
         Settings(guidance_scale=scale, prior=0.01, temperature=temperature, offset=offset, offset_form="per_step"),
         chain="scaled_linear",
-        source="Koulischer et al., ICLR 2025, Table 3, as quoted by a public re-implementation; per-step offset, tuned "
-        "at an unpublished step count",
+        source="Koulischer et al., ICLR 2025, Table 3, as quoted by a public re-implementation; per-step offset, "
+        "tuned at an unpublished step count",
     )
 
 

@@ -49,7 +49,7 @@ class Run:
         self._level = 0.0
 
     def install(self, guider: comfy.samplers.CFGGuider) -> None:
-        """Hook into this run's options. Patches that are already there keep working, and see the unguided predictions."""
+        """Hook into this run's options. Patches already there keep working, and see the unguided predictions."""
         options = guider.model_options
         self._guider = guider
         self._inner_calc = options.get("sampler_calc_cond_batch_function")
@@ -58,8 +58,8 @@ class Run:
 
     def calc_cond_batch(self, args: dict) -> list[Tensor]:
         """Evaluate the sampler's own conditionings and the undesired ones, in one batch where ComfyUI finds room."""
-        conds, x, sigma = args["conds"], args["input"], args["sigma"]
-        self._level = float(sigma.flatten()[0])
+        conds = args["conds"]
+        self._level = float(args["sigma"].flatten()[0])  # the one wait for the device, before the forward pass
         undesired = [self._guider.conds[key] for key in self._keys]
         active = [[c for c in entries if _in_range(c, self._level)] for entries in undesired]
         evaluated = [entries for entries in active if entries]
@@ -169,8 +169,8 @@ def check_conditioning(conditioning: list, name: str, positive: list | None = No
     for embedding, _ in conditioning:
         if embedding is not None and widths and embedding.shape[-1] not in widths:
             raise ValueError(
-                f"the conditioning `{name}` is {embedding.shape[-1]} wide but `positive` {widths.pop()}: they come from "
-                "text encoders of different model families; encode both with the CLIP that belongs to the model"
+                f"the conditioning `{name}` is {embedding.shape[-1]} wide but `positive` {widths.pop()}: they come "
+                "from text encoders of different model families; encode both with the CLIP that belongs to the model"
             )
 
 
@@ -201,7 +201,7 @@ def _in_range(entry: dict, level: float) -> bool:
 
 
 def _area_to_mask(entry: dict, latent_shape: Sequence[int]) -> dict:
-    """An entry whose area has become a mask: ComfyUI copies areas to the other conditionings, which must not happen."""
+    """An entry whose area has become a mask: ComfyUI would copy an area to the sampler's own conditionings."""
     entry = {**entry, "set_area_to_bounds": False}
     area = entry.pop("area", None)
     if area is None:

@@ -41,14 +41,12 @@ class OracleLatent(comfy.latent_formats.LatentFormat):
 
 
 class OracleConfig(comfy.supported_models_base.BASE):
-    unet_config = {"disable_unet_model_creation": True}
     latent_format = OracleLatent
     memory_usage_factor = 0.01
 
-    sampling_settings = {"beta_schedule": "sqrt_linear", "linear_start": 1e-4, "linear_end": 0.02}
-
     def __init__(self) -> None:
-        super().__init__(self.unet_config)
+        super().__init__({"disable_unet_model_creation": True})
+        self.sampling_settings = {"beta_schedule": "sqrt_linear", "linear_start": 1e-4, "linear_end": 0.02}
 
 
 class OracleNetwork(torch.nn.Module):
@@ -162,6 +160,24 @@ def oracle_condition(components: str, of: int = 8) -> list:
     return [[None, {"oracle_components": chosen, "pooled_output": None}]]
 
 
+class OracleLatentNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DNGOracleLatent",
+            display_name="Empty Oracle Latent (DNG)",
+            category="DNG/oracle",
+            description="An empty latent of the Oracle Model's size.",
+            search_aliases=["gaussian mixture", "oracle", "empty latent", "dng"],
+            inputs=[io.Int.Input("batch_size", default=1000, min=1, max=100000, tooltip="How many samples to draw.")],
+            outputs=[io.Latent.Output(display_name="LATENT")],
+        )
+
+    @classmethod
+    def execute(cls, batch_size) -> io.NodeOutput:
+        return io.NodeOutput({"samples": torch.zeros(batch_size, CHANNELS, SIZE, SIZE)})
+
+
 class OracleReport(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -200,4 +216,4 @@ class OracleReport(io.ComfyNode):
         return io.NodeOutput(text, ui={"text": [text], "figures": [figures]})
 
 
-NODES = [OracleModelNode, OracleCondition, OracleReport]
+NODES = [OracleModelNode, OracleCondition, OracleLatentNode, OracleReport]

@@ -57,7 +57,7 @@ class DynamicNegativeGuidance(io.ComfyNode):
             node_id="DynamicNegativeGuidance",
             display_name="Dynamic Negative Guidance",
             category="DNG",
-            description="Patches a model so that every stock sampler avoids `negative`, dynamically. The sampler's own "
+            description="Patches a model: every stock sampler then avoids `negative`, dynamically. The sampler's own "
             "positive and negative keep their meaning. Works at cfg 1 too. Chain several to avoid several things.",
             search_aliases=["dng", "negative prompt", "avoid", "model patch", "cfg 1 negative", "distilled negative"],
             inputs=[
