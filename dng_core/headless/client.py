@@ -23,6 +23,7 @@ LISTEN_SECONDS = 2.0
 HISTORY_SECONDS = 30.0
 LOST_ATTEMPTS = 5
 CANCEL_SECONDS = 10.0
+REDRAW_SECONDS = 0.1
 
 
 @dataclass
@@ -230,6 +231,7 @@ class Progress:
         self.result = result
         self.node: str | None = None
         self.since = time.monotonic()
+        self.drawn = 0.0
         self.done: set[str] = set()
         self.bar = tqdm(
             total=len(prompt),
@@ -279,4 +281,7 @@ class Progress:
         self.bar.n = min(done + share, len(self.prompt))
         node = self.prompt.get(self.node or "", {})
         name = node.get("_meta", {}).get("title") or node.get("class_type", "")
-        self.bar.set_description_str(f"{name}{steps}")
+        self.bar.set_description_str(f"{name}{steps}", refresh=False)
+        if time.monotonic() - self.drawn > REDRAW_SECONDS:
+            self.bar.refresh()
+            self.drawn = time.monotonic()

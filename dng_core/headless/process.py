@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .errors import HeadlessError
 from .locate import Location
-from .paths import PACKAGE_FOLDER
+from .paths import is_pack
 
 CHILD = Path(__file__).with_name("child.py")
 GRACE_SECONDS = 10.0
@@ -36,11 +36,10 @@ def start_comfyui(location: Location, options: Sequence[str], log: Path) -> subp
 
 
 def child_environment() -> dict[str, str]:
-    """This process's environment without the pack's root on PYTHONPATH: nodes/ would hide ComfyUI's nodes.py."""
+    """This process's environment without any copy of the pack on PYTHONPATH: nodes/ would hide ComfyUI's nodes.py."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
-    root = PACKAGE_FOLDER.parent
     entries = environment.pop("PYTHONPATH", "").split(os.pathsep)
-    if kept := [entry for entry in entries if entry and Path(entry).resolve() != root]:
+    if kept := [entry for entry in entries if entry and not is_pack(Path(entry))]:
         environment["PYTHONPATH"] = os.pathsep.join(kept)
     return environment
 

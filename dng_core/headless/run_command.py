@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import tempfile
 from datetime import datetime
 from pathlib import Path
 
@@ -58,13 +59,14 @@ def run(args: argparse.Namespace) -> int:
         return restart_under(runner_python(location, missing), sys.argv[1:], missing)
 
     folder = args.output or Path("output") / args.workflow.stem / datetime.now().strftime("%Y%m%d-%H%M%S")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise cannot_write(folder, error) from error
     if location is None:
         run_on(running_server(str(url)), args, prompt, folder)
         return 0
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HeadlessError(f"The output folder {folder} cannot be made: {error.strerror}.") from error
     tell(f"Starting ComfyUI from {location.path} ({location.origin})")
     with comfyui_server(
         location,
@@ -77,6 +79,14 @@ def run(args: argparse.Namespace) -> int:
     ) as server:
         run_on(server, args, prompt, folder)
     return 0
+
+
+def cannot_write(folder: Path, error: OSError) -> HeadlessError:
+    """The error for an output folder that takes no files."""
+    return HeadlessError(
+        f"The output folder {folder} cannot be written: {error.strerror or error}.",
+        "Free some space there, or name another with --output.",
+    )
 
 
 def choose_location(args: argparse.Namespace) -> Location:
@@ -106,7 +116,10 @@ def run_on(server: Server, args: argparse.Namespace, prompt: dict[str, dict[str,
     version = server.stats.get("system", {}).get("comfyui_version", "")
     tell(f"Running {args.workflow.name} in ComfyUI {version} at {server.url}")
     result = run_workflow(server, prompt, timeout=args.timeout, progress=True)
-    saved = save_run(folder, args.workflow, prompt, server, result)
+    try:
+        saved = save_run(folder, args.workflow, prompt, server, result)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
     for ui in result.ui.values():
         if text := node_text(ui):
             print(text)

@@ -64,6 +64,19 @@ def test_a_stopped_run_leaves_no_process(
     assert not (tmp_path / "out" / "record.json").exists()
 
 
+def test_an_output_folder_that_cannot_be_written_is_named_before_anything_starts(
+    dng: Callable[..., subprocess.Popen[str]], workflow_file: Callable[..., Path], tmp_path: Path, pids: Path
+) -> None:
+    (tmp_path / "file").touch()
+    options = ["--comfyui", str(FAKE), "--cpu", "--output", str(tmp_path / "file" / "out")]
+    run = dng(["run", str(workflow_file("Done")), *options], os.environ)
+    _, messages = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert f"{tmp_path / 'file' / 'out'} cannot be written" in messages
+    assert "--output" in messages
+    assert not pids.exists()
+
+
 def test_a_killed_run_leaves_no_process(hanging_run: tuple[subprocess.Popen[str], list[int]]) -> None:
     runner, started = hanging_run
     runner.kill()

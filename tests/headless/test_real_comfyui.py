@@ -36,6 +36,12 @@ def test_outputs_and_timings_come_back(comfyui_server: Server) -> None:
     assert comfyui_server.stats["system"]["comfyui_version"]
 
 
+def test_a_run_that_comfyui_answers_from_its_cache_still_brings_its_files(comfyui_server: Server) -> None:
+    first, second = (run_workflow(comfyui_server, blank(96)) for _ in range(2))
+    assert second.cached
+    assert [content for _, content in second.files["2"]] == [content for _, content in first.files["2"]]
+
+
 def test_a_node_that_fails_is_named_with_comfyuis_own_error(comfyui_server: Server) -> None:
     bad_pattern = {"string": "a", "regex_pattern": "(", "replace": "b"}
     prompt: Prompt = {
