@@ -222,10 +222,17 @@ def _area_to_mask(entry: dict, latent_shape: Sequence[int]) -> dict:
 
 
 def _where_covered(negative: Tensor, reference: Tensor, entries: list[dict]) -> Tensor:
-    """``negative``, but the reference where no entry's mask reaches: ComfyUI leaves zeros there."""
-    if any("mask" not in entry for entry in entries):
-        return negative
+    """``negative``, but the reference where no entry's mask or area reaches: ComfyUI leaves zeros there."""
     covered = torch.zeros_like(negative, dtype=torch.bool)
     for entry in entries:
-        covered = covered | (entry["mask"].unsqueeze(1) > 0)
+        if "mask" not in entry and "area" not in entry:
+            return negative
+        reached = entry["mask"].unsqueeze(1) > 0 if "mask" in entry else torch.ones_like(covered)
+        if "area" in entry:  # ComfyUI adds entries for the areas of the sampler's own conditionings
+            area = comfy.samplers.add_area_dims(list(entry["area"]), negative.ndim - 2)
+            half = len(area) // 2
+            window = torch.zeros_like(covered)
+            window[(..., *(slice(a, a + n) for n, a in zip(area[:half], area[half:], strict=True)))] = True
+            reached = reached & window
+        covered = covered | reached
     return torch.where(covered, negative, reference)

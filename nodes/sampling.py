@@ -37,6 +37,8 @@ class NegativeGuider(comfy.samplers.CFGGuider):
                 f"cfg is {cfg:g}, which needs an unconditional prediction: connect `unconditional` (usually an empty "
                 "prompt), or set cfg to 1. `negative` is what to avoid here, so it cannot stand in for it"
             )
+        check_conditioning(positive, "positive")
+        check_conditioning(unconditional or [], "unconditional")
         check_conditioning(concept.conditioning, "negative", positive)
         self.trace = None
         self._concepts = [concept] if concept.active else []
