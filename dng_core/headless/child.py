@@ -1,7 +1,8 @@
-"""Run ComfyUI's main.py for as long as the process that started it lives.
+"""Run a Python program (SCRIPT, or -m MODULE, and its arguments) for as long as the process that started it lives.
 
-Run as a script by ComfyUI's own Python; the standard library only. The parent holds the other end of standard input
-and writes nothing there: when that end closes, the parent is gone, however it went, and so is every reason to run on.
+Run as a script by the Python that the program needs; the standard library only. The parent holds the other end of
+standard input and writes nothing there: when that end closes, the parent is gone, however it went, and so is every
+reason to run on.
 """
 
 import os
@@ -21,9 +22,12 @@ def end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    script = sys.argv[1]
-    sys.argv = sys.argv[1:]
-    # -P kept this file's folder off the path; a script's own folder comes first there, and ComfyUI relies on it.
-    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     threading.Thread(target=end_with_parent, daemon=True).start()
-    runpy.run_path(script, run_name="__main__")
+    if sys.argv[1] == "-m":
+        sys.argv = sys.argv[2:]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = sys.argv[1:]
+        # -P kept this file's folder off the path; a script's own folder comes first there, and ComfyUI relies on it.
+        sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+        runpy.run_path(sys.argv[0], run_name="__main__")

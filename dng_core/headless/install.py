@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -21,6 +20,7 @@ from .locate import Location
 from .lock import exclusive
 from .paths import cache_folder, venv_python
 from .pip import run_pip
+from .process import run_helper
 
 CONSTRAINTS = Path(__file__).with_name("constraints.txt")
 COMFYUI_VERSION = "0.30.0"
@@ -140,10 +140,11 @@ def install(installation: Installation) -> None:
 
 def make_environment(folder: Path) -> None:
     """Make a virtual environment with this interpreter; raises HeadlessError where Python has no venv or pip."""
-    made = subprocess.run([sys.executable, "-m", "venv", folder], capture_output=True, text=True)
-    if made.returncode:
+    status, lines = run_helper(Path(sys.executable), ["-m", "venv", folder])
+    if status:
+        printed = "\n".join(lines)
         raise HeadlessError(
-            f"Python cannot make a virtual environment:\n{(made.stdout + made.stderr).strip()}",
+            f"Python cannot make a virtual environment:\n{printed}",
             "On Debian and Ubuntu install python3-venv; elsewhere use a Python with the modules venv and ensurepip.",
         )
 
@@ -164,17 +165,23 @@ def fetch_comfyui(python: Path, target: Path, requirement: str = SOURCE_REQUIREM
 def unpack(archive: Path, folder: str, target: Path) -> None:
     """Unpack what lies under `folder` of the source distribution `archive` into `target`.
 
-    Links, devices and names that lead out of `target` are refused by tarfile's "data" filter (tarfile.FilterError).
+    Raises HeadlessError where the archive has nothing there, or has a link, a device or a name that leads elsewhere.
     """
     with tarfile.open(archive) as tar:
         members = []
         for member in tar.getmembers():
             inside = PurePosixPath(*PurePosixPath(member.name).parts[1:])  # below the archive's own top folder
-            if inside.is_relative_to(folder) and inside != PurePosixPath(folder):
-                members.append(member.replace(name=str(inside.relative_to(folder)), deep=False))
+            if not inside.is_relative_to(folder) or inside == PurePosixPath(folder):
+                continue
+            if ".." in inside.parts or not (member.isfile() or member.isdir()):
+                raise HeadlessError(f"{archive.name} holds the unsafe entry {member.name}.", "Do not use that file.")
+            member.name = str(inside.relative_to(folder))
+            members.append(member)
         if not members:
             raise HeadlessError(f"{archive.name} holds no {folder}.", "Report this: the pinned source has changed.")
-        tar.extractall(target, members=members, filter="data")
+        # Python 3.11.0 to 3.11.3 have no filters; the checks above stand alone there.
+        options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        tar.extractall(target, members, **options)
 
 
 def pip_install(python: Path, requirements: list[str], purpose: str) -> None:

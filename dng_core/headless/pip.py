@@ -1,13 +1,12 @@
 """Run pip, show what it downloads, and say in plain words why it failed. Standard library only."""
 
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import HeadlessError
+from .process import run_helper
 
 SHOWN = ("Collecting", "Downloading", "Building", "Installing", "Saved")
 LINE_WIDTH = 100
@@ -50,25 +49,18 @@ REASONS = (
 
 def run_pip(python: Path, arguments: Sequence[str | Path], purpose: str) -> None:
     """Run `pip ARGUMENTS` under `python`; raises HeadlessError with the reason where pip fails."""
-    command = [python, "-m", "pip", *arguments, "--disable-pip-version-check", "--no-input"]
-    # Isolated from any checkout: with PYTHONPATH set, pip could take packages there for installed ones.
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    lines: list[str] = []
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
-    ) as process:
-        try:
-            for line in process.stdout or ():
-                lines.append(line.rstrip())
-                if line.strip().startswith(SHOWN):
-                    print(f"  {line.strip()[:LINE_WIDTH]}", file=sys.stderr, flush=True)
-        except BaseException:
-            process.terminate()
-            raise
-    if process.returncode:
+    options = ("--disable-pip-version-check", "--no-input")
+    status, lines = run_helper(python, ["-m", "pip", *arguments, *options], show)
+    if status:
         problem, remedy = explain("\n".join(lines))
         tail = "\n".join(f"  | {line}" for line in lines[-TAIL_LINES:])
         raise HeadlessError(f"{purpose} failed: {problem}\n{tail}", remedy)
+
+
+def show(line: str) -> None:
+    """Print a line of pip's that tells of progress."""
+    if line.strip().startswith(SHOWN):
+        print(f"  {line.strip()[:LINE_WIDTH]}", file=sys.stderr, flush=True)
 
 
 def explain(output: str) -> tuple[str, str]:

@@ -1,38 +1,56 @@
-"""Start ComfyUI as a child process that never outlives this one, and stop it with all that it started."""
+"""Start programs as child processes that never outlive this one, and stop them with all that they started."""
 
 import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 from .errors import HeadlessError
-from .locate import Location
 from .paths import is_pack
 
 CHILD = Path(__file__).with_name("child.py")
 GRACE_SECONDS = 10.0
 
 
-def start_comfyui(location: Location, options: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start `main.py OPTIONS`, its output going to `log`; raises HeadlessError where Python does not start."""
-    command = [os.fspath(location.python), "-P", os.fspath(CHILD), os.fspath(location.path / "main.py"), *options]
-    with log.open("wb") as output:
-        try:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,  # closes when this process ends, however it ends: see child.py
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=location.path,
-                env=child_environment(),
-                start_new_session=True,  # the terminal's Ctrl-C is for this process alone, which then stops the child
-            )
-        except OSError as error:
-            raise HeadlessError(
-                f"{location.python} cannot be started: {error}", "Name another Python with --comfyui-python."
-            ) from error
+def start(
+    python: Path, arguments: Sequence[str | Path], output: IO[bytes] | int, folder: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Start `python ARGUMENTS` in `folder`, leader of a process group, all it prints going to `output`.
+
+    Raises HeadlessError where that Python does not start.
+    """
+    try:
+        return subprocess.Popen(
+            [python, "-P", CHILD, *arguments],
+            stdin=subprocess.PIPE,  # closes when this process ends, however it ends: see child.py
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env=child_environment(),
+            start_new_session=True,  # the terminal's Ctrl-C is for this process alone, which then stops the child
+        )
+    except OSError as error:
+        raise HeadlessError(
+            f"{python} cannot be started: {error}", "Name another Python with --comfyui-python."
+        ) from error
+
+
+def run_helper(
+    python: Path, arguments: Sequence[str | Path], on_line: Callable[[str], None] = lambda line: None
+) -> tuple[int, list[str]]:
+    """Run `python ARGUMENTS` to its end; returns its status and what it printed, having told `on_line` each line."""
+    process = start(python, arguments, subprocess.PIPE)
+    lines: list[str] = []
+    try:
+        for line in process.stdout or ():
+            lines.append(line.decode(errors="replace").rstrip())
+            on_line(lines[-1])
+        return process.wait(), lines
+    finally:
+        stop(process)
 
 
 def child_environment() -> dict[str, str]:
@@ -52,8 +70,9 @@ def stop(process: subprocess.Popen[bytes], grace_seconds: float = GRACE_SECONDS)
             process.wait(grace_seconds)
     finally:
         _signal_group(process, "SIGKILL")
-        if process.stdin:
-            process.stdin.close()
+        for pipe in (process.stdin, process.stdout):
+            if pipe:
+                pipe.close()
         process.wait()
 
 

@@ -18,7 +18,7 @@ from .errors import HeadlessError
 from .link import link_folder, unlink_folder
 from .locate import Location, has_accelerator
 from .paths import is_pack
-from .process import start_comfyui, stop
+from .process import start, stop
 
 HOST = "127.0.0.1"
 START_SECONDS = 600.0
@@ -150,7 +150,9 @@ def start_on_some_port(location: Location, arguments: list[str], log: Path, port
         chosen = port or free_port()
         if not is_free(chosen):
             raise port_in_use(chosen)
-        process = start_comfyui(location, [*arguments, "--port", str(chosen)], log)
+        command = [str(location.path / "main.py"), *arguments, "--port", str(chosen)]
+        with log.open("wb") as output:
+            process = start(location.python, command, output, location.path)
         server = Server(f"http://{HOST}:{chosen}", process=process, log=log)
         try:
             server.stats = wait_until_ready(server, arguments)

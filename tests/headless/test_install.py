@@ -112,7 +112,7 @@ def test_unpacking_takes_comfyui_and_nothing_else(sdist: Path, tmp_path: Path) -
 def test_an_archive_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
     archive = tmp_path / "evil.tar.gz"
     write_archive(archive, {f"{SDIST}/vendor/ComfyUI/{name}": "", f"{SDIST}/vendor/ComfyUI/main.py": ""})
-    with pytest.raises(tarfile.FilterError):
+    with pytest.raises(HeadlessError, match="unsafe entry"):
         unpack(archive, "vendor/ComfyUI", tmp_path / "x" / "ComfyUI")
     assert not (tmp_path / "x" / "outside.py").exists()
 
@@ -245,3 +245,14 @@ def test_the_pinned_source_is_what_the_recipe_names() -> None:
     digest = installing.SOURCE_REQUIREMENT.rpartition(":")[2]
     assert len(digest) == len(hashlib.sha256().hexdigest())
     assert f"comfyui-{installing.COMFYUI_VERSION}" in str(installing.managed().folder)
+
+
+def test_a_link_in_an_archive_is_refused(tmp_path: Path) -> None:
+    archive = tmp_path / "evil.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        link = tarfile.TarInfo(f"{SDIST}/vendor/ComfyUI/link")
+        link.type = tarfile.SYMTYPE
+        link.linkname = "/"
+        tar.addfile(link)
+    with pytest.raises(HeadlessError, match="unsafe entry"):
+        unpack(archive, "vendor/ComfyUI", tmp_path / "ComfyUI")

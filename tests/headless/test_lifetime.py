@@ -7,13 +7,14 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dng_core.headless import server as servers
 from dng_core.headless.client import run_workflow
 from dng_core.headless.errors import HeadlessError
 from dng_core.headless.locate import Location
-from dng_core.headless.process import start_comfyui, stop
+from dng_core.headless.process import start, stop
 from dng_core.headless.server import comfyui_server, free_port, running_server
 
 from .conftest import FAKE, runs, wait_for
@@ -113,7 +114,8 @@ def test_a_comfyui_that_ignores_requests_to_stop_is_killed(
     fake: Location, pids: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("FAKE_START", "stubborn")
-    process = start_comfyui(fake, ["--port", str(free_port())], tmp_path / "log")
+    with (tmp_path / "log").open("wb") as log:
+        process = start(fake.python, [fake.path / "main.py", "--port", str(free_port())], log)
     assert wait_for(lambda: pids.is_file() and len(pids.read_text().split()) == 2)
     stop(process, grace_seconds=0.5)
     assert not any(runs(int(pid)) for pid in pids.read_text().split())
@@ -203,3 +205,17 @@ def test_the_packs_root_is_kept_from_comfyuis_path(fake: Location, monkeypatch: 
     assert path[0] == str(FAKE)
     assert str(root) not in path
     assert "/elsewhere" in path
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_a_stopped_install_leaves_no_process_and_is_not_taken_for_whole(
+    dng: Callable[..., subprocess.Popen[str]], tmp_path: Path, name: str
+) -> None:
+    environment = {**os.environ, "DNG_CACHE": str(tmp_path)}
+    install = dng(["install"], environment)
+    assert wait_for(lambda: len(psutil.Process(install.pid).children(recursive=True)) >= 2)
+    started = psutil.Process(install.pid).children(recursive=True)
+    install.send_signal(getattr(signal, name))
+    install.communicate(timeout=30)
+    assert wait_for(lambda: not any(runs(process.pid) for process in started), 5.0)
+    assert list(tmp_path.rglob("installed.json")) == []
