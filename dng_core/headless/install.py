@@ -180,8 +180,8 @@ def unpack(archive: Path, folder: str, target: Path) -> None:
         if not members:
             raise HeadlessError(f"{archive.name} holds no {folder}.", "Report this: the pinned source has changed.")
         # Python 3.11.0 to 3.11.3 have no filters; the checks above stand alone there.
-        options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-        tar.extractall(target, members, **options)
+        tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+        tar.extractall(target, members)
 
 
 def pip_install(python: Path, requirements: list[str], purpose: str) -> None:
