@@ -158,8 +158,11 @@ class NegativeGuidance:
         return combine(base, directions, scales)
 
     def trace(self) -> Trace:
-        """What was tracked so far. Waits for the device: call it after the run."""
+        """What was tracked so far; empty if nothing was. Waits for the device: call it after the run."""
         chains = [tracker.anchors for tracker in self.trackers]
+        if not chains[0]:
+            nothing = torch.zeros(0, len(chains), 0)
+            return Trace(torch.zeros(0), nothing, nothing)
         return Trace(
             sigmas=torch.tensor([self.frame.sigma(anchor.level) for anchor in chains[0]]),
             posterior=torch.stack([torch.stack([a.log_posterior for a in c]) for c in chains], 1).exp().float().cpu(),
