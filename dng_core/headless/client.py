@@ -23,7 +23,8 @@ LISTEN_SECONDS = 2.0
 HISTORY_SECONDS = 30.0
 LOST_ATTEMPTS = 5
 CANCEL_SECONDS = 10.0
-REDRAW_SECONDS = 0.1
+TERMINAL_REDRAW_SECONDS = 0.1
+LOG_REDRAW_SECONDS = 10.0
 
 
 @dataclass
@@ -232,6 +233,7 @@ class Progress:
         self.node: str | None = None
         self.since = time.monotonic()
         self.drawn = 0.0
+        self.redraw_seconds = TERMINAL_REDRAW_SECONDS if sys.stderr.isatty() else LOG_REDRAW_SECONDS
         self.done: set[str] = set()
         self.bar = tqdm(
             total=len(prompt),
@@ -282,6 +284,6 @@ class Progress:
         node = self.prompt.get(self.node or "", {})
         name = node.get("_meta", {}).get("title") or node.get("class_type", "")
         self.bar.set_description_str(f"{name}{steps}", refresh=False)
-        if time.monotonic() - self.drawn > REDRAW_SECONDS:
+        if time.monotonic() - self.drawn > self.redraw_seconds:
             self.bar.refresh()
             self.drawn = time.monotonic()

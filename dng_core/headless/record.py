@@ -122,7 +122,7 @@ def without_files(ui: Mapping[str, Any]) -> dict[str, Any]:
 
 def safe_name(name: str) -> str:
     """`name` as a plain file name: what a server says never leads out of the output folder."""
-    cleaned = re.sub(r"[^\w.\- ]+", "_", re.split(r"[/\\]", name)[-1]).strip(" .")
+    cleaned = re.sub(r"[^\w.\-]+", "_", re.split(r"[/\\]", name)[-1]).strip(".")
     return cleaned or "output"
 
 

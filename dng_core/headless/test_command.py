@@ -21,8 +21,8 @@ GRACE_SECONDS = 15
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything given goes to pytest."""
     parser.description = (
-        "Install what the tests need, then run ruff, mypy and pytest on this checkout. The ComfyUI is the one that "
-        "this project installs, or the one that DNG_COMFYUI names, which DNG_COMFYUI_PYTHON must then be able to run."
+        "Install what the tests need, then run ruff, mypy and pytest on this checkout, all with the Python of the "
+        "ComfyUI that this project installs. They test with that ComfyUI, or with the source that DNG_COMFYUI names."
     )
     parser.add_argument("pytest_arguments", nargs=argparse.REMAINDER, help="passed on to pytest")
 

@@ -37,10 +37,10 @@ def result() -> RunResult:
 def test_a_run_is_saved_with_its_files_texts_and_record(tmp_path: Path, result: RunResult) -> None:
     folder = tmp_path / "deep" / "out"
     saved = save_run(folder, Path("w.json"), PROMPT, SERVER, result)
-    assert [path.name for path in saved] == ["x.png", "x_2.png", "Without 3.md", "record.json"]
+    assert [path.name for path in saved] == ["x.png", "x_2.png", "Without_3.md", "record.json"]
     assert (folder / "x.png").read_bytes() == b"first"
     assert (folder / "x_2.png").read_bytes() == b"second"
-    assert (folder / "Without 3.md").read_text() == "| digit |\n| --- |\n"
+    assert (folder / "Without_3.md").read_text() == "| digit |\n| --- |\n"
     record = json.loads((folder / "record.json").read_text())
     assert record["settings"] == {"1": {"class_type": "DNGKSampler", "seed": 5, "prior": 0.1}}
     assert record["seeds"] == {"1": 5}
