@@ -26,12 +26,13 @@ class Command:
     module: str
     help: str
     needs: tuple[str, ...] = ()
+    passes_on: bool = False  # what the command does not know itself goes to another program, as args.passed_on
 
 
 COMMANDS = (
     Command("run", "dng_core.headless.run_command", "run an API-format workflow in a real ComfyUI"),
     Command("install", "dng_core.headless.install_command", "install the pinned ComfyUI into the user's cache"),
-    Command("test", "dng_core.headless.test_command", "run all tests of this checkout"),
+    Command("test", "dng_core.headless.test_command", "run all tests of this checkout", passes_on=True),
     Command("train", "dng_core.experiments.train_command", "train the shipped MNIST models", ("torch", "tqdm")),
     Command("figures", "dng_core.experiments.figures_command", "print the project's figures", ("torch", "tqdm")),
 )
@@ -65,7 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return restart_under(ensure_installed().python, arguments, missing)
         module = importlib.import_module(chosen.module)
         module.add_arguments(subparsers_by_name[chosen.name])
-        status: int = module.run(parser.parse_args(arguments))
+        args, unknown = parser.parse_known_args(arguments)
+        if chosen.passes_on:
+            args.passed_on = unknown
+        elif unknown:
+            subparsers_by_name[chosen.name].error(f"unrecognized arguments: {' '.join(unknown)}")
+        status: int = module.run(args)
         return status
     except HeadlessError as error:
         print(f"dng: {error}", file=sys.stderr)

@@ -77,7 +77,7 @@ class Connection:
     async def run(self, progress: bool) -> RunResult:
         """Check, submit, follow, fetch."""
         info = await self.get_json("/object_info")
-        check_node_types(self.prompt, info, self.server.log_tail())
+        check_node_types(self.prompt, info, self.server.loading_errors())
         used = sorted({node["class_type"] for node in self.prompt.values()})
         started = time.monotonic()
         async with self.submitted():

@@ -34,7 +34,6 @@ SOURCE_FOLDER = "vendor/ComfyUI"
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 RUNNER = ("aiohttp", "tqdm", "einops", "safetensors", "pillow")
 FREE_BYTES = 10 * 1024**3
-OLDEST_PYTHON = (3, 11)
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ class Installation:
             recorded = json.loads(self.marker.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        interpreter_exists = venv_python(self.environment).is_file()
-        return isinstance(recorded, dict) and recorded.get("recipe") == recipe() and interpreter_exists
+        present = venv_python(self.environment).is_file() and (self.comfyui / "main.py").is_file()
+        return isinstance(recorded, dict) and recorded.get("recipe") == recipe() and present
 
 
 def managed() -> Installation:
@@ -92,14 +91,12 @@ def recipe() -> str:
 def ensure_installed(installation: Installation | None = None) -> Location:
     """The managed ComfyUI, installed first where it is not whole.
 
-    Raises HeadlessError where there is no network, too little disk, a file with the wrong hash, or a Python that is
-    too old; then no marker is written, and the next call starts over.
+    Raises HeadlessError where there is no network, too little disk, or a file with the wrong hash;
+    then no marker is written, and the next call starts over.
     """
     installation = installation or managed()
     if installation.is_whole():
         return installation.location
-    if sys.version_info < OLDEST_PYTHON:
-        raise HeadlessError(f"Python {platform.python_version()} is too old.", "Use Python 3.11 or newer.")
     try:
         with exclusive(installation.lock):
             if not installation.is_whole():

@@ -25,6 +25,7 @@ START_SECONDS = 600.0
 POLL_SECONDS = 0.3
 PORT_ATTEMPTS = 3
 LOG_TAIL_LINES = 25
+LOADING_ERROR = re.compile(r"Cannot import .* module for custom nodes|Error while calling comfy_entrypoint")
 ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # Unlike any name a user's copy has, so that the one loaded is the one meant.
 PACK_NAME = "dynamic-negative-guidance-checkout"
@@ -48,12 +49,22 @@ class Server:
                 "If memory ran out, use smaller batches; else the log says what failed.",
             )
 
-    def log_tail(self) -> str:
-        """The last lines of the log, indented; empty for a server that was not started here."""
+    def log_lines(self) -> list[str]:
+        """The log so far, without colours; empty for a server that was not started here."""
         if self.log is None or not self.log.is_file():
-            return ""
-        lines = ANSI_COLOUR.sub("", self.log.read_text(encoding="utf-8", errors="replace")).splitlines()
-        return "\n".join(f"  | {line}" for line in lines[-LOG_TAIL_LINES:])
+            return []
+        return ANSI_COLOUR.sub("", self.log.read_text(encoding="utf-8", errors="replace")).splitlines()
+
+    def log_tail(self) -> str:
+        """The last lines of the log, indented."""
+        return "\n".join(f"  | {line}" for line in self.log_lines()[-LOG_TAIL_LINES:])
+
+    def loading_errors(self) -> str:
+        """What the log says of node packs that did not load, each with the traceback above it, indented."""
+        lines = self.log_lines()
+        failures = [number for number, line in enumerate(lines) if LOADING_ERROR.search(line)]
+        shown = sorted({near for last in failures for near in range(max(0, last - LOG_TAIL_LINES), last + 1)})
+        return "\n".join(f"  | {lines[number]}" for number in shown)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Install what the tests need, then run ruff, mypy and pytest on this checkout, all with the Python of the "
         "ComfyUI that this project installs. They test with that ComfyUI, or with the source that DNG_COMFYUI names."
     )
-    parser.add_argument("pytest_arguments", nargs=argparse.REMAINDER, help="passed on to pytest")
+    parser.usage = "dng test [-h] [pytest's arguments]"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         status = check_types(location.python, root, environment)
     if status == 0:
         tell("pytest")
-        status = run_tool(location.python, ["pytest", *args.pytest_arguments], root, environment)
+        status = run_tool(location.python, ["pytest", *args.passed_on], root, environment)
     return status
 
 

@@ -82,15 +82,15 @@ def _find_node(prompt: Prompt, name: str, assignment: str) -> str:
     return found[0]
 
 
-def check_node_types(prompt: Prompt, known: Mapping[str, Any], log: str) -> None:
-    """Raise HeadlessError where the server lacks a node class that the workflow uses; `log` is the end of its log."""
+def check_node_types(prompt: Prompt, known: Mapping[str, Any], loading_errors: str) -> None:
+    """Raise HeadlessError, with the server's `loading_errors`, where it lacks a node class that the workflow uses."""
     missing = [node_id for node_id, node in prompt.items() if node["class_type"] not in known]
     if not missing:
         return
     listing = "\n".join(f"  {title(prompt, node_id)}" for node_id in missing)
-    tail = f"\nThe end of ComfyUI's log, which says why a pack did not load:\n{log}" if log else ""
+    reasons = f"\nA node pack did not load:\n{loading_errors}" if loading_errors else ""
     raise HeadlessError(
-        f"This ComfyUI does not know these nodes of the workflow:\n{listing}{tail}",
+        f"This ComfyUI does not know these nodes of the workflow:\n{listing}{reasons}",
         "Install the packs that they come from; packs in its custom_nodes are loaded with --all-custom-nodes only. "
         "A server that runs already must be restarted once this pack is in its custom_nodes.",
     )

@@ -184,11 +184,15 @@ def damage_marker(installation: Installation) -> None:
     installation.marker.write_text('{"reci')
 
 
+def damage_source(installation: Installation) -> None:
+    (installation.comfyui / "main.py").unlink()
+
+
 def damage_interpreter(installation: Installation) -> None:
     installation.location.python.unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_recipe, damage_marker, damage_interpreter])
+@pytest.mark.parametrize("damage", [damage_recipe, damage_marker, damage_source, damage_interpreter])
 def test_an_install_that_no_longer_fits_is_made_anew(
     installation: Installation, quick_steps: list[str], damage: Callable[[Installation], None]
 ) -> None:

@@ -170,6 +170,18 @@ def test_another_comfyui_on_the_same_port_is_not_taken_for_ours(
             servers.wait_until_ready(servers.Server(other.url), ["--user-directory", "ours"])
 
 
+def test_why_a_pack_did_not_load_is_found_in_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    noise = ["noise"] * 100
+    traceback = ["Traceback (most recent call last):", "ImportError: no module named tidy"]
+    log.write_text("\n".join([*noise, *traceback, "\x1b[33mCannot import x module for custom nodes: no", *noise]))
+    told = servers.Server("http://127.0.0.1:1", log=log).loading_errors()
+    assert "ImportError: no module named tidy\n  | Cannot import x" in told
+    assert told.count("noise") < 30
+    log.write_text("\n".join(noise))
+    assert servers.Server("http://127.0.0.1:1", log=log).loading_errors() == ""
+
+
 def test_a_server_url_that_nobody_answers_at_is_named() -> None:
     with pytest.raises(HeadlessError, match=r"No ComfyUI answers at http://127\.0\.0\.1:\d+[\s\S]*--server"):
         running_server(f"127.0.0.1:{free_port()}")

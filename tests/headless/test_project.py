@@ -35,6 +35,23 @@ def test_the_commands_that_install_explain_themselves_on_a_bare_python(command: 
     assert f"dng {command}" in done.stdout
 
 
+def test_arguments_of_the_test_command_reach_pytest() -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from dng_core.headless import cli, test_command\n"
+        "test_command.run = lambda args: print(args.passed_on) or 0\n"
+        "raise SystemExit(cli.main(['test', '-k', 'posterior', 'tests/headless', '-q']))"
+    )
+    done = bare_python("-c", code, str(ROOT))
+    assert done.stdout == "['-k', 'posterior', 'tests/headless', '-q']\n", done.stderr
+
+
+def test_an_argument_that_a_command_does_not_know_is_refused() -> None:
+    done = bare_python(str(LAUNCHER), "install", "--fast")
+    assert done.returncode == 2
+    assert "unrecognized arguments: --fast" in done.stderr
+
+
 def test_a_server_without_aiohttp_and_without_an_install_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,7 +88,7 @@ def test_an_assignment_that_fits_nothing_is_refused(assignment: str, message: st
         set_inputs(copy.deepcopy(PROMPT), [assignment])
 
 
-def test_missing_node_classes_are_listed_with_the_log() -> None:
+def test_missing_node_classes_are_listed_with_why_a_pack_did_not_load() -> None:
     with pytest.raises(HeadlessError) as caught:
         check_node_types(PROMPT, {"LoadModel": {}}, "  | IMPORT FAILED")
     assert '"Draw digits" (node 3, KSampler)' in str(caught.value)
