@@ -5,9 +5,9 @@ A run begins when ComfyUI calls a guider's ``outer_sample`` and dies with it. It
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import comfy.model_sampling
 import comfy.samplers
@@ -44,7 +44,7 @@ class Run:
         self._reference = reference
         self._guidance = guidance
         self._entries: list[list[dict]] = []
-        self._inner_calc = None
+        self._inner_calc: Callable[[dict], list[Tensor]] | None = None
         self._raw: tuple[Tensor, Tensor | None, list[Tensor | None]] | None = None
         self._level = 0.0
 
@@ -128,14 +128,13 @@ def begin_run(
     references = {concept.reference for concept in concepts}
     if len(references) > 1:
         raise ValueError(f"all chained concepts must share one reference, not {', '.join(sorted(references))}")
-    sampler_name = getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__)
+    sampler_name = name_of(sampler)
     if "lcm" in sampler_name:
         raise ValueError(
             "the sampler lcm cannot be tracked by Dynamic Negative Guidance, since it draws a new image at every "
             "step; choose another, such as euler_ancestral or dpmpp_2m"
         )
-    if "cfg_pp" in sampler_name and guider.conds.get("negative") is None:
-        raise ValueError(f"the sampler {sampler_name} needs an unconditional conditioning; connect `unconditional`")
+    check_unconditional(sampler_name, guider.conds.get("negative"))
 
     model_sampling = guider.model_patcher.get_model_object("model_sampling")
     for key in keys:
@@ -151,6 +150,16 @@ def begin_run(
     run = Run(keys, references.pop(), guidance)
     run.install(guider)
     return run
+
+
+def name_of(sampler: comfy.samplers.Sampler) -> str:
+    return getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__)
+
+
+def check_unconditional(sampler_name: str, unconditional: list | None) -> None:
+    """Raise ValueError where a CFG++ sampler would take zeros for the unconditional prediction that it needs."""
+    if "cfg_pp" in sampler_name and unconditional is None:
+        raise ValueError(f"the sampler {sampler_name} needs an unconditional conditioning; connect `unconditional`")
 
 
 def check_conditioning(conditioning: list, name: str, positive: list | None = None, batch: int | None = None) -> None:
@@ -174,7 +183,7 @@ def check_conditioning(conditioning: list, name: str, positive: list | None = No
             )
 
 
-def _noise_frame(model_sampling: object) -> NoiseFrame:
+def _noise_frame(model_sampling: Any) -> NoiseFrame:
     kinds = (comfy.model_sampling.IMG_TO_IMG, comfy.model_sampling.IMG_TO_IMG_FLOW)
     if isinstance(model_sampling, kinds):
         raise ValueError(
@@ -185,7 +194,7 @@ def _noise_frame(model_sampling: object) -> NoiseFrame:
     return NoiseFrame("ve")
 
 
-def _training_chain(model_sampling: object) -> DDPMSchedule:
+def _training_chain(model_sampling: Any) -> DDPMSchedule:
     """The model's own discrete chain; DDPM's linear one, as a function of sigma, for models that have none."""
     discrete = isinstance(model_sampling, comfy.model_sampling.ModelSamplingDiscrete)
     if not discrete or isinstance(model_sampling, comfy.model_sampling.CONST):
@@ -212,10 +221,7 @@ def _area_to_mask(entry: dict, latent_shape: Sequence[int]) -> dict:
         used = sizes[-(len(fractions) // 2) :]
         extent = [max(1, round(f * s)) for f, s in zip(fractions[: len(used)], used, strict=True)]
         area = [*extent, *(round(f * s) for f, s in zip(fractions[len(used) :], used, strict=True))]
-    dims = len(area) // 2
-    mask = torch.zeros(1, *sizes)
-    window = tuple(slice(start, start + size) for size, start in zip(area[:dims], area[dims:], strict=True))
-    mask[(..., *window)] = 1.0
+    mask = _inside(area, torch.zeros(1, *sizes)).float()
     if "mask" in entry:
         mask = mask * comfy.utils.reshape_mask(entry["mask"], (1, 1, *sizes))[:, 0].to(mask)
     return {**entry, "mask": mask}
@@ -230,9 +236,19 @@ def _where_covered(negative: Tensor, reference: Tensor, entries: list[dict]) -> 
         reached = entry["mask"].unsqueeze(1) > 0 if "mask" in entry else torch.ones_like(covered)
         if "area" in entry:  # ComfyUI adds entries for the areas of the sampler's own conditionings
             area = comfy.samplers.add_area_dims(list(entry["area"]), negative.ndim - 2)
-            half = len(area) // 2
-            window = torch.zeros_like(covered)
-            window[(..., *(slice(a, a + n) for n, a in zip(area[:half], area[half:], strict=True)))] = True
-            reached = reached & window
+            reached = reached & _inside(area, negative)
         covered = covered | reached
     return torch.where(covered, negative, reference)
+
+
+def _inside(area: Sequence[int], like: Tensor) -> Tensor:
+    """True inside an area (sizes, then starts, of the last dimensions), False elsewhere; of the shape of ``like``."""
+    dims = len(area) // 2
+    inside = torch.zeros_like(like, dtype=torch.bool)
+    part = inside
+    for i in range(dims):
+        dim = like.ndim - dims + i
+        size = min(area[i], like.shape[dim] - area[dims + i])
+        part = part.narrow(dim, area[dims + i], size)
+    part.fill_(True)
+    return inside

@@ -1,9 +1,11 @@
 """The DNG settings as node inputs, shared by every node that guides."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..dng_core.settings import METHODS, OFFSET_FORMS, Settings
-from .bridge import REFERENCES
+from .bridge import REFERENCES, Concept
 
 TRACE = io.Custom("DNG_TRACE")
 
@@ -113,7 +115,7 @@ def settings_inputs() -> list[io.Input]:
     ]
 
 
-def split_settings(values: dict) -> tuple[Settings, str]:
-    """Node inputs by name -> validated settings, and the choice of reference."""
+def concept_from(conditioning: list | None, values: dict[str, Any]) -> Concept:
+    """The concept that a node's conditioning and settings inputs describe; raises ValueError naming the input."""
     reference = values.pop("reference")
-    return Settings(**values), reference
+    return Concept(conditioning or [], Settings(**values), reference)

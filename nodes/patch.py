@@ -7,7 +7,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from .bridge import Concept, begin_run, check_conditioning
-from .inputs import settings_inputs, split_settings
+from .inputs import concept_from, settings_inputs
 
 WRAPPER_KEY = "dynamic_negative_guidance"
 
@@ -74,8 +74,7 @@ class DynamicNegativeGuidance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, negative=None, **values) -> io.NodeOutput:
-        concept = Concept(negative or [], *split_settings(values))
-        return io.NodeOutput(patch_model(model, concept))
+        return io.NodeOutput(patch_model(model, concept_from(negative, values)))
 
 
 NODES = [DynamicNegativeGuidance]

@@ -10,8 +10,9 @@ import torch
 from comfy_api.latest import io
 from nodes import common_ksampler
 
-from .bridge import Concept, begin_run, check_conditioning
-from .inputs import TRACE, settings_inputs, split_settings
+from ..dng_core.guidance import Trace
+from .bridge import Concept, begin_run, check_conditioning, check_unconditional, name_of
+from .inputs import TRACE, concept_from, settings_inputs
 from .patch import has_dng_patch
 
 POSITIVE_TIP = "What the image should show."
@@ -40,7 +41,7 @@ class NegativeGuider(comfy.samplers.CFGGuider):
         check_conditioning(positive, "positive")
         check_conditioning(unconditional or [], "unconditional")
         check_conditioning(concept.conditioning, "negative", positive)
-        self.trace = None
+        self.trace: Trace | None = None
         self._concepts = [concept] if concept.active else []
         conds = {"positive": positive}
         if unconditional is not None:
@@ -52,6 +53,7 @@ class NegativeGuider(comfy.samplers.CFGGuider):
     def outer_sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
         self.trace = None
         if not self._concepts:
+            check_unconditional(name_of(sampler), self.conds.get("negative"))
             return super().outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         for concept in self._concepts:
             check_conditioning(concept.conditioning, "negative", batch=noise.shape[0])
@@ -84,6 +86,7 @@ def sample_with_dng(
     """
     guider = NegativeGuider(model, positive, concept, unconditional, cfg)
     if not concept.active:
+        check_unconditional(sampler_name, unconditional)
         negative = positive if unconditional is None else unconditional
         (out,) = common_ksampler(
             model,
@@ -139,6 +142,57 @@ def _sigmas(model, steps, sampler_name, scheduler, denoise, start_step, last_ste
     return sigmas[start_step or 0 :]
 
 
+def _cfg_input() -> io.Input:
+    return io.Float.Input(
+        "cfg",
+        default=8.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        round=0.01,
+        tooltip="Classifier-free guidance scale. At any value other than 1, connect `unconditional`.",
+    )
+
+
+def _seed_input(name: str) -> io.Input:
+    return io.Int.Input(
+        name,
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        control_after_generate=True,
+        tooltip="The random seed used for creating the noise. Noise does not depend on the guidance.",
+    )
+
+
+def _run_inputs() -> list[io.Input]:
+    """What both KSamplers ask for between their seed and their own inputs, in ComfyUI's order."""
+    return [
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The number of denoising steps."),
+        _cfg_input(),
+        io.Combo.Input(
+            "sampler_name",
+            options=comfy.samplers.KSampler.SAMPLERS,
+            tooltip="The sampling algorithm. Ancestral and SDE samplers are tracked exactly; lcm is refused.",
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=comfy.samplers.KSampler.SCHEDULERS,
+            tooltip="How noise is removed over the steps.",
+        ),
+        io.Conditioning.Input("positive", tooltip=POSITIVE_TIP),
+        io.Conditioning.Input("negative", tooltip=NEGATIVE_TIP),
+        io.Latent.Input("latent_image", tooltip="The latent image to denoise."),
+    ]
+
+
+def _outputs() -> list[io.Output]:
+    return [
+        io.Latent.Output(display_name="LATENT", tooltip="The denoised latent."),
+        TRACE.Output(display_name="trace", tooltip="Sigma, posterior and guidance scale per step and image."),
+    ]
+
+
 class KSamplerDNG(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -151,37 +205,8 @@ class KSamplerDNG(io.ComfyNode):
             search_aliases=["dynamic negative guidance", "dng", "ksampler", "negative prompt", "sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="The model used for denoising the input latent."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The random seed used for creating the noise. Noise does not depend on the guidance.",
-                ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The number of denoising steps."),
-                io.Float.Input(
-                    "cfg",
-                    default=8.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Classifier-free guidance scale. At any value other than 1, connect `unconditional`.",
-                ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    tooltip="The sampling algorithm. Ancestral and SDE samplers are tracked exactly; lcm is refused.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    tooltip="How noise is removed over the steps.",
-                ),
-                io.Conditioning.Input("positive", tooltip=POSITIVE_TIP),
-                io.Conditioning.Input("negative", tooltip=NEGATIVE_TIP),
-                io.Latent.Input("latent_image", tooltip="The latent image to denoise."),
+                _seed_input("seed"),
+                *_run_inputs(),
                 io.Float.Input(
                     "denoise",
                     default=1.0,
@@ -193,10 +218,7 @@ class KSamplerDNG(io.ComfyNode):
                 *settings_inputs(),
                 io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
             ],
-            outputs=[
-                io.Latent.Output(display_name="LATENT", tooltip="The denoised latent."),
-                TRACE.Output(display_name="trace", tooltip="Sigma, posterior and guidance scale per step and image."),
-            ],
+            outputs=_outputs(),
         )
 
     @classmethod
@@ -215,7 +237,7 @@ class KSamplerDNG(io.ComfyNode):
         unconditional=None,
         **values,
     ) -> io.NodeOutput:
-        concept = Concept(negative, *split_settings(values))
+        concept = concept_from(negative, values)
         return io.NodeOutput(
             *sample_with_dng(
                 model,
@@ -250,37 +272,8 @@ class KSamplerAdvancedDNG(io.ComfyNode):
                     advanced=True,
                     tooltip="Whether to add noise to the latent before the first step.",
                 ),
-                io.Int.Input(
-                    "noise_seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The random seed used for creating the noise.",
-                ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The number of denoising steps."),
-                io.Float.Input(
-                    "cfg",
-                    default=8.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Classifier-free guidance scale. At any value other than 1, connect `unconditional`.",
-                ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    tooltip="The sampling algorithm. Ancestral and SDE samplers are tracked exactly; lcm is refused.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    tooltip="How noise is removed over the steps.",
-                ),
-                io.Conditioning.Input("positive", tooltip=POSITIVE_TIP),
-                io.Conditioning.Input("negative", tooltip=NEGATIVE_TIP),
-                io.Latent.Input("latent_image", tooltip="The latent image to denoise."),
+                _seed_input("noise_seed"),
+                *_run_inputs(),
                 io.Int.Input(
                     "start_at_step", default=0, min=0, max=10000, advanced=True, tooltip="The first step to take."
                 ),
@@ -296,10 +289,7 @@ class KSamplerAdvancedDNG(io.ComfyNode):
                 *settings_inputs(),
                 io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
             ],
-            outputs=[
-                io.Latent.Output(display_name="LATENT", tooltip="The denoised latent."),
-                TRACE.Output(display_name="trace", tooltip="Sigma, posterior and guidance scale per step and image."),
-            ],
+            outputs=_outputs(),
         )
 
     @classmethod
@@ -321,7 +311,7 @@ class KSamplerAdvancedDNG(io.ComfyNode):
         unconditional=None,
         **values,
     ) -> io.NodeOutput:
-        concept = Concept(negative, *split_settings(values))
+        concept = concept_from(negative, values)
         return io.NodeOutput(
             *sample_with_dng(
                 model,
@@ -355,15 +345,7 @@ class DNGGuider(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model used for denoising."),
                 io.Conditioning.Input("positive", tooltip=POSITIVE_TIP),
                 io.Conditioning.Input("negative", tooltip=NEGATIVE_TIP),
-                io.Float.Input(
-                    "cfg",
-                    default=8.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Classifier-free guidance scale. At any value other than 1, connect `unconditional`.",
-                ),
+                _cfg_input(),
                 *settings_inputs(),
                 io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
             ],
@@ -372,7 +354,7 @@ class DNGGuider(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, cfg, unconditional=None, **values) -> io.NodeOutput:
-        concept = Concept(negative, *split_settings(values))
+        concept = concept_from(negative, values)
         return io.NodeOutput(NegativeGuider(model, positive, concept, unconditional, cfg))
 
 
