@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -68,3 +68,9 @@ def runs(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def all_end(pids: Iterable[int]) -> bool:
+    """Whether none of the processes runs, a moment from now at the latest: a killed one takes that to be gone."""
+    awaited = list(pids)
+    return wait_for(lambda: not any(runs(pid) for pid in awaited), 5.0)

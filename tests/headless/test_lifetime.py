@@ -17,7 +17,7 @@ from dng_core.headless.locate import Location
 from dng_core.headless.process import start, stop
 from dng_core.headless.server import comfyui_server, free_port, running_server
 
-from .conftest import FAKE, runs, wait_for
+from .conftest import FAKE, all_end, wait_for
 
 CPU = ["--cpu"]  # spares the search for a GPU, which imports torch
 
@@ -61,7 +61,7 @@ def test_a_stopped_run_leaves_no_process(
     assert runner.returncode == status
     assert "dng: stopped" in messages
     assert "Traceback" not in messages
-    assert not any(runs(pid) for pid in started)
+    assert all_end(started)
     assert not (tmp_path / "out" / "record.json").exists()
 
 
@@ -81,7 +81,7 @@ def test_an_output_folder_that_cannot_be_written_is_named_before_anything_starts
 def test_a_killed_run_leaves_no_process(hanging_run: tuple[subprocess.Popen[str], list[int]]) -> None:
     runner, started = hanging_run
     runner.kill()
-    assert wait_for(lambda: not any(runs(pid) for pid in started))
+    assert all_end(started)
 
 
 def test_a_run_stopped_while_comfyui_starts_leaves_no_process(
@@ -91,7 +91,7 @@ def test_a_run_stopped_while_comfyui_starts_leaves_no_process(
     runner.send_signal(signal.SIGINT)
     runner.communicate(timeout=30)
     assert runner.returncode == 130
-    assert not any(runs(pid) for pid in started)
+    assert all_end(started)
 
 
 def test_a_run_after_a_stopped_one_is_unaffected(
@@ -118,13 +118,13 @@ def test_a_comfyui_that_ignores_requests_to_stop_is_killed(
         process = start(fake.python, [fake.path / "main.py", "--port", str(free_port())], log)
     assert wait_for(lambda: pids.is_file() and len(pids.read_text().split()) == 2)
     stop(process, grace_seconds=0.5)
-    assert not any(runs(int(pid)) for pid in pids.read_text().split())
+    assert all_end(int(pid) for pid in pids.read_text().split())
 
 
 def test_an_error_in_the_callers_code_stops_comfyui(fake: Location, pids: Path) -> None:
     with pytest.raises(ZeroDivisionError), comfyui_server(fake, options=CPU):
         _ = 1 / 0
-    assert not any(runs(int(pid)) for pid in pids.read_text().split())
+    assert all_end(int(pid) for pid in pids.read_text().split())
 
 
 def test_a_server_that_dies_midway_is_reported_with_the_end_of_its_log(fake: Location) -> None:
@@ -229,5 +229,5 @@ def test_a_stopped_install_leaves_no_process_and_is_not_taken_for_whole(
     started = psutil.Process(install.pid).children(recursive=True)
     install.send_signal(getattr(signal, name))
     install.communicate(timeout=30)
-    assert wait_for(lambda: not any(runs(process.pid) for process in started), 5.0)
+    assert all_end(process.pid for process in started)
     assert list(tmp_path.rglob("installed.json")) == []
