@@ -17,6 +17,13 @@ from .settings import Settings
 MAX_ANCHOR_STATES = 4
 """States kept by the tracker. A sampler returns at most one step back (trial points, rejected adaptive steps)."""
 
+ON_SCHEDULE = 1e-5
+"""How far, relatively, a call's level may be from the sampler's schedule by rounding."""
+
+SAME_LEVEL = 3 * ON_SCHEDULE
+"""Two calls on one scheduled level differ by at most twice the above. Some samplers reach the next level by a formula
+for their midpoint (``dpmpp_2s_ancestral``), a few units of rounding off."""
+
 
 def posterior_increment(
     next_state: Tensor,
@@ -116,7 +123,7 @@ class PosteriorTracker:
 
     def log_posterior(self, state: Tensor, level: float) -> Tensor:
         """log p(c-|x) at a new state (batch, ...) of noise ``level``: (batch,), clamped to [p_min, p_max]."""
-        while self.anchors and self.anchors[-1].level <= level * (1 + 1e-6):
+        while self.anchors and self.anchors[-1].level <= level * (1 + SAME_LEVEL):
             dropped = self.anchors.pop()
             if not self.anchors:
                 return self._restart(dropped, level, state)
@@ -154,11 +161,11 @@ class PosteriorTracker:
 
     def _restart(self, first: Anchor, level: float, state: Tensor) -> Tensor:
         """A call at or above the first anchor: the same point again keeps its posterior, more noise starts afresh."""
-        same = math.isclose(first.level, level, rel_tol=1e-6) and first.log_posterior.shape[0] == state.shape[0]
+        same = math.isclose(first.level, level, rel_tol=SAME_LEVEL) and first.log_posterior.shape[0] == state.shape[0]
         return first.log_posterior if same else self._clamp(self._prior(state))
 
     def _clamp(self, log_posterior: Tensor) -> Tensor:
         return log_posterior.clamp(math.log(self.settings.p_min), math.log(self.settings.p_max))
 
     def _on_schedule(self, level: float) -> bool:
-        return self._levels is None or any(math.isclose(level, known, rel_tol=1e-5) for known in self._levels)
+        return self._levels is None or any(math.isclose(level, known, rel_tol=ON_SCHEDULE) for known in self._levels)

@@ -220,6 +220,18 @@ def test_a_corrected_point_replaces_its_trial():
     torch.testing.assert_close(visit(tracker, c, 1.0), expected, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("rounding", [1 + 3e-6, 1 - 3e-6])
+def test_a_trial_a_few_units_of_rounding_off_its_level_is_replaced_too(rounding):
+    """dpmpp_2s_ancestral reaches the next level's sigma as its midpoint, by another formula."""
+    chain, tracker = Chain(), tracker_of([4.0, 2.0, 1.0])
+    a, trial, b = (chain.point() for _ in range(3))
+    visit(tracker, a, 4.0)
+    visit(tracker, trial, 2.0 * rounding)
+    at_b = visit(tracker, b, 2.0)
+    torch.testing.assert_close(at_b, math.log(0.3) + chain.jump(a, b[0], 2.0, 4.0), rtol=1e-10, atol=0)
+    assert [anchor.level for anchor in tracker.anchors] == [4.0, 2.0]
+
+
 def test_midpoints_get_a_posterior_but_never_become_anchors():
     chain, tracker = Chain(), tracker_of([4.0, 2.0])
     a, middle, b = (chain.point() for _ in range(3))
