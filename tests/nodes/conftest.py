@@ -1,0 +1,125 @@
+"""The oracle in ComfyUI: what the tests of the sampling nodes draw from, count and compare."""
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+SLD_FIELDS = ("sld_threshold", "sld_warmup_scale", "sld_momentum_scale", "sld_momentum_decay")
+
+
+class Bench:
+    """The nodes of the pack and of ComfyUI on the oracle model, with few samples and steps by default."""
+
+    def __init__(self, pack: ModuleType, comfyui: ModuleType) -> None:
+        self.comfy: Any = comfyui
+        self.stock = importlib.import_module("nodes")
+        nodes = pack.__name__ + ".nodes."
+        self.bridge, self.sampling, self.patching, self.oracle = (
+            importlib.import_module(nodes + name) for name in ("bridge", "sampling", "patch", "oracle")
+        )
+        self.guidance = importlib.import_module(pack.__name__ + ".dng_core.guidance")
+        self.posterior = importlib.import_module(pack.__name__ + ".dng_core.posterior")
+        self.mixture = self.oracle.mixture(8)
+
+    def model(self, prediction: str = "epsilon") -> Any:
+        return self.oracle.load_oracle(8, prediction)
+
+    def cond(self, components: str = "all", embedding: Tensor | None = None, **extra: Any) -> list:
+        """CONDITIONING; ``extra`` as ComfyUI's nodes add it (area, mask, start_percent ...)."""
+        ((_, options),) = self.oracle.oracle_condition(components)
+        return [[embedding, options | extra]]
+
+    def latent(self, samples: int = 8, **extra: Any) -> dict:
+        return {"samples": torch.zeros(samples, 1, 4, 4)} | extra
+
+    def settings(self, **changes: Any) -> Any:
+        return self.bridge.Settings(**{"prior": 1 / 8} | changes)
+
+    def inputs(self, reference: str = "auto", **changes: Any) -> dict[str, Any]:
+        """The settings as a node gets them, one input each."""
+        values = dataclasses.asdict(self.settings()) | changes
+        return {k: v for k, v in values.items() if k not in SLD_FIELDS} | {"reference": reference}
+
+    def concept(self, components: str | list = "0", reference: str = "auto", **changes: Any) -> Any:
+        conditioning = self.cond(components) if isinstance(components, str) else components
+        return self.bridge.Concept(conditioning, self.settings(**changes), reference)
+
+    def patch(self, model: Any, components: str | list = "0", reference: str = "auto", **changes: Any) -> Any:
+        return self.patching.patch_model(model, self.concept(components, reference, **changes))
+
+    def sample(self, model: Any, latent: dict | None = None, **changes: Any) -> Tensor:
+        """ComfyUI's own KSampler."""
+        (out,) = self.stock.common_ksampler(**self._options(model, latent, {"negative": self.cond()} | changes))
+        return out["samples"]
+
+    def dng(self, model: Any, concept: Any = None, latent: dict | None = None, **changes: Any) -> tuple[Tensor, Any]:
+        """KSampler (DNG): the samples and the trace."""
+        options = self._options(model, latent, {"unconditional": None} | changes)
+        out, trace = self.sampling.sample_with_dng(concept=concept or self.concept(), **options)
+        return out["samples"], trace
+
+    def report(self, samples: Tensor, forbidden: str = "0") -> SimpleNamespace:
+        (text,) = self.oracle.OracleReport.execute({"samples": samples}, forbidden, 8).args
+        return SimpleNamespace(**json.loads(text))
+
+    def _options(self, model: Any, latent: dict | None, changes: dict) -> dict[str, Any]:
+        return {
+            "model": model,
+            "seed": 1,
+            "steps": 5,
+            "cfg": 1.0,
+            "sampler_name": "euler_ancestral",
+            "scheduler": "karras",
+            "positive": self.cond(),
+            "latent": self.latent() if latent is None else latent,
+        } | changes
+
+
+@pytest.fixture
+def bench(pack: ModuleType, comfyui: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """One thread: these tensors are small, and more threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    importlib.import_module("nodes")
+    monkeypatch.setattr(comfyui.utils, "PROGRESS_BAR_ENABLED", False)
+    with torch.inference_mode():
+        yield Bench(pack, comfyui)
+    torch.set_num_threads(threads)
+
+
+@dataclasses.dataclass
+class Calls:
+    """What was evaluated: the number of conditionings in each calc_cond_batch call, the rows of each forward pass."""
+
+    batches: list[int] = dataclasses.field(default_factory=list)
+    forwards: list[int] = dataclasses.field(default_factory=list)
+
+
+@pytest.fixture
+def count(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Calls]:
+    """Counts the evaluations of a model (and of its clones) from now on."""
+
+    def start(model: Any) -> Calls:
+        calls = Calls()
+        calc, forward = bench.comfy.samplers.calc_cond_batch, model.model._apply_model
+
+        def counted_calc(inner: Any, conds: list, *args: Any) -> Any:
+            calls.batches.append(sum(cond is not None for cond in conds))
+            return calc(inner, conds, *args)
+
+        def counted_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            calls.forwards.append(len(x))
+            return forward(x, *args, **kwargs)
+
+        monkeypatch.setattr(bench.comfy.samplers, "calc_cond_batch", counted_calc)
+        monkeypatch.setattr(model.model, "_apply_model", counted_forward)
+        return calls
+
+    return start
