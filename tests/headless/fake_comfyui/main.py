@@ -64,6 +64,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
 
 @routes.post("/prompt")
 async def prompt(request: web.Request) -> web.Response:
+    print("got prompt", flush=True)
     body = await request.json()
     number = str(uuid.uuid4())
     runs[number] = next(iter(body["prompt"].values()))["class_type"]
