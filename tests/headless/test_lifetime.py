@@ -37,7 +37,8 @@ def hanging_run(
     """A `dng run` in the middle of a workflow, and the processes that it started."""
     log = tmp_path / "out" / "comfyui.log"
     options = ["--comfyui", str(FAKE), "--cpu", "--output", str(tmp_path / "out")]
-    runner = dng(["run", str(workflow_file("Hang")), *options], os.environ)
+    # A killed run cannot delete its temporary folder: have it where pytest will.
+    runner = dng(["run", str(workflow_file("Hang")), *options], {**os.environ, "TMPDIR": str(tmp_path)})
     assert wait_for(lambda: log.is_file() and pids.is_file() and len(pids.read_text().split()) == 2)
     yield runner, [int(pid) for pid in pids.read_text().split()]
     runner.kill()
