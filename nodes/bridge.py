@@ -223,17 +223,24 @@ def _area_to_mask(entry: dict, latent_shape: Sequence[int]) -> dict:
         area = [*extent, *(round(f * s) for f, s in zip(fractions[len(used) :], used, strict=True))]
     mask = _inside(area, torch.zeros(1, *sizes)).float()
     if "mask" in entry:
-        mask = mask * comfy.utils.reshape_mask(entry["mask"], (1, 1, *sizes))[:, 0].to(mask)
+        given = entry["mask"]
+        masks = len(given) if given.ndim > len(sizes) else 1
+        mask = mask * comfy.utils.reshape_mask(given, (masks, 1, *sizes))[:, 0].to(mask)
     return {**entry, "mask": mask}
 
 
 def _where_covered(negative: Tensor, reference: Tensor, entries: list[dict]) -> Tensor:
-    """``negative``, but the reference where no entry's mask or area reaches: ComfyUI leaves zeros there."""
+    """``negative``, but the reference where no entry reaches with any strength: ComfyUI leaves zeros there."""
     covered = torch.zeros_like(negative, dtype=torch.bool)
     for entry in entries:
+        if entry.get("strength", 1.0) == 0 or ("mask" in entry and entry.get("mask_strength", 1.0) == 0):
+            continue
         if "mask" not in entry and "area" not in entry:
             return negative
-        reached = entry["mask"].unsqueeze(1) > 0 if "mask" in entry else torch.ones_like(covered)
+        reached = torch.ones_like(covered)
+        if "mask" in entry:  # dealt out to the images as ComfyUI does it
+            masks = entry["mask"][: len(negative)]
+            reached = (masks > 0).repeat(len(negative) // len(masks), *[1] * (masks.ndim - 1)).unsqueeze(1)
         if "area" in entry:  # ComfyUI adds entries for the areas of the sampler's own conditionings
             area = comfy.samplers.add_area_dims(list(entry["area"]), negative.ndim - 2)
             reached = reached & _inside(area, negative)
