@@ -1,0 +1,474 @@
+"""KSampler (DNG), its advanced form and DNG Guider on the oracle: what they remove, evaluate, accept and refuse."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dng_core.kernels import VE
+from dng_core.posterior import posterior_increment
+
+SAMPLERS = ["euler", "euler_ancestral", "dpmpp_2m_sde", "heun", "ddpm"]
+
+
+def custom(
+    bench: Any, guider: Any, latent: dict, steps: int = 5, seed: int = 1, sampler: str = "euler_ancestral"
+) -> Tensor:
+    """SamplerCustomAdvanced over Karras sigmas."""
+    nodes = importlib.import_module("comfy_extras.nodes_custom_sampler")
+    sigmas = nodes.BasicScheduler.execute(guider.model_patcher, "karras", steps, 1.0).args[0]
+    noise = nodes.RandomNoise.execute(seed).args[0]
+    sampler_object = nodes.KSamplerSelect.execute(sampler).args[0]
+    return nodes.SamplerCustomAdvanced.execute(noise, guider, sampler_object, sigmas, latent).args[0]["samples"]
+
+
+def dng_guider(bench: Any, model: Any, cfg: float = 1.0, unconditional: list | None = None, **changes: Any) -> Any:
+    return bench.sampling.DNGGuider.execute(
+        model, bench.cond(), bench.cond("0"), cfg, unconditional, **bench.inputs(**changes)
+    ).args[0]
+
+
+# What it removes
+
+
+@pytest.mark.parametrize(("steps", "at_most"), [(30, 0.05), (100, 0.03)])
+def test_the_exact_setting_removes_a_component_and_leaves_the_others_balanced(bench, steps, at_most):
+    """Figure 4: euler_ancestral, Karras, 2,000 samples, through the node and through the patch, which agree."""
+    model, latent = bench.model(), bench.latent(2000)
+    samples, _ = bench.dng(model, latent=latent, steps=steps)
+    guided = bench.report(samples)
+    assert guided.finite
+    assert guided.forbidden_share <= at_most
+    assert guided.kl_renormalised <= 0.02
+    assert torch.equal(bench.sample(bench.patch(model), latent, steps=steps), samples)
+
+
+def test_without_guidance_the_component_is_drawn_as_often_as_the_others(bench):
+    unguided = bench.report(bench.sample(bench.model(), bench.latent(2000), steps=30))
+    assert 0.10 < unguided.forbidden_share < 0.17
+
+
+def test_the_node_itself_samples_what_its_function_samples(bench):
+    model, latent = bench.model(), bench.latent()
+    out, trace = bench.sampling.KSamplerDNG.execute(
+        model, 1, 5, 1.0, "euler_ancestral", "karras", bench.cond(), bench.cond("0"), latent, 1.0, **bench.inputs()
+    ).args
+    samples, expected = bench.dng(model, latent=latent)
+    assert torch.equal(out["samples"], samples)
+    assert torch.equal(trace.posterior, expected.posterior)
+
+
+def test_the_best_reference_under_cfg_is_the_unconditional(bench):
+    """To avoid 0, 4, 5 among positives 0-3: a negative alone fits the unconditional, not the positive."""
+    model = bench.model()
+    options = {"latent": bench.latent(600), "steps": 30, "cfg": 3.0, "positive": bench.cond("0,1,2,3")}
+    left = {}
+    for reference, negative, prior in (("auto", "0,4,5", 3 / 8), ("positive", "0,4,5", 1 / 4), ("joint", "0", 1 / 4)):
+        concept = bench.concept(negative, "positive" if reference == "joint" else reference, prior=prior)
+        samples, _ = bench.dng(model, concept, unconditional=bench.cond(), **options)
+        left[reference] = bench.report(samples).forbidden_share
+    assert left["auto"] < 0.12 and left["joint"] < 0.12
+    assert left["positive"] > 1.5 * left["auto"]
+
+
+def test_the_references_are_the_predictions_that_they_name(bench, monkeypatch):
+    seen = record_guidance(bench, monkeypatch)
+    model, latent = bench.model(), bench.latent(4)
+    parts = {"auto": None, "positive": [0, 1, 2, 3]}
+    for reference in ("auto", "positive", "cfg"):
+        seen.clear()
+        bench.dng(
+            model,
+            bench.concept("5", reference),
+            latent,
+            cfg=3.0,
+            positive=bench.cond("0,1,2,3"),
+            unconditional=bench.cond(),
+        )
+        for state, level, base, compared, negatives in seen:
+            positive, whole = (bench.mixture.denoised(state, level, p) for p in ([0, 1, 2, 3], None))
+            mix = whole + 3 * (positive - whole)
+            wanted = mix if reference == "cfg" else bench.mixture.denoised(state, level, parts[reference])
+            torch.testing.assert_close(base, mix, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(compared, wanted, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(negatives[0], bench.mixture.denoised(state, level, [5]), rtol=1e-4, atol=1e-4)
+
+
+def record_guidance(bench: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Every call of the guidance: state, level, base, reference, negatives."""
+    seen: list[tuple] = []
+    call = bench.guidance.NegativeGuidance.__call__
+
+    def recorded(self: Any, *args: Any) -> Tensor:
+        seen.append(tuple(a.clone() if isinstance(a, Tensor) else a for a in args))
+        return call(self, *args)
+
+    monkeypatch.setattr(bench.guidance.NegativeGuidance, "__call__", recorded)
+    return seen
+
+
+# What it evaluates
+
+
+@pytest.mark.parametrize(("cfg", "predictions"), [(1.0, 2), (3.0, 3)])
+def test_all_predictions_of_a_step_are_one_call_and_one_forward_pass(bench, count, cfg, predictions):
+    model = bench.model()
+    calls = count(model)
+    bench.dng(model, latent=bench.latent(8), cfg=cfg, unconditional=bench.cond() if cfg != 1 else None)
+    assert calls.batches == [predictions] * 5
+    assert calls.forwards == [8 * predictions] * 5
+
+
+def test_at_cfg_1_a_connected_unconditional_is_not_evaluated(bench, count):
+    model = bench.model()
+    calls = count(model)
+    bench.dng(model, unconditional=bench.cond())
+    assert calls.batches == [2] * 5
+
+
+@pytest.mark.parametrize("off", ["scale 0", "no negative"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_off_means_bit_identical_to_the_stock_ksampler_and_nothing_more_evaluated(bench, count, off, sampler, cfg):
+    model = bench.model()
+    concept = bench.concept([]) if off == "no negative" else bench.concept("0", guidance_scale=0.0)
+    options = {"cfg": cfg, "sampler_name": sampler, "positive": bench.cond("0,1,2")}
+    calls = count(model)
+    stock = bench.sample(model, negative=bench.cond("5,6"), **options)
+    expected = (list(calls.batches), list(calls.forwards))
+    calls.batches.clear()
+    calls.forwards.clear()
+    samples, trace = bench.dng(model, concept, unconditional=bench.cond("5,6"), **options)
+    assert torch.equal(samples, stock)
+    assert (calls.batches, calls.forwards) == expected
+    assert trace is None
+
+
+def test_off_without_an_unconditional_is_the_stock_ksampler_at_cfg_1(bench):
+    model = bench.model()
+    samples, _ = bench.dng(model, bench.concept("0", guidance_scale=0.0))
+    assert torch.equal(samples, bench.sample(model))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_the_guider_samples_what_ksampler_dng_samples(bench, scale):
+    model, latent = bench.model(), bench.latent()
+    guider = dng_guider(bench, model, guidance_scale=scale)
+    samples, trace = bench.dng(model, bench.concept("0", guidance_scale=scale), latent)
+    assert torch.equal(custom(bench, guider, latent), samples)
+    assert (guider.trace is None) if trace is None else torch.equal(guider.trace.posterior, trace.posterior)
+
+
+def test_a_guider_can_be_used_twice(bench):
+    guider, latent = dng_guider(bench, bench.model()), bench.latent()
+    assert torch.equal(custom(bench, guider, latent), custom(bench, guider, latent))
+
+
+def test_a_guider_given_a_single_sigma_takes_no_step(bench):
+    """What SplitSigmas at step 0 hands on."""
+    guider = dng_guider(bench, bench.model())
+    latent = torch.zeros(2, 1, 4, 4)
+    euler = bench.comfy.samplers.sampler_object("euler")
+    out = guider.sample(latent, latent, euler, torch.tensor([3.0]), disable_pbar=True, seed=0)
+    assert out.shape == latent.shape
+    assert guider.trace.sigmas.shape == (0,)
+
+
+# The trace
+
+
+def test_the_trace_is_per_step_concept_and_image(bench):
+    _, trace = bench.dng(bench.model(), bench.concept("0", p_min=0.01, p_max=0.9), bench.latent(6), steps=7)
+    assert trace.sigmas.shape == (7,)
+    assert trace.posterior.shape == trace.scale.shape == (7, 1, 6)
+    assert bool((trace.sigmas[1:] < trace.sigmas[:-1]).all())
+    torch.testing.assert_close(trace.posterior[0], torch.full((1, 6), 1 / 8))
+    assert float(trace.posterior.min()) > 0.01 - 1e-6 and float(trace.posterior.max()) < 0.9 + 1e-6
+    torch.testing.assert_close(trace.scale, trace.posterior / (1 - trace.posterior))
+
+
+def test_the_trace_is_near_the_exact_posterior_of_the_visited_states(bench, monkeypatch):
+    seen = record_guidance(bench, monkeypatch)
+    _, trace = bench.dng(bench.model(), latent=bench.latent(300), steps=60)
+    exact = [bench.mixture.log_posterior(state, level, [0]).exp() for state, level, *_ in seen]
+    assert float((trace.posterior[:, 0] - torch.stack(exact)).abs().mean()) < 0.03
+
+
+# Conditionings with areas, masks and ranges
+
+
+def left_half() -> Tensor:
+    mask = torch.zeros(1, 4, 4)
+    mask[..., :2] = 1.0
+    return mask
+
+
+LEFT = {"area": (4, 2, 0, 0), "strength": 1.0, "set_area_to_bounds": False}
+LEFT_BY_PERCENTAGE = {"area": ("percentage", 1.0, 0.5, 0.0, 0.0), "strength": 1.0, "set_area_to_bounds": False}
+
+
+def one_step(bench: Any, negative: list, **changes: Any) -> Tensor:
+    """The guided prediction at the first level, under negative prompting at scale 1."""
+    concept = bench.concept(negative, method="negative_prompting")
+    return bench.dng(bench.model(), concept, steps=1, **changes)[0]
+
+
+@pytest.mark.parametrize(
+    "extra", [LEFT, LEFT_BY_PERCENTAGE, {"mask": left_half()}], ids=["area", "percentage", "mask"]
+)
+def test_an_undesired_area_pushes_inside_and_leaves_the_rest_of_the_image_alone(bench, extra):
+    base = bench.sample(bench.model(), steps=1)
+    everywhere = one_step(bench, bench.cond("0"))
+    out = one_step(bench, bench.cond("0", **extra))
+    torch.testing.assert_close(out[..., 2:], base[..., 2:], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out[..., :2], everywhere[..., :2], rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(everywhere, base, atol=1e-2)
+
+
+def test_an_area_meets_its_mask(bench):
+    top = torch.zeros(1, 4, 4)
+    top[:, :2] = 1.0
+    out = one_step(bench, bench.cond("0", **LEFT, mask=top, mask_strength=1.0))
+    changed = (out - bench.sample(bench.model(), steps=1)).abs() > 1e-4
+    assert changed[..., :2, :2].all()
+    assert not changed[..., 2:, :].any() and not changed[..., :, 2:].any()
+
+
+@pytest.mark.parametrize("extra", [{"strength": 0.0}, {"mask_strength": 0.0}], ids=str)
+def test_an_undesired_conditioning_of_strength_0_pushes_nowhere(bench, extra):
+    """ComfyUI leaves zeros there, which are no prediction."""
+    out = one_step(bench, bench.cond("0", mask=left_half(), **extra))
+    torch.testing.assert_close(out, bench.sample(bench.model(), steps=1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("extra", [{}, LEFT], ids=["mask", "mask and area"])
+@pytest.mark.parametrize("masks", [2, 8])
+def test_masks_in_a_batch_are_dealt_out_as_comfyui_does(bench, masks, extra):
+    """Repeated where there are fewer than images (4), cut off where there are more."""
+    batch = torch.zeros(masks, 4, 4)
+    batch[0] = 1.0
+    out = one_step(bench, bench.cond("0", mask=batch, **extra), latent=bench.latent(4))
+    base = bench.sample(bench.model(), bench.latent(4), steps=1)
+    changed = ((out - base).abs().flatten(1).amax(1) > 1e-3).tolist()
+    assert changed == [i % masks == 0 for i in range(4)]
+
+
+def test_two_undesired_regions_push_in_both(bench):
+    right = 1 - left_half()
+    both = bench.cond("0", mask=left_half()) + bench.cond("3", mask=right)
+    out = one_step(bench, both)
+    torch.testing.assert_close(out[..., :2], one_step(bench, bench.cond("0"))[..., :2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out[..., 2:], one_step(bench, bench.cond("3"))[..., 2:], rtol=1e-5, atol=1e-5)
+
+
+def test_outside_its_timestep_range_the_undesired_is_not_evaluated_and_nothing_moves(bench, count):
+    model = bench.model()
+    calls = count(model)
+    _, trace = bench.dng(model, bench.concept(bench.cond("0", start_percent=0.3, end_percent=0.8)), steps=20)
+    start, end = (model.get_model_object("model_sampling").percent_to_sigma(p) for p in (0.3, 0.8))
+    inside = [end <= sigma <= start for sigma in trace.sigmas.tolist()]
+    assert calls.forwards == [16 if i else 8 for i in inside]
+    assert 3 < sum(inside) < 17
+    first = inside.index(True)
+    assert torch.equal(trace.posterior[: first + 1], trace.posterior[:1].expand(first + 1, -1, -1))
+    after = len(inside) - inside[::-1].index(True)
+    assert torch.equal(trace.posterior[after:], trace.posterior[after : after + 1].expand_as(trace.posterior[after:]))
+    assert not torch.equal(trace.posterior[first], trace.posterior[after])
+
+
+def test_a_range_that_is_never_reached_is_no_guidance(bench):
+    model = bench.model()
+    samples, _ = bench.dng(model, bench.concept(bench.cond("0", start_percent=1.0, end_percent=1.0)))
+    assert torch.equal(samples, bench.sample(model))
+
+
+# Latents
+
+
+def test_outside_an_inpainting_mask_nothing_counts_for_the_posterior(bench, monkeypatch):
+    seen = record_guidance(bench, monkeypatch)
+    content = bench.mixture.means[:1].expand(6, -1, -1, -1).clone()
+    _, trace = bench.dng(
+        bench.model(), bench.concept("0", p_min=1e-12), {"samples": content, "noise_mask": left_half()}
+    )
+    inside = [[x[..., :2] for x in (s, n[0], r)] for s, _, _, r, n in seen]
+    log_p = torch.full((6,), 1 / 8).log()
+    for (start, negative, reference), (end, _, _), high, low in zip(
+        inside, inside[1:], trace.sigmas, trace.sigmas[1:], strict=False
+    ):
+        log_p = log_p + posterior_increment(end, start, negative, reference, float(low), float(high), VE)
+        log_p = log_p.clamp(torch.tensor(1e-12).log(), torch.tensor(0.99).log())
+    torch.testing.assert_close(trace.posterior[-1, 0], log_p.exp(), rtol=1e-2, atol=1e-6)
+
+
+def test_an_inpainting_mask_keeps_what_is_outside(bench):
+    content = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    samples, _ = bench.dng(bench.model(), latent={"samples": content, "noise_mask": left_half()})
+    torch.testing.assert_close(samples[..., 2:], content[..., 2:])
+    assert not torch.allclose(samples[..., :2], content[..., :2], atol=1e-2)
+
+
+def test_denoise_below_1_starts_at_the_prior_further_down(bench):
+    model = bench.model()
+    _, whole = bench.dng(model, steps=10)
+    samples, part = bench.dng(model, steps=10, denoise=0.5)
+    assert len(part.sigmas) == 10
+    assert part.sigmas[0] < whole.sigmas[0] / 2
+    torch.testing.assert_close(part.posterior[0], torch.full((1, 8), 1 / 8))
+    assert bool(samples.isfinite().all())
+
+
+def test_denoise_0_gives_the_latent_back(bench):
+    latent = {"samples": torch.ones(2, 1, 4, 4)}
+    samples, trace = bench.dng(bench.model(), latent=latent, denoise=0.0)
+    assert torch.equal(samples, bench.sample(bench.model(), latent, denoise=0.0))
+    assert trace is None
+
+
+RANGES = [
+    (0, 3, "enable"),
+    (0, 3, "disable"),
+    (2, 10000, "disable"),
+    (5, 10000, "disable"),
+    (4, 2, "disable"),
+    (0, 0, "disable"),
+]
+
+
+@pytest.mark.parametrize(("start", "end", "leftover"), RANGES)
+def test_the_advanced_node_takes_the_steps_that_the_stock_one_takes(bench, start, end, leftover):
+    """With a push too small to be seen, the guided path gives what KSampler (Advanced) gives."""
+    model, latent = bench.model(), {"samples": torch.ones(4, 1, 4, 4)}
+    common = (model, "enable", 1, 5, 1.0, "euler_ancestral", "karras", bench.cond())
+    tiny = bench.inputs(method="negative_prompting", guidance_scale=1e-30)
+    out, trace = bench.sampling.KSamplerAdvancedDNG.execute(
+        *common, bench.cond("0"), latent, start, end, leftover, **tiny
+    ).args
+    (stock,) = bench.stock.KSamplerAdvanced().sample(*common, bench.cond(), latent, start, end, leftover)
+    torch.testing.assert_close(out["samples"], stock["samples"])
+    steps = max(min(end, 5) - start, 0)
+    assert (0 if trace is None else len(trace.sigmas)) == steps
+
+
+def test_sampling_can_be_split_in_two(bench):
+    model, latent = bench.model(), bench.latent(4)
+    common = (1, 6, 1.0, "euler", "karras", bench.cond(), bench.cond("0"))
+    node, inputs = bench.sampling.KSamplerAdvancedDNG.execute, bench.inputs()
+    first, upper = node(model, "enable", *common, latent, 0, 3, "enable", **inputs).args
+    second, lower = node(model, "disable", *common, first, 3, 10000, "disable", **inputs).args
+    assert len(upper.sigmas) == len(lower.sigmas) == 3
+    assert float(upper.sigmas[-1]) > float(lower.sigmas[0])
+    assert float(bench.mixture.distance(second["samples"]).max()) < 2.0
+
+
+def test_without_added_noise_the_run_starts_from_the_latent(bench, monkeypatch):
+    seen = record_guidance(bench, monkeypatch)
+    latent = {"samples": torch.full((2, 1, 4, 4), 3.0)}
+    bench.dng(bench.model(), latent=latent, disable_noise=True)
+    torch.testing.assert_close(seen[0][0], latent["samples"])
+
+
+def test_batch_index_chooses_the_noise(bench):
+    model = bench.model()
+    whole, _ = bench.dng(model, latent=bench.latent(4), sampler_name="euler")
+    part, _ = bench.dng(model, latent=bench.latent(2, batch_index=[3, 1]), sampler_name="euler")
+    torch.testing.assert_close(part, whole[[3, 1]], rtol=1e-4, atol=1e-4)
+
+
+def test_the_latents_other_entries_pass_through(bench):
+    out, _ = bench.sampling.KSamplerDNG.execute(
+        bench.model(), 1, 2, 1.0, "euler", "karras", bench.cond(), bench.cond("0"),
+        bench.latent(2, batch_index=[0, 1], mine="kept"), 1.0, **bench.inputs(),
+    ).args  # fmt: skip
+    assert out["mine"] == "kept" and out["batch_index"] == [0, 1]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("node", ["ksampler", "guider"])
+@pytest.mark.parametrize("cfg", [0.0, 3.0])
+def test_cfg_other_than_1_without_an_unconditional_says_to_connect_it(bench, node, cfg):
+    with pytest.raises(ValueError, match=r"cfg is .*connect `unconditional`"):
+        if node == "ksampler":
+            bench.dng(bench.model(), cfg=cfg)
+        else:
+            dng_guider(bench, bench.model(), cfg)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", ["positive", "negative", "unconditional"])
+def test_a_conditioning_that_is_not_finite_is_refused_by_its_name(bench, which, value):
+    bad = bench.cond("0", torch.full((1, 7, 16), value))
+    options = {"cfg": 2.0, "positive": bench.cond(), "unconditional": bench.cond()}
+    concept = bench.concept(bad) if which == "negative" else None
+    with pytest.raises(ValueError, match=rf"`{which}` holds NaN or infinite"):
+        bench.dng(bench.model(), concept, **options | ({} if which == "negative" else {which: bad}))
+
+
+def test_a_conditioning_of_another_model_family_is_refused_by_its_name(bench):
+    concept = bench.concept(bench.cond("0", torch.zeros(1, 77, 768)))
+    with pytest.raises(ValueError, match=r"`negative` is 768 wide but `positive` 2048.*CLIP"):
+        bench.dng(bench.model(), concept, positive=bench.cond("all", torch.zeros(1, 77, 2048)))
+
+
+def test_a_conditioning_of_another_batch_size_is_refused_by_its_name(bench):
+    concept = bench.concept(bench.cond("0", torch.zeros(3, 77, 768)))
+    with pytest.raises(ValueError, match=r"`negative` is a batch of 3, the latent one of 8"):
+        bench.dng(bench.model(), concept, latent=bench.latent(8))
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_one_prompt_for_all_images_or_one_for_each_is_accepted(bench, batch):
+    samples, _ = bench.dng(bench.model(), bench.concept(bench.cond("0", torch.zeros(batch, 77, 768))))
+    assert bool(samples.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prior", 0.0),
+        ("prior", 1.0),
+        ("temperature", -1.0),
+        ("p_min", 0.999),
+        ("guidance_scale", -1.0),
+        ("max_scale", 0.0),
+    ],
+)
+@pytest.mark.parametrize("node", ["ksampler", "guider", "patch"])
+def test_a_setting_out_of_range_is_refused_by_its_name(bench, node, field, value):
+    inputs = bench.inputs(**{field: value})
+    model, all_, avoid = bench.model(), bench.cond(), bench.cond("0")
+    with pytest.raises(ValueError, match=rf"\b{field} must be"):
+        if node == "ksampler":
+            bench.sampling.KSamplerDNG.execute(
+                model, 1, 2, 1.0, "euler", "karras", all_, avoid, bench.latent(), 1.0, **inputs
+            )
+        elif node == "guider":
+            bench.sampling.DNGGuider.execute(model, all_, avoid, 1.0, **inputs)
+        else:
+            bench.patching.DynamicNegativeGuidance.execute(model, avoid, **inputs)
+
+
+def test_a_patched_model_in_a_dng_sampler_is_refused(bench):
+    with pytest.raises(ValueError, match="already carries a Dynamic Negative Guidance patch"):
+        bench.dng(bench.patch(bench.model()))
+
+
+def test_a_failed_run_leaves_the_next_one_unaffected(bench, monkeypatch):
+    model = bench.model()
+    expected, _ = bench.dng(model)
+    with monkeypatch.context() as broken:
+        broken.setattr(bench.sampling.latent_preview, "prepare_callback", lambda *_: stop_at_step_2)
+        with pytest.raises(KeyboardInterrupt):
+            bench.dng(model)
+    samples, _ = bench.dng(model)
+    assert torch.equal(samples, expected)
+    assert torch.equal(bench.sample(model), bench.sample(bench.model()))
+
+
+def stop_at_step_2(step: int, *_: Any) -> None:
+    if step == 2:
+        raise KeyboardInterrupt
