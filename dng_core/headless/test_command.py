@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 from .errors import HeadlessError
@@ -13,7 +14,6 @@ from .link import link_folder, unlink_folder
 from .lock import exclusive
 from .paths import PACKAGE_FOLDER, checkout
 
-TOOLS = ("diffusers", "hypothesis", "mypy", "pytest", "pytest-timeout", "ruff")
 ALIAS = "dynamic_negative_guidance"
 GRACE_SECONDS = 15
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if root is None:
         raise HeadlessError(f"{PACKAGE_FOLDER} is not in a checkout, and only a checkout has the tests.")
     location = ensure_installed()
-    install_tools(location.python)
+    install_tools(location.python, tools_of(root))
     environment = {**os.environ, "DNG_COMFYUI": os.environ.get("DNG_COMFYUI") or str(location.path)}
     environment.pop("PYTHONPATH", None)
 
@@ -51,14 +51,21 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def install_tools(python: Path) -> None:
-    """Install the test tools once per set of pins."""
+def tools_of(root: Path) -> list[str]:
+    """What the project's extra "test" asks for, this project itself left out: the tests use the checkout."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extra: list[str] = project["optional-dependencies"]["test"]
+    return [requirement for requirement in extra if not requirement.startswith(project["name"])]
+
+
+def install_tools(python: Path, requirements: list[str]) -> None:
+    """Install the test tools once per set of requirements and pins."""
     done = managed().folder / "tools.txt"
-    wanted = "\n".join((*TOOLS, CONSTRAINTS.read_text(encoding="utf-8")))
+    wanted = "\n".join((*requirements, CONSTRAINTS.read_text(encoding="utf-8")))
     with exclusive(managed().lock):
         if not done.is_file() or done.read_text(encoding="utf-8") != wanted:
             tell("Installing the test tools")
-            pip_install(python, list(TOOLS), "Installing the test tools")
+            pip_install(python, requirements, "Installing the test tools")
             temporary = done.with_suffix(".tmp")
             temporary.write_text(wanted, encoding="utf-8")
             os.replace(temporary, done)

@@ -1,9 +1,11 @@
 """What the project promises of itself: a bare Python can start it, and it moves nobody's packages."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import pytest
 import dng_core
 from dng_core.headless.cli import COMMANDS
 from dng_core.headless.environment import LAUNCHER
-from dng_core.headless.install import TORCH
+from dng_core.headless.install import TORCH, managed, write_marker
+from dng_core.headless.locate import Location
+from dng_core.headless.paths import venv_python
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -62,6 +66,27 @@ def test_a_server_without_aiohttp_and_without_an_install_says_what_to_do(
     assert done.returncode == 1
     assert "needs aiohttp and tqdm" in done.stderr
     assert "pip install aiohttp tqdm" in done.stderr
+
+
+def test_a_bare_python_runs_a_workflow_in_the_installed_comfyui(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: Location, workflow_file: Callable[..., Path]
+) -> None:
+    monkeypatch.setenv("DNG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))  # no comfy-cli there
+    for name in ("DNG_COMFYUI", "DNG_SERVER", "DNG_COMFYUI_PYTHON"):
+        monkeypatch.delenv(name, raising=False)
+    installation = managed()
+    python = venv_python(installation.environment)
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    shutil.copytree(fake.path, installation.comfyui)
+    write_marker(installation)
+    workflow, out = workflow_file("Done"), tmp_path / "out"
+    done = bare_python(str(LAUNCHER), "run", str(workflow), "--cpu", "--output", str(out))
+    assert done.returncode == 0, done.stderr
+    assert str(installation.comfyui) in done.stderr
+    assert (out / "record.json").is_file()
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
