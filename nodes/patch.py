@@ -21,8 +21,9 @@ class GuidedRuns:
     def __call__(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
         guider = executor.class_obj
         keys = [f"dng_{i}" for i in range(len(self.concepts))]
+        positive = [(entry.get("cross_attn"), entry) for entry in guider.conds.get("positive") or []]
         for key, concept in zip(keys, self.concepts, strict=True):
-            check_conditioning(concept.conditioning, "negative", batch=noise.shape[0])
+            check_conditioning(concept.conditioning, "negative", positive, batch=noise.shape[0])
             guider.conds[key] = comfy.sampler_helpers.convert_cond(concept.conditioning)
         begin_run(guider, self.concepts, keys, sampler, sigmas, noise.shape, denoise_mask)
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
