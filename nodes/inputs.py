@@ -13,34 +13,41 @@ DEFAULTS = Settings()
 
 
 def settings_inputs() -> list[io.Input]:
-    """One input per field of Settings that users set, the rarely used ones folded away."""
+    """One input per field of Settings that users set, the rarely used ones folded away.
+
+    All are optional, so that a KSampler's API prompt works with the class name alone changed. Each ``step`` is as fine
+    as the values that make sense: ComfyUI's front end rounds what is typed to it, and clamps it to its grid.
+    """
     return [
         io.Float.Input(
             "guidance_scale",
+            optional=True,
             default=DEFAULTS.guidance_scale,
             min=0.0,
             max=100.0,
-            step=0.1,
+            step=0.01,
             round=0.001,
             tooltip="lambda_0: how hard to push away once the image turns into what is to be avoided. 1 is exact, "
             "more is safer, 0 switches guidance off.",
         ),
         io.Float.Input(
             "prior",
+            optional=True,
             default=DEFAULTS.prior,
-            min=0.0001,
-            max=0.99,
-            step=0.01,
-            round=0.0001,
+            min=0.001,
+            max=0.999,
+            step=0.001,
+            round=0.001,
             tooltip="The share of images that you expect to show the undesired thing without guidance. If in doubt, "
             "choose it too high rather than too low.",
         ),
         io.Float.Input(
             "temperature",
+            optional=True,
             default=DEFAULTS.temperature,
             min=0.0,
             max=10.0,
-            step=0.05,
+            step=0.01,
             round=0.001,
             advanced=True,
             tooltip="tau: how far each step's evidence moves the posterior. 1 is exact; less makes it slower, which "
@@ -48,17 +55,19 @@ def settings_inputs() -> list[io.Input]:
         ),
         io.Float.Input(
             "offset",
+            optional=True,
             default=DEFAULTS.offset,
             min=0.0,
             max=100.0,
             step=0.0001,
-            round=0.000001,
+            round=0.0001,
             advanced=True,
             tooltip="delta: a steady upward drift of the posterior, which switches guidance on earlier. 0 is exact. "
             "Its unit is that of offset_form.",
         ),
         io.Combo.Input(
             "offset_form",
+            optional=True,
             options=list(OFFSET_FORMS),
             default=DEFAULTS.offset_form,
             advanced=True,
@@ -67,36 +76,40 @@ def settings_inputs() -> list[io.Input]:
         ),
         io.Float.Input(
             "p_min",
+            optional=True,
             default=DEFAULTS.p_min,
-            min=1e-12,
-            max=0.99,
+            min=1e-6,
+            max=0.999,
             step=0.000001,
-            round=0.0000000001,
+            round=1e-6,
             advanced=True,
             tooltip="The posterior never falls below this, so that it can rise again.",
         ),
         io.Float.Input(
             "p_max",
+            optional=True,
             default=DEFAULTS.p_max,
-            min=0.01,
-            max=0.999999,
-            step=0.01,
-            round=0.000001,
+            min=0.001,
+            max=0.999,
+            step=0.001,
+            round=0.001,
             advanced=True,
             tooltip="The posterior never rises above this, which bounds the push: guidance_scale * p / (1 - p).",
         ),
         io.Float.Input(
             "max_scale",
+            optional=True,
             default=DEFAULTS.max_scale,
-            min=0.01,
+            min=0.1,
             max=100000.0,
-            step=1.0,
+            step=0.1,
             round=0.01,
             advanced=True,
             tooltip="A cap on the push guidance_scale * p / (1 - p), whatever the posterior.",
         ),
         io.Combo.Input(
             "method",
+            optional=True,
             options=list(METHODS),
             default=DEFAULTS.method,
             advanced=True,
@@ -105,6 +118,7 @@ def settings_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "reference",
+            optional=True,
             options=list(REFERENCES),
             default=REFERENCES[0],
             advanced=True,
@@ -117,5 +131,5 @@ def settings_inputs() -> list[io.Input]:
 
 def concept_from(conditioning: list | None, values: dict[str, Any]) -> Concept:
     """The concept that a node's conditioning and settings inputs describe; raises ValueError naming the input."""
-    reference = values.pop("reference")
+    reference = values.pop("reference", REFERENCES[0])
     return Concept(conditioning or [], Settings(**values), reference)

@@ -107,7 +107,9 @@ class OracleModelNode(io.ComfyNode):
                     "v_prediction, rectified flow for flow. Predictions are exact in all.",
                 ),
             ],
-            outputs=[io.Model.Output(display_name="MODEL")],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="For any sampler; conditioning from Oracle Condition.")
+            ],
         )
 
     @classmethod
@@ -141,7 +143,7 @@ class OracleCondition(io.ComfyNode):
                 ),
                 io.Int.Input("of", default=8, min=2, max=64, tooltip="How many components the mixture has."),
             ],
-            outputs=[io.Conditioning.Output(display_name="CONDITIONING")],
+            outputs=[io.Conditioning.Output(display_name="CONDITIONING", tooltip="For the Oracle Model.")],
         )
 
     @classmethod
@@ -170,7 +172,7 @@ class OracleLatentNode(io.ComfyNode):
             description="An empty latent of the Oracle Model's size.",
             search_aliases=["gaussian mixture", "oracle", "empty latent", "dng"],
             inputs=[io.Int.Input("batch_size", default=1000, min=1, max=100000, tooltip="How many samples to draw.")],
-            outputs=[io.Latent.Output(display_name="LATENT")],
+            outputs=[io.Latent.Output(display_name="LATENT", tooltip="For a sampler that runs the Oracle Model.")],
         )
 
     @classmethod
@@ -193,7 +195,7 @@ class OracleReport(io.ComfyNode):
                 io.String.Input("forbidden", default="0", tooltip="Component numbers that should not appear."),
                 io.Int.Input("components", default=8, min=2, max=64, tooltip="How many components the mixture has."),
             ],
-            outputs=[io.String.Output(display_name="text")],
+            outputs=[io.String.Output(display_name="text", tooltip="The figures as JSON.")],
         )
 
     @classmethod
