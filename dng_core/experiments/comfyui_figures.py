@@ -146,7 +146,7 @@ def class_removal_prompt(
     negative = prompt[by_class["KSamplerDNG"][0]]["inputs"]["negative"][0]
     prompt[negative]["inputs"]["label"] = str(digit)
     prompt[by_class["DNGEmptyPixelLatent"][0]]["inputs"]["batch_size"] = images
-    for key in by_class["SaveImage"]:
+    for key in (*by_class["SaveImage"], *by_class["PreviewAny"]):
         del prompt[key]
 
     reports = {_sampler_of(prompt, key): key for key in by_class["DNGClassReport"]}

@@ -120,7 +120,8 @@ def run_on(server: Server, args: argparse.Namespace, prompt: dict[str, dict[str,
         saved = save_run(folder, args.workflow, prompt, server, result)
     except OSError as error:
         raise cannot_write(folder, error) from error
-    for ui in result.ui.values():
-        if text := node_text(ui):
+    texts = dict.fromkeys(text for ui in result.ui.values() if (text := node_text(ui)))
+    for text in texts:
+        if not any(text in other for other in texts if other != text):  # a table that grew over several nodes
             print(text)
     print("Saved:", *saved, sep="\n  ")
