@@ -130,7 +130,7 @@ def test_elements_of_weight_0_do_not_count():
     weight = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
     weight[..., :3] = 1
     inside = [x[..., :3] for x in (next_state, state, negative, reference)]
-    nonsense = [torch.where(weight > 0, x, 1e3) for x in (next_state, state, negative, reference)]
+    nonsense = [torch.where(weight > 0, x, 1e3 * i) for i, x in enumerate((next_state, state, negative, reference))]
     torch.testing.assert_close(
         posterior_increment(*nonsense, sigma(499), sigma(500), VP, weight),
         posterior_increment(*inside, sigma(499), sigma(500), VP),
