@@ -149,6 +149,13 @@ def test_chained_patches_avoid_several_concepts_in_one_batch(bench, count):
     assert bench.report(samples, "0,1").forbidden_share < 0.12
 
 
+def test_a_concept_outside_its_range_does_not_shift_the_others(bench):
+    model, method = bench.model(), "negative_prompting"
+    never = bench.cond("0", start_percent=1.0, end_percent=1.0)
+    chained = bench.patch(bench.patch(model, never, method=method), "3", method=method)
+    assert torch.equal(bench.sample(chained), bench.sample(bench.patch(model, "3", method=method)))
+
+
 def test_the_order_of_chained_patches_does_not_matter(bench):
     model = bench.model()
     one, other = (bench.patch(bench.patch(model, a), b) for a, b in (("0", "3"), ("3", "0")))
