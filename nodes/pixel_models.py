@@ -54,7 +54,7 @@ class PixelLatentFormat(comfy.latent_formats.LatentFormat):
 class PixelModelConfig(comfy.supported_models_base.BASE):
     """What ComfyUI wants to know of a model before it has one."""
 
-    supported_inference_dtypes = [torch.float32]  # noqa: RUF012 (ComfyUI declares it so)
+    supported_inference_dtypes = [torch.float32]
 
     def __init__(self, info: DenoiserInfo) -> None:
         super().__init__({"disable_unet_model_creation": True})
