@@ -118,7 +118,7 @@ class NegativeGuidance:
         self._momenta: list[Tensor | None] = [None] * len(self.settings)
 
     def __call__(
-        self, state: Tensor, level: float, base: Tensor, reference: Tensor, negatives: Sequence[Tensor]
+        self, state: Tensor, level: float, base: Tensor, reference: Tensor, negatives: Sequence[Tensor | None]
     ) -> Tensor:
         """The guided denoised prediction at ``state`` (batch, ...) of noise ``level``, in the base's dtype.
 
@@ -126,7 +126,8 @@ class NegativeGuidance:
         ----------
         base: what the sampler would use without guidance.
         reference: the prediction that the undesired ones are compared with; often the base itself.
-        negatives: the prediction under each undesired concept.
+        negatives: the prediction under each undesired concept; None where a concept does not apply at this noise
+            level, so that it neither pushes nor moves its posterior.
         """
         if len(negatives) != len(self.settings):
             raise ValueError(f"{len(self.settings)} concepts were set up but {len(negatives)} predictions given")
@@ -134,28 +135,30 @@ class NegativeGuidance:
         dynamic = dynamic_scales(log_posteriors, self.settings)
 
         reference = at_least_float32(reference)
-        directions, scales = [], []
-        for i, (settings, negative) in enumerate(zip(self.settings, negatives, strict=True)):
-            direction = at_least_float32(negative) - reference
-            scale = dynamic[i]
-            if settings.method != "dng":
-                scale = torch.full_like(scale, settings.guidance_scale)
-            if settings.method == "safe_latent_diffusion":
-                momentum = self._momenta[i]
-                if momentum is None or momentum.shape != direction.shape:
-                    momentum = torch.zeros_like(direction)
-                direction, self._momenta[i] = safe_latent_direction(
-                    direction, self.frame.sigma(level), momentum, settings
-                )
-            directions.append(direction)
-            scales.append(scale)
-
         state = at_least_float32(state).clone()
-        for tracker, negative, log_posterior, scale in zip(
-            self.trackers, negatives, log_posteriors, scales, strict=True
-        ):
-            tracker.anchor(state, level, at_least_float32(negative).clone(), reference.clone(), log_posterior, scale)
+        directions, scales = [], []
+        for i, (tracker, negative) in enumerate(zip(self.trackers, negatives, strict=True)):
+            if negative is None:
+                tracker.anchor(state, level, None, reference, log_posteriors[i], torch.zeros_like(dynamic[i]))
+                continue
+            negative = at_least_float32(negative).clone()
+            scale = dynamic[i]
+            if self.settings[i].method != "dng":
+                scale = torch.full_like(scale, self.settings[i].guidance_scale)
+            tracker.anchor(state, level, negative, reference.clone(), log_posteriors[i], scale)
+            directions.append(self._direction(i, negative - reference, level))
+            scales.append(scale)
         return combine(base, directions, scales)
+
+    def _direction(self, i: int, difference: Tensor, level: float) -> Tensor:
+        if self.settings[i].method != "safe_latent_diffusion":
+            return difference
+        momentum = self._momenta[i]
+        if momentum is None or momentum.shape != difference.shape:
+            momentum = torch.zeros_like(difference)
+        sigma = self.frame.sigma(level)
+        direction, self._momenta[i] = safe_latent_direction(difference, sigma, momentum, self.settings[i])
+        return direction
 
     def trace(self) -> Trace:
         """What was tracked so far; empty if nothing was. Waits for the device: call it after the run."""

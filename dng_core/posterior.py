@@ -140,11 +140,18 @@ class PosteriorTracker:
         return self._clamp(top.log_posterior + self.settings.temperature * increment + offset)
 
     def anchor(
-        self, state: Tensor, level: float, negative: Tensor, reference: Tensor, log_posterior: Tensor, scale: Tensor
+        self,
+        state: Tensor,
+        level: float,
+        negative: Tensor | None,
+        reference: Tensor,
+        log_posterior: Tensor,
+        scale: Tensor,
     ) -> None:
-        """Let the chain continue from this point, where the two predictions are known, if it is on the schedule.
+        """Let the chain continue from this point, if it is on the schedule.
 
-        ``log_posterior`` and ``scale``, (batch,), are those of this point. The tensors are kept, not copied.
+        ``log_posterior`` and ``scale``, (batch,), are those of this point. Where the concept does not apply,
+        ``negative`` is None, and the jump from here leaves the posterior as it is. The tensors are kept, not copied.
         """
         if self.anchors and not self._on_schedule(level):
             return

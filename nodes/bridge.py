@@ -91,7 +91,7 @@ class Run:
         else:
             reference = unconditional
         present = [
-            reference if negative is None else _where_covered(negative, reference, entries)
+            None if negative is None else _where_covered(negative, reference, entries)
             for negative, entries in zip(negatives, self._entries, strict=True)
         ]
         return self._guidance(state, self._level, base, reference, present)
@@ -217,10 +217,12 @@ def _area_to_mask(entry: dict, latent_shape: Sequence[int]) -> dict:
         return entry
     sizes = list(latent_shape[2:])
     if area[0] == "percentage":
-        fractions = list(area[1:])
-        used = sizes[-(len(fractions) // 2) :]
-        extent = [max(1, round(f * s)) for f, s in zip(fractions[: len(used)], used, strict=True)]
-        area = [*extent, *(round(f * s) for f, s in zip(fractions[len(used) :], used, strict=True))]
+        half = len(area) // 2
+        extents, starts = area[1 : 1 + half], area[1 + half :]
+        used = sizes[-half:]
+        extents, starts = extents[half - len(used) :], starts[half - len(used) :]
+        area = [max(1, round(f * s)) for f, s in zip(extents, used, strict=True)]
+        area += [round(f * s) for f, s in zip(starts, used, strict=True)]
     mask = _inside(area, torch.zeros(1, *sizes)).float()
     if "mask" in entry:
         given = entry["mask"]

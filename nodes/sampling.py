@@ -28,7 +28,7 @@ class NegativeGuider(comfy.samplers.CFGGuider):
 
     def __init__(self, model, positive, concept: Concept, unconditional, cfg: float) -> None:
         super().__init__(model)
-        if has_dng_patch(model):
+        if concept.active and has_dng_patch(model):
             raise ValueError(
                 "the model already carries a Dynamic Negative Guidance patch; use either the patch with a stock "
                 "sampler or a DNG sampler with the unpatched model, or the push would be applied twice"
