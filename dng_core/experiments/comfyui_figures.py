@@ -177,7 +177,8 @@ def _columns(row: dict[str, Any]) -> dict[str, Any]:
         "images": "images",
         "forbidden_share": "left",
         "kl_renormalised": "KL of the rest",
-        "kept_share": "class kept",
+        "kl": "KL, paper's form",
+        "kept": "class kept",
         "rms_change": "RMS change",
     }
-    return {title: row.get(name) for name, title in names.items()}
+    return {title: row[name] for name, title in names.items()}
