@@ -72,7 +72,7 @@ def posterior_figure(samples: int, seed: int) -> Iterator[dict[str, Any]]:
     settings = NO_CLAMP.with_(guidance_scale=0.0)
     for steps in STEP_COUNTS:
         _, error = _sample(mixture, settings, ddpm_sigmas(DDPMSchedule.named("linear"), steps), samples, seed)
-        yield {"steps": steps, "samples": samples, "mean |tracked - exact|": error}
+        yield {"steps": steps, "samples": samples, "mean absolute error": error}
 
 
 def removal_figure(samples: int, seed: int) -> Iterator[dict[str, Any]]:
