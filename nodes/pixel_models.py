@@ -84,6 +84,10 @@ class PixelModel(comfy.model_base.BaseModel):
         self.diffusion_model = PixelNetwork(unet)
         self.info = info
 
+    def _apply_model(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The denoised image, kept in the range of images as Ho et al. (2020) do; early errors cannot blow it up."""
+        return super()._apply_model(*args, **kwargs).clamp(-1, 1)
+
     def memory_required(self, input_shape: Sequence[int], cond_shapes: object = None) -> float:
         """Bytes that a forward pass takes, by which ComfyUI decides how many predictions go into one batch."""
         floats = LIVE_FEATURE_MAPS * self.info.network.base_channels / self.info.network.patch_size**2
