@@ -22,6 +22,7 @@ GRAPHS = sorted(FOLDER.glob("*.json"))
 PROMPTS = sorted((FOLDER / "api").glob("*.json"))
 NOTES = ("MarkdownNote", "Note")
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+ANY_TYPE = "*"
 TITLE_HEIGHT = 30
 PICTURE_BYTES = 200_000
 MACHINE_PATH = re.compile(r"://|(?:^|[\s\"'(=])(?:~/|/[\w.-]+|[A-Za-z]:[\\/])")
@@ -113,7 +114,8 @@ def test_wires_join_outputs_and_inputs_that_the_nodes_have(path: Path, definitio
         assert link in nodes[origin]["outputs"][output]["links"]
         socket = nodes[target]["inputs"][slot]
         known = definitions[nodes[target]["type"]]["input"]
-        assert {**known.get("required", {}), **known.get("optional", {})}[socket["name"]][0] == kind
+        accepted = {**known.get("required", {}), **known.get("optional", {})}[socket["name"]][0]
+        assert accepted in (kind, ANY_TYPE)
         assert socket["link"] == link
     attached = [slot["link"] for node in graph["nodes"] for slot in node["inputs"] if slot.get("link") is not None]
     assert sorted(attached) == sorted(link[0] for link in graph["links"])
