@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import torch
+
 from dng_core.oracle import GaussianMixture
 from dng_core.schedules import DDPMSchedule, ddpm_sigmas
 
