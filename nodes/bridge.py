@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import comfy.model_sampling
 import comfy.samplers
+import comfy.utils
 import torch
 from torch import Tensor
 
