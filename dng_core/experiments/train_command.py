@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .data import MNIST_MD5, load_mnist
-from .networks import Classifier, UNetConfig
+from .networks import Classifier, UNet, UNetConfig
 from .training import TrainingConfig, TrainingResult, classifier_accuracy, train_classifier, train_denoiser
-from .weights import ClassifierInfo, DenoiserInfo, save_classifier, save_denoiser
+from .weights import ClassifierInfo, DenoiserInfo, load_classifier, load_denoiser, save_classifier, save_denoiser
 
 DIGITS = tuple("0123456789")
 DENOISER = UNetConfig(
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", choices=tuple(DEFAULTS), help="what to train")
     parser.add_argument("--data", type=Path, required=True, help="folder with MNIST's four IDX files (.gz or not)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights, record and checkpoint")
+    parser.add_argument("--start-from", type=Path, metavar="WEIGHTS", help="weights to go on from (default: random)")
     parser.add_argument("--epochs", type=float, help=_default("passes over the 60,000 training images", "epochs"))
     parser.add_argument("--batch-size", type=int, help=_default("images per step", "batch_size"))
     parser.add_argument("--learning-rate", type=float, help=_default("peak learning rate", "learning_rate"))
@@ -86,17 +88,18 @@ def train(args: argparse.Namespace) -> None:
     """
     config = _config(args)
     device = _device(args.device)
+    initial = _initial(args.model, args.start_from) if args.start_from else None
     images, labels = load_mnist(args.data, train=True)
     args.output.mkdir(parents=True, exist_ok=True)
     files = Files.of(args.output, args.model)
 
     figures: dict[str, Any] = {}
     if args.model == "denoiser":
-        result = train_denoiser(images, labels, DENOISER, config, files.checkpoint, device)
+        result = train_denoiser(images, labels, DENOISER, config, files.checkpoint, device, initial)
         info = DenoiserInfo("mnist", DENOISER, "linear", (-1.0, 1.0), DIGITS)
         save_denoiser(files.weights, result.state_dict, info)
     else:
-        result = train_classifier(images, labels, len(DIGITS), config, files.checkpoint, device)
+        result = train_classifier(images, labels, len(DIGITS), config, files.checkpoint, device, initial)
         classifier = Classifier(1, len(DIGITS), CLASSIFIER_WIDTH)
         classifier.load_state_dict(result.state_dict)
         figures["test_accuracy"] = classifier_accuracy(classifier.eval(), *load_mnist(args.data, train=False))
@@ -140,6 +143,16 @@ def _config(args: argparse.Namespace) -> TrainingConfig:
     )
 
 
+def _initial(model: str, path: Path) -> dict[str, Tensor]:
+    load = load_denoiser if model == "denoiser" else load_classifier
+    network, _ = load(path)
+    state_dict = network.state_dict()
+    expected = UNet(DENOISER) if model == "denoiser" else Classifier(1, len(DIGITS), CLASSIFIER_WIDTH)
+    if {k: v.shape for k, v in state_dict.items()} != {k: v.shape for k, v in expected.state_dict().items()}:
+        raise ValueError(f"--start-from: {path} holds another network than `dng train {model}` trains")
+    return state_dict
+
+
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
@@ -150,6 +163,8 @@ def _record(
     args: argparse.Namespace, config: TrainingConfig, device: torch.device, result: TrainingResult
 ) -> dict[str, Any]:
     command = ["dng", "train", args.model, "--data", str(args.data), "--output", str(args.output)]
+    if args.start_from:
+        command += ["--start-from", str(args.start_from)]
     for option in ("epochs", "batch_size", "learning_rate", "seed", "checkpoint_every"):
         command += [f"--{option.replace('_', '-')}", f"{getattr(config, option):g}"]
     return {

@@ -4,18 +4,19 @@ Every step draws its batch, timesteps, noise and dropped labels from a generator
 was stopped and resumed from its checkpoint gives the same weights as one that was not.
 """
 
+import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -71,10 +72,12 @@ def train_denoiser(
     config: TrainingConfig,
     checkpoint: Path,
     device: torch.device,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> TrainingResult:
     """Train the epsilon network by the simple loss of Ho et al. (eq. 14), a share of the labels dropped to null.
 
-    ``images``: (n, channels, height, width) uint8. Returns the exponential moving average of the weights.
+    ``images``: (n, channels, height, width) uint8. ``initial``: weights to start from, in place of random ones.
+    Returns the exponential moving average of the weights.
     """
     torch.manual_seed(config.seed)
     schedule = DDPMSchedule.named("linear")
@@ -92,13 +95,19 @@ def train_denoiser(
         alpha_bar = alpha_bars[timestep][:, None, None, None]
         return F.mse_loss(model(alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, timestep, label), noise)
 
-    return _optimise(model, loss, len(images), config, checkpoint, device, f"denoiser {network.to_dict()}")
+    return _optimise(model, loss, len(images), config, checkpoint, device, f"denoiser {network.to_dict()}", initial)
 
 
 def train_classifier(
-    images: Tensor, labels: Tensor, num_classes: int, config: TrainingConfig, checkpoint: Path, device: torch.device
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    config: TrainingConfig,
+    checkpoint: Path,
+    device: torch.device,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> TrainingResult:
-    """Train the classifier by cross-entropy. ``images`` as above.
+    """Train the classifier by cross-entropy. ``images`` and ``initial`` as above.
 
     Batches are shifted by up to two pixels, and each image gets Gaussian noise of a random size up to 0.3 (on a range
     of -1 to 1), so that the remains of noise in generated images don't decide the class.
@@ -113,7 +122,7 @@ def train_classifier(
         batch = batch + size * torch.randn(batch.shape, generator=generator)
         return F.cross_entropy(model(batch.to(device)), labels[index].to(device), label_smoothing=0.05)
 
-    return _optimise(model, loss, len(images), config, checkpoint, device, "classifier")
+    return _optimise(model, loss, len(images), config, checkpoint, device, "classifier", initial)
 
 
 @torch.no_grad()
@@ -135,10 +144,14 @@ def _optimise(
     checkpoint: Path,
     device: torch.device,
     identity: str,
+    initial: Mapping[str, Tensor] | None,
 ) -> TrainingResult:
     """Train ``model`` on ``count`` images from the checkpoint on, if there is one, to the end of ``config.epochs``."""
     if config.batch_size > count:
         raise ValueError(f"batch_size {config.batch_size} is above the number of images, {count}")
+    if initial is not None:
+        model.load_state_dict(initial)
+        identity += f" from {hashlib.sha256(save(dict(initial))).hexdigest()}"
     model = channels_last(model.to(device)).train()
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from dng_core.experiments import data, train_command, training
-from dng_core.experiments.networks import UNetConfig
+from dng_core.experiments.networks import UNet, UNetConfig
 from dng_core.experiments.training import TrainingConfig, train_classifier, train_denoiser
-from dng_core.experiments.weights import load_classifier, load_denoiser
+from dng_core.experiments.weights import DenoiserInfo, load_classifier, load_denoiser, save_denoiser
 
 CPU = torch.device("cpu")
 NETWORK = UNetConfig(8, 1, 32, channel_multipliers=(1,), blocks_per_level=1, attention_levels=(), num_classes=3)
@@ -134,6 +134,36 @@ def test_command_trains_a_denoiser_and_writes_a_record(mnist_like, tmp_path):
     assert record["steps"] == 2
     assert "dng train denoiser" in record["command"]
     assert "--epochs 1 --batch-size 32 --learning-rate 0.0008 --seed 0" in record["command"]
+
+
+def test_training_can_go_on_from_weights(mnist_like, tmp_path, monkeypatch):
+    """With a learning rate too small to move them, the weights started from come out again; the record names them."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ("--data", mnist_like, "--epochs", 1, "--batch-size", 32, "--device", "cpu")
+    assert dng_train("classifier", *options, "--output", first) == 0
+    start = first / "mnist_classifier.safetensors"
+    options = (*options, "--learning-rate", 1e-30, "--start-from", start)
+    assert dng_train("classifier", *options, "--output", second) == 0
+    before, _ = load_classifier(start)
+    after, _ = load_classifier(second / "mnist_classifier.safetensors")
+    weights = {k: v for k, v in before.state_dict().items() if "running" not in k and "num_batches" not in k}
+    assert same(weights, {k: after.state_dict()[k] for k in weights})
+    assert f"--start-from {start}" in json.loads((second / "mnist_classifier.json").read_text())["command"]
+
+
+def test_a_checkpoint_started_elsewhere_is_refused(tmp_path, images, labels):
+    train_denoiser(images, labels, NETWORK, CONFIG, tmp_path / "c", CPU)
+    zeros = {k: torch.zeros_like(v) for k, v in UNet(NETWORK).state_dict().items()}
+    with pytest.raises(ValueError, match="other settings"):
+        train_denoiser(images, labels, NETWORK, CONFIG, tmp_path / "c", CPU, zeros)
+
+
+def test_weights_of_another_network_are_no_start(mnist_like, tmp_path, capsys):
+    info = DenoiserInfo("small", NETWORK, "linear", (-1.0, 1.0), ("a", "b", "c"))
+    save_denoiser(tmp_path / "small.safetensors", UNet(NETWORK).state_dict(), info)
+    options = ("--data", mnist_like, "--output", tmp_path / "out", "--start-from", tmp_path / "small.safetensors")
+    assert dng_train("denoiser", *options) == 1
+    assert "holds another network" in capsys.readouterr().err
 
 
 def test_command_trains_a_classifier_and_records_its_accuracy(mnist_like, tmp_path):
