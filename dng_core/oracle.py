@@ -1,5 +1,6 @@
 """A Gaussian mixture under noise, where every denoiser and posterior has a closed form: the truth to test against."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,40 @@ class GaussianMixture:
         """Equally likely components with standard normal means of the given latent ``shape``."""
         generator = torch.Generator().manual_seed(seed)
         means = torch.randn(components, *shape, generator=generator)
+        return cls(means, std, torch.full((components,), 1 / components))
+
+    @classmethod
+    def attributes(
+        cls, values: int, shape: Sequence[int], std: float = 0.2, seed: int = 0, weights: Tensor | None = None
+    ) -> "GaussianMixture":
+        """Two attributes, A and B, of ``values`` values each: a component for each pair, see :func:`with_attributes`.
+
+        A fixes the first half of a latent's elements, B the second, with standard normal means. ``weights``: (values,
+        values), P(A, B); all pairs are equally likely if None, and A and B then independent at every noise level.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        half = math.prod(shape) // 2
+        a = torch.randn(values, half, generator=generator).repeat_interleave(values, dim=0)
+        b = torch.randn(values, math.prod(shape) - half, generator=generator).repeat(values, 1)
+        if weights is None:
+            weights = torch.full((values, values), 1 / values**2)
+        return cls(torch.cat([a, b], dim=1).reshape(-1, *shape), std, weights.flatten())
+
+    @classmethod
+    def topics(
+        cls, topics: int, components: int, shape: Sequence[int], distance: float, std: float = 0.2, seed: int = 0
+    ) -> "GaussianMixture":
+        """``components`` equally likely components, dealt in order to ``topics`` groups that lie far apart.
+
+        Within a topic the means are standard normal around a centre, and the centres ``distance`` from one another.
+        """
+        if components % topics:
+            raise ValueError(f"{components} components cannot be dealt evenly to {topics} topics")
+        generator = torch.Generator().manual_seed(seed)
+        around = torch.randn(components, *shape, generator=generator)
+        directions, _ = torch.linalg.qr(torch.randn(math.prod(shape), topics, generator=generator))
+        centres = directions.T.reshape(topics, *shape) * distance / math.sqrt(2)
+        means = around + centres.repeat_interleave(components // topics, dim=0)
         return cls(means, std, torch.full((components,), 1 / components))
 
     def log_responsibilities(self, x: Tensor, sigma: float, components: Sequence[int] | None = None) -> Tensor:
@@ -75,3 +110,8 @@ class GaussianMixture:
 
     def _on(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.means.to(x), self.weights.to(x)
+
+
+def with_attributes(values: int, a: int | None = None, b: int | None = None) -> list[int]:
+    """The components of :meth:`GaussianMixture.attributes` that have value ``a`` of A and ``b`` of B (None: any)."""
+    return [i * values + j for i in range(values) for j in range(values) if a in (None, i) and b in (None, j)]

@@ -6,6 +6,8 @@ Researchers and tests sample from it with real samplers and compare the result w
 import functools
 import json
 import math
+import re
+from typing import Any
 
 import comfy.conds
 import comfy.latent_formats
@@ -17,10 +19,18 @@ import torch
 from comfy_api.latest import io
 
 from ..dng_core.experiments.metrics import balance_kl_renormalised
+from ..dng_core.guidance import Trace
 from ..dng_core.kernels import VE, NoiseFrame
-from ..dng_core.oracle import GaussianMixture
+from ..dng_core.oracle import GaussianMixture, with_attributes
+from .inputs import TRACE
 
 CHANNELS, SIZE, STD = 1, 4, 0.2
+TOPICS, TOPIC_DISTANCE = 2, 45.0
+RARE = 0.1
+"""P(A0) of the correlated attributes, the other values of A sharing the rest."""
+RELATED, UNRELATED = 1 / 3, 0.02
+"""P(B0 | A0), and P(B0) given any other value of A."""
+KINDS = ("components", "attributes", "correlated attributes", "topics")
 PREDICTIONS = {
     "epsilon": comfy.model_base.ModelType.EPS,
     "v_prediction": comfy.model_base.ModelType.V_PREDICTION,
@@ -29,9 +39,40 @@ PREDICTIONS = {
 
 
 @functools.cache
-def mixture(components: int) -> GaussianMixture:
-    """The mixture of the node: 1 x 4 x 4 latents, standard deviation 0.2, means of the fixed seed 0."""
-    return GaussianMixture.random(components, (CHANNELS, SIZE, SIZE), STD)
+def mixture(components: int, kind: str = "components") -> GaussianMixture:
+    """A mixture of the nodes: 1 x 4 x 4 latents, standard deviation 0.2, means of the fixed seed 0.
+
+    ``kind``: "components" lie independently; "attributes" are all pairs of two independent attributes A and B, and
+    "correlated attributes" the same with a rare A0 that makes B0 likely; "topics" are two groups far apart.
+    """
+    shape = (CHANNELS, SIZE, SIZE)
+    if kind == "topics":
+        if components % TOPICS:
+            raise ValueError(f"the mixture of {TOPICS} topics needs an even number of `components`, not {components}")
+        return GaussianMixture.topics(TOPICS, components, shape, TOPIC_DISTANCE, STD)
+    if kind == "components":
+        return GaussianMixture.random(components, shape, STD)
+    values = attribute_values(components)
+    return GaussianMixture.attributes(
+        values, shape, STD, weights=_correlated(values) if kind == "correlated attributes" else None
+    )
+
+
+def attribute_values(components: int) -> int:
+    """How many values each of the two attributes has; raises ValueError where ``components`` is not a square."""
+    values = math.isqrt(components)
+    if values**2 != components:
+        raise ValueError(f"two attributes need a square number of components, such as 16, not {components}")
+    return values
+
+
+def _correlated(values: int) -> torch.Tensor:
+    others = values - 1
+    weights = torch.full((values, values), (1 - RARE) / others * (1 - UNRELATED) / others)
+    weights[:, 0] = (1 - RARE) / others * UNRELATED
+    weights[0] = RARE * (1 - RELATED) / others
+    weights[0, 0] = RARE * RELATED
+    return weights
 
 
 class OracleLatent(comfy.latent_formats.LatentFormat):
@@ -58,9 +99,9 @@ class OracleNetwork(torch.nn.Module):
 class OracleModel(comfy.model_base.BaseModel):
     """The mixture as a ComfyUI model: ``apply_model`` returns the exact denoised prediction, whatever the type."""
 
-    def __init__(self, components: int, prediction: str) -> None:
+    def __init__(self, components: int, prediction: str, kind: str) -> None:
         super().__init__(OracleConfig(), PREDICTIONS[prediction])
-        self.mixture = mixture(components)
+        self.mixture = mixture(components, kind)
         self.diffusion_model = OracleNetwork()
         self.frame = NoiseFrame("flow") if prediction == "flow" else VE
 
@@ -88,6 +129,18 @@ class OracleModel(comfy.model_base.BaseModel):
         return denoised
 
 
+def _kind_input() -> io.Input:
+    return io.Combo.Input(
+        "kind",
+        optional=True,
+        options=list(KINDS),
+        default=KINDS[0],
+        tooltip="components: independent ones. attributes: every pair of two attributes A and B (a square number of "
+        "components). correlated attributes: the same with a rare A0 that makes B0 likely. topics: two groups of "
+        "components that lie far apart.",
+    )
+
+
 class OracleModelNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -106,6 +159,7 @@ class OracleModelNode(io.ComfyNode):
                     tooltip="The noise schedule and frame of the model: DDPM's linear chain for epsilon and "
                     "v_prediction, rectified flow for flow. Predictions are exact in all.",
                 ),
+                _kind_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="For any sampler; conditioning from Oracle Condition.")
@@ -113,14 +167,14 @@ class OracleModelNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, components, prediction) -> io.NodeOutput:
-        return io.NodeOutput(load_oracle(components, prediction))
+    def execute(cls, components, prediction, kind=KINDS[0]) -> io.NodeOutput:
+        return io.NodeOutput(load_oracle(components, prediction, kind))
 
 
-def load_oracle(components: int = 8, prediction: str = "epsilon"):
-    """A ModelPatcher around the mixture of ``components``."""
+def load_oracle(components: int = 8, prediction: str = "epsilon", kind: str = KINDS[0]):
+    """A ModelPatcher around the mixture of ``components``, of the kind that :func:`mixture` describes."""
     return comfy.model_patcher.ModelPatcher(
-        OracleModel(components, prediction),
+        OracleModel(components, prediction, kind),
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
@@ -139,7 +193,8 @@ class OracleCondition(io.ComfyNode):
                 io.String.Input(
                     "components",
                     default="all",
-                    tooltip="Component numbers separated by commas, counted from 0, or `all` for the whole mixture.",
+                    tooltip="Component numbers separated by commas, counted from 0; `all` for the whole mixture; or, "
+                    "of a mixture of attributes, `A0` or `B1` for one attribute's value and `A0 B1` for both.",
                 ),
                 io.Int.Input("of", default=8, min=2, max=64, tooltip="How many components the mixture has."),
             ],
@@ -152,14 +207,30 @@ class OracleCondition(io.ComfyNode):
 
 
 def oracle_condition(components: str, of: int = 8) -> list:
-    """CONDITIONING for "all" or for comma-separated component numbers."""
+    """CONDITIONING for "all", for comma-separated component numbers, or for attributes ("A0", "B1", "A0 B1")."""
+    return [[None, {"oracle_components": chosen_components(components, of), "pooled_output": None}]]
+
+
+def chosen_components(components: str, of: int) -> list[int]:
+    """The component numbers that a condition names; raises ValueError, naming the input, where it names none."""
+    text = components.strip()
+    attributes = re.fullmatch(r"(?:A(\d+))?\s*(?:B(\d+))?", text)
     try:
-        chosen = list(range(of)) if components.strip() == "all" else [int(c) for c in components.split(",")]
-    except ValueError:
-        raise ValueError(f"`components` must be `all` or numbers such as `0,3`, not {components!r}") from None
+        if text == "all":
+            chosen = list(range(of))
+        elif text and attributes:
+            a, b = (None if value is None else int(value) for value in attributes.groups())
+            chosen = with_attributes(attribute_values(of), a, b)
+        else:
+            chosen = [int(c) for c in text.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"`components` must be `all`, numbers such as `0,3`, or attributes such as `A0 B1` of a square number of "
+            f"components; {components!r} is none of these: {error}"
+        ) from None
     if not chosen or not all(0 <= c < of for c in chosen):
-        raise ValueError(f"`components` must name numbers from 0 to {of - 1}, not {components!r}")
-    return [[None, {"oracle_components": chosen, "pooled_output": None}]]
+        raise ValueError(f"`components` must name some that the mixture of {of} has, not {components!r}")
+    return chosen
 
 
 class OracleLatentNode(io.ComfyNode):
@@ -194,28 +265,80 @@ class OracleReport(io.ComfyNode):
                 io.Latent.Input("samples", tooltip="Samples of the Oracle Model."),
                 io.String.Input("forbidden", default="0", tooltip="Component numbers that should not appear."),
                 io.Int.Input("components", default=8, min=2, max=64, tooltip="How many components the mixture has."),
+                _kind_input(),
+                io.String.Input(
+                    "wanted",
+                    optional=True,
+                    default="all",
+                    tooltip="What the positive asks for, named as in Oracle Condition: the balance is taken over what "
+                    "is wanted and not forbidden.",
+                ),
+                io.Latent.Input(
+                    "baseline", optional=True, tooltip="Samples of the same seed to compare with, one by one."
+                ),
+                TRACE.Input(
+                    "trace",
+                    optional=True,
+                    tooltip="The run's trace: its last posterior is held against the exact one.",
+                ),
             ],
             outputs=[io.String.Output(display_name="text", tooltip="The figures as JSON.")],
         )
 
     @classmethod
-    def execute(cls, samples, forbidden, components) -> io.NodeOutput:
-        truth = mixture(components)
-        x = samples["samples"].float()
-        unwanted = oracle_condition(forbidden, components)[0][1]["oracle_components"]
-        counts = torch.bincount(truth.classify(x), minlength=components).tolist()
-        removed = sum(counts[i] for i in unwanted)
-        rest = [count for i, count in enumerate(counts) if i not in unwanted]
-        figures = {
-            "samples": len(x),
-            "finite": bool(torch.isfinite(x).all()),
-            "forbidden_share": removed / len(x),
-            "kl_renormalised": balance_kl_renormalised([removed, *rest], 0),
-            "median_distance": float(truth.distance(x).median()),
-            "counts": counts,
-        }
+    def execute(
+        cls, samples, forbidden, components, kind=KINDS[0], wanted="all", baseline=None, trace=None
+    ) -> io.NodeOutput:
+        figures = oracle_figures(
+            samples["samples"].float(),
+            chosen_components(forbidden, components),
+            chosen_components(wanted, components),
+            truth=mixture(components, kind),
+            baseline=None if baseline is None else baseline["samples"].float(),
+            trace=trace,
+        )
         text = json.dumps(figures)
         return io.NodeOutput(text, ui={"text": [text], "figures": [figures]})
+
+
+def oracle_figures(
+    x: torch.Tensor,
+    forbidden: list[int],
+    wanted: list[int],
+    truth: GaussianMixture,
+    baseline: torch.Tensor | None = None,
+    trace: Trace | None = None,
+) -> dict[str, Any]:
+    """Where samples ended up; of what a NaN would stand for, None.
+
+    With a ``baseline``: whether the samples are bit-identical to it, and the RMS of the differences. With a ``trace``:
+    per concept, the mean absolute error of the last tracked posterior against the exact one of the finished samples,
+    and the mean guidance scale at each step. One concept stands for all forbidden components, several for one each.
+    """
+    finite = bool(torch.isfinite(x).all())
+    counts = torch.bincount(truth.classify(x), minlength=len(truth.weights)).tolist()
+    rest = [counts[i] for i in wanted if i not in forbidden]
+    kl = balance_kl_renormalised([len(x) - sum(rest), *rest], 0)
+    figures: dict[str, Any] = {
+        "samples": len(x),
+        "finite": finite,
+        "forbidden_share": sum(counts[i] for i in forbidden) / len(x) if finite else None,
+        "kl_renormalised": kl if finite and not math.isnan(kl) else None,
+        "median_distance": float(truth.distance(x).median()) if finite else None,
+        "counts": counts,
+    }
+    if baseline is not None:
+        difference = float((x - baseline).square().mean().sqrt())
+        figures |= {"identical": torch.equal(x, baseline), "rms_change": difference if finite else None}
+    if trace is not None and len(trace.sigmas):
+        concepts = trace.posterior.shape[1]
+        sets = [forbidden] if concepts == 1 else [[i] for i in forbidden]
+        if len(sets) != concepts:
+            raise ValueError(f"the trace is of {concepts} concepts, but `forbidden` names {len(sets)} components")
+        exact = torch.stack([truth.log_posterior(x, 0.0, chosen).exp() for chosen in sets]).cpu()
+        figures["posterior_error"] = (trace.posterior[-1] - exact).abs().mean(dim=1).tolist()
+        figures["mean_scale"] = trace.scale.mean(dim=2).T.tolist()
+    return figures
 
 
 NODES = [OracleModelNode, OracleCondition, OracleLatentNode, OracleReport]

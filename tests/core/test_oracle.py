@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dng_core.oracle import GaussianMixture
+from dng_core.oracle import GaussianMixture, with_attributes
 
 WEIGHTS = torch.tensor([0.05, 0.15, 0.3, 0.5], dtype=torch.float64)
 
@@ -98,3 +98,37 @@ def test_an_impossible_spread_is_refused(std):
 def test_impossible_weights_are_refused(weights):
     with pytest.raises(ValueError, match="weights"):
         GaussianMixture(torch.zeros(2, 3), 0.1, weights)
+
+
+def test_attributes_are_independent_at_every_noise_level_unless_the_weights_couple_them():
+    """p(A, B | x) = p(A | x) p(B | x): each half of a latent says nothing of the other attribute."""
+    values = 3
+    mixture = GaussianMixture.attributes(values, (1, 4, 4))
+    x = noisy(mixture, 2.0)
+    for a, b in ((0, 0), (2, 1)):
+        joint = mixture.log_posterior(x, 2.0, with_attributes(values, a, b))
+        alone = [mixture.log_posterior(x, 2.0, with_attributes(values, **{k: v})) for k, v in (("a", a), ("b", b))]
+        torch.testing.assert_close(joint, alone[0] + alone[1], rtol=1e-4, atol=1e-4)
+
+    coupled = GaussianMixture.attributes(2, (1, 4, 4), weights=torch.tensor([[0.3, 0.1], [0.1, 0.5]]))
+    start = noisy(coupled, 1e6)
+    given = coupled.log_posterior(start, 1e6, with_attributes(2, b=0), given=with_attributes(2, a=0)).exp()
+    assert float(given.mean()) == pytest.approx(0.75, rel=1e-3)
+
+
+def test_components_with_an_attribute_share_its_half_of_the_mean():
+    mixture = GaussianMixture.attributes(3, (1, 4, 4))
+    halves = mixture.means.flatten(1)
+    assert with_attributes(3, a=1) == [3, 4, 5] and with_attributes(3, b=2) == [2, 5, 8]
+    assert halves[with_attributes(3, a=1), :8].unique(dim=0).shape[0] == 1
+    assert halves[with_attributes(3, b=2), 8:].unique(dim=0).shape[0] == 1
+    assert mixture.means.flatten(1).unique(dim=0).shape[0] == 9
+
+
+def test_topics_lie_as_far_apart_as_asked_and_hold_the_components_in_order():
+    mixture = GaussianMixture.topics(2, 400, (1, 4, 4), distance=45.0)
+    first, second = mixture.means[:200], mixture.means[200:]
+    assert float((first.mean(0) - second.mean(0)).norm()) == pytest.approx(45.0, rel=0.02)
+    assert float(first.std(dim=0).mean()) == pytest.approx(1.0, rel=0.05)
+    with pytest.raises(ValueError, match="evenly"):
+        GaussianMixture.topics(2, 5, (1, 4, 4), distance=45.0)
