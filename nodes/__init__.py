@@ -1,5 +1,5 @@
 """The node classes of the pack."""
 
-from . import oracle, patch, pixel_models, sampling, trace
+from . import concepts, oracle, patch, pixel_models, sampling, trace
 
-NODES = [*sampling.NODES, *patch.NODES, *trace.NODES, *pixel_models.NODES, *oracle.NODES]
+NODES = [*sampling.NODES, *patch.NODES, *concepts.NODES, *trace.NODES, *pixel_models.NODES, *oracle.NODES]

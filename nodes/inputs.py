@@ -1,5 +1,6 @@
 """The DNG settings as node inputs, shared by every node that guides."""
 
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
@@ -8,12 +9,13 @@ from ..dng_core.settings import METHODS, OFFSET_FORMS, Settings
 from .bridge import REFERENCES, Concept
 
 TRACE = io.Custom("DNG_TRACE")
+CONCEPTS = io.Custom("DNG_CONCEPTS")
 
 DEFAULTS = Settings()
 
 
 def settings_inputs() -> list[io.Input]:
-    """One input per field of Settings that users set, the rarely used ones folded away.
+    """One input per field of Settings that users set for a concept, the rarely used ones folded away.
 
     All are optional, so that a KSampler's API prompt works with the class name alone changed. Each ``step`` is as fine
     as the values that make sense: ComfyUI's front end rounds what is typed to it, and clamps it to its grid.
@@ -28,7 +30,7 @@ def settings_inputs() -> list[io.Input]:
             step=0.01,
             round=0.001,
             tooltip="lambda_0: how hard to push away once the image turns into what is to be avoided. 1 is exact, "
-            "more is safer, 0 switches guidance off.",
+            "more is safer, 0 switches it off.",
         ),
         io.Float.Input(
             "prior",
@@ -116,20 +118,37 @@ def settings_inputs() -> list[io.Input]:
             tooltip="dng: dynamic, by the posterior. For comparison: negative_prompting pushes at guidance_scale all "
             "the time; safe_latent_diffusion masks the push per element.",
         ),
-        io.Combo.Input(
-            "reference",
-            optional=True,
-            options=list(REFERENCES),
-            default=REFERENCES[0],
-            advanced=True,
-            tooltip="What the undesired prediction is compared with. auto: the unconditional prediction where there "
-            "is one, else the positive. positive: the positive alone; then encode the undesired prompt together with "
-            "the positive one. cfg: the CFG mix, as in public scripts of the paper.",
-        ),
     ]
 
 
-def concept_from(conditioning: list | None, values: dict[str, Any]) -> Concept:
-    """The concept that a node's conditioning and settings inputs describe; raises ValueError naming the input."""
+def reference_input() -> io.Input:
+    return io.Combo.Input(
+        "reference",
+        optional=True,
+        options=list(REFERENCES),
+        default=REFERENCES[0],
+        advanced=True,
+        tooltip="What the undesired prediction is compared with. auto: the unconditional prediction where there is "
+        "one, else the positive. positive: the positive alone; then encode the undesired prompt together with the "
+        "positive one (Joint Negative). cfg: the CFG mix, as in public scripts of the paper.",
+    )
+
+
+def more_concepts_input() -> io.Input:
+    return CONCEPTS.Input(
+        "more_concepts",
+        optional=True,
+        tooltip="More to avoid beside `negative`, from DNG Concept nodes: each with a posterior and settings of its "
+        "own. Together their priors must stay below 1.",
+    )
+
+
+def concepts_from(conditioning: list | None, values: dict[str, Any]) -> tuple[Concept, ...]:
+    """What a node is to avoid: its own conditioning and settings inputs first, then those of ``more_concepts``.
+
+    Raises ValueError naming the setting that is out of range.
+    """
     reference = values.pop("reference", REFERENCES[0])
-    return Concept(conditioning or [], Settings(**values), reference)
+    more = values.pop("more_concepts", None) or ()
+    own = Concept(conditioning or [], Settings(**values), reference)
+    return own, *(replace(concept, reference=reference) for concept in more)

@@ -1,5 +1,6 @@
 """Dynamic Negative Guidance: the model patch that adds DNG to any stock sampler."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import comfy.sampler_helpers
@@ -7,7 +8,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from .bridge import Concept, begin_run, check_conditioning
-from .inputs import concept_from, settings_inputs
+from .inputs import concepts_from, more_concepts_input, reference_input, settings_inputs
 
 WRAPPER_KEY = "dynamic_negative_guidance"
 
@@ -33,21 +34,23 @@ def has_dng_patch(model) -> bool:
     return bool(model.get_wrappers(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY))
 
 
-def patch_model(model, concept: Concept):
-    """A clone of ``model`` that is guided away from ``concept`` too; the model itself where guidance is off."""
-    if not concept.active:
+def patch_model(model, concepts: Sequence[Concept]):
+    """A clone of ``model`` that is guided away from ``concepts`` too; the model itself where all of them are off."""
+    active = [concept for concept in concepts if concept.active]
+    if not active:
         return model
-    check_conditioning(concept.conditioning, "negative")
-    if comfy.sampler_helpers.cond_has_hooks(concept.conditioning):
-        raise ValueError(
-            "the conditioning `negative` carries hooks (such as a LoRA on the prompt), which ComfyUI registers before "
-            "a model patch can add it; use KSampler (DNG) or DNG Guider instead"
-        )
+    for concept in active:
+        check_conditioning(concept.conditioning, "negative")
+        if comfy.sampler_helpers.cond_has_hooks(concept.conditioning):
+            raise ValueError(
+                "the conditioning `negative` carries hooks (such as a LoRA on the prompt), which ComfyUI registers "
+                "before a model patch can add it; use KSampler (DNG) or DNG Guider instead"
+            )
     patched = model.clone()
     earlier = patched.get_wrappers(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY)
-    concepts = (*(earlier[0].concepts if earlier else ()), concept)
+    together = (*(earlier[0].concepts if earlier else ()), *active)
     patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY)
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, GuidedRuns(concepts))
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, GuidedRuns(together))
     return patched
 
 
@@ -69,13 +72,15 @@ class DynamicNegativeGuidance(io.ComfyNode):
                     tooltip="What the images should not show. Not connected: the model passes through unchanged.",
                 ),
                 *settings_inputs(),
+                reference_input(),
+                more_concepts_input(),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The patched model, for any stock sampler.")],
         )
 
     @classmethod
     def execute(cls, model, negative=None, **values) -> io.NodeOutput:
-        return io.NodeOutput(patch_model(model, concept_from(negative, values)))
+        return io.NodeOutput(patch_model(model, concepts_from(negative, values)))
 
 
 NODES = [DynamicNegativeGuidance]

@@ -1,6 +1,7 @@
 """KSampler (DNG), KSampler Advanced (DNG), DNG Guider, and the trace of a run."""
 
 import math
+from collections.abc import Sequence
 
 import comfy.sample
 import comfy.samplers
@@ -12,7 +13,7 @@ from nodes import common_ksampler
 
 from ..dng_core.guidance import Trace
 from .bridge import Concept, begin_run, check_conditioning, check_unconditional, name_of
-from .inputs import TRACE, concept_from, settings_inputs
+from .inputs import TRACE, concepts_from, more_concepts_input, reference_input, settings_inputs
 from .patch import has_dng_patch
 
 POSITIVE_TIP = "What the image should show."
@@ -24,11 +25,12 @@ UNCONDITIONAL_TIP = (
 
 
 class NegativeGuider(comfy.samplers.CFGGuider):
-    """A CFGGuider that also guides away from a concept. ``trace`` is that of the last run; None if it was unguided."""
+    """A CFGGuider that also guides away from concepts. ``trace`` is that of the last run; None if it was unguided."""
 
-    def __init__(self, model, positive, concept: Concept, unconditional, cfg: float) -> None:
+    def __init__(self, model, positive, concepts: Sequence[Concept], unconditional, cfg: float) -> None:
         super().__init__(model)
-        if concept.active and has_dng_patch(model):
+        self._concepts = [concept for concept in concepts if concept.active]
+        if self._concepts and has_dng_patch(model):
             raise ValueError(
                 "the model already carries a Dynamic Negative Guidance patch; use either the patch with a stock "
                 "sampler or a DNG sampler with the unpatched model, or the push would be applied twice"
@@ -40,9 +42,9 @@ class NegativeGuider(comfy.samplers.CFGGuider):
             )
         check_conditioning(positive, "positive")
         check_conditioning(unconditional or [], "unconditional")
-        check_conditioning(concept.conditioning, "negative", positive)
+        for concept in concepts:
+            check_conditioning(concept.conditioning, "negative", positive)
         self.trace: Trace | None = None
-        self._concepts = [concept] if concept.active else []
         conds = {"positive": positive}
         if unconditional is not None:
             conds["negative"] = unconditional
@@ -71,7 +73,7 @@ def sample_with_dng(
     sampler_name: str,
     scheduler: str,
     positive,
-    concept: Concept,
+    concepts: Sequence[Concept],
     unconditional,
     latent: dict,
     denoise: float = 1.0,
@@ -80,12 +82,12 @@ def sample_with_dng(
     last_step: int | None = None,
     force_full_denoise: bool = False,
 ):
-    """ComfyUI's ``common_ksampler`` with a concept to avoid: (LATENT, trace or None).
+    """ComfyUI's ``common_ksampler`` with concepts to avoid: (LATENT, trace or None).
 
     With guidance off it is ``common_ksampler``, with the unconditional in the negative's place.
     """
-    guider = NegativeGuider(model, positive, concept, unconditional, cfg)
-    if not concept.active:
+    guider = NegativeGuider(model, positive, concepts, unconditional, cfg)
+    if not any(concept.active for concept in concepts):
         check_unconditional(sampler_name, unconditional)
         negative = positive if unconditional is None else unconditional
         (out,) = common_ksampler(
@@ -216,7 +218,9 @@ class KSamplerDNG(io.ComfyNode):
                     tooltip="The amount of denoising applied; lower values keep more of the input latent.",
                 ),
                 *settings_inputs(),
+                reference_input(),
                 io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
+                more_concepts_input(),
             ],
             outputs=_outputs(),
         )
@@ -237,7 +241,6 @@ class KSamplerDNG(io.ComfyNode):
         unconditional=None,
         **values,
     ) -> io.NodeOutput:
-        concept = concept_from(negative, values)
         return io.NodeOutput(
             *sample_with_dng(
                 model,
@@ -247,7 +250,7 @@ class KSamplerDNG(io.ComfyNode):
                 sampler_name,
                 scheduler,
                 positive,
-                concept,
+                concepts_from(negative, values),
                 unconditional,
                 latent_image,
                 denoise,
@@ -287,7 +290,9 @@ class KSamplerAdvancedDNG(io.ComfyNode):
                     tooltip="Whether to keep the noise that is left at the last step.",
                 ),
                 *settings_inputs(),
+                reference_input(),
                 io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
+                more_concepts_input(),
             ],
             outputs=_outputs(),
         )
@@ -311,7 +316,6 @@ class KSamplerAdvancedDNG(io.ComfyNode):
         unconditional=None,
         **values,
     ) -> io.NodeOutput:
-        concept = concept_from(negative, values)
         return io.NodeOutput(
             *sample_with_dng(
                 model,
@@ -321,7 +325,7 @@ class KSamplerAdvancedDNG(io.ComfyNode):
                 sampler_name,
                 scheduler,
                 positive,
-                concept,
+                concepts_from(negative, values),
                 unconditional,
                 latent_image,
                 disable_noise=add_noise == "disable",
@@ -347,15 +351,16 @@ class DNGGuider(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip=NEGATIVE_TIP),
                 _cfg_input(),
                 *settings_inputs(),
+                reference_input(),
                 io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
+                more_concepts_input(),
             ],
             outputs=[io.Guider.Output(display_name="GUIDER", tooltip="Connect to SamplerCustomAdvanced.")],
         )
 
     @classmethod
     def execute(cls, model, positive, negative, cfg, unconditional=None, **values) -> io.NodeOutput:
-        concept = concept_from(negative, values)
-        return io.NodeOutput(NegativeGuider(model, positive, concept, unconditional, cfg))
+        return io.NodeOutput(NegativeGuider(model, positive, concepts_from(negative, values), unconditional, cfg))
 
 
 NODES = [KSamplerDNG, KSamplerAdvancedDNG, DNGGuider]

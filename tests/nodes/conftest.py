@@ -21,8 +21,9 @@ class Bench:
         self.comfy: Any = comfyui
         self.stock = importlib.import_module("nodes")
         nodes = pack.__name__ + ".nodes."
-        self.bridge, self.sampling, self.patching, self.oracle = (
-            importlib.import_module(nodes + name) for name in ("bridge", "sampling", "patch", "oracle")
+        self.bridge, self.sampling, self.patching, self.oracle, self.concepts, self.node_inputs, self.traces = (
+            importlib.import_module(nodes + name)
+            for name in ("bridge", "sampling", "patch", "oracle", "concepts", "inputs", "trace")
         )
         self.guidance = importlib.import_module(pack.__name__ + ".dng_core.guidance")
         self.posterior = importlib.import_module(pack.__name__ + ".dng_core.posterior")
@@ -52,7 +53,7 @@ class Bench:
         return self.bridge.Concept(conditioning, self.settings(**changes), reference)
 
     def patch(self, model: Any, components: str | list = "0", reference: str = "auto", **changes: Any) -> Any:
-        return self.patching.patch_model(model, self.concept(components, reference, **changes))
+        return self.patching.patch_model(model, [self.concept(components, reference, **changes)])
 
     def sample(self, model: Any, latent: dict | None = None, **changes: Any) -> Tensor:
         """ComfyUI's own KSampler."""
@@ -60,9 +61,10 @@ class Bench:
         return out["samples"]
 
     def dng(self, model: Any, concept: Any = None, latent: dict | None = None, **changes: Any) -> tuple[Tensor, Any]:
-        """KSampler (DNG): the samples and the trace."""
+        """KSampler (DNG) with one concept or a list of them: the samples and the trace."""
+        concepts = concept if isinstance(concept, list) else [concept or self.concept()]
         options = self._options(model, latent, {"unconditional": None} | changes)
-        out, trace = self.sampling.sample_with_dng(concept=concept or self.concept(), **options)
+        out, trace = self.sampling.sample_with_dng(concepts=concepts, **options)
         return out["samples"], trace
 
     def report(self, samples: Tensor, forbidden: str = "0") -> SimpleNamespace:
