@@ -73,13 +73,21 @@ def safe_latent_direction(
 class Trace:
     """What guidance did over one run.
 
-    ``sigmas``: (steps,) VE noise levels, falling. ``posterior`` and ``scale``: (steps, concepts, batch), float32 on
-    the CPU.
+    ``sigmas``: (steps,) VE noise levels, falling. ``posterior`` and ``scale``: (steps, concepts, batch).
+    ``log_posterior``: (concepts, batch), where the sampler stopped, if that was told; a later run may go on from it.
+    All float32 on the CPU.
     """
 
     sigmas: Tensor
     posterior: Tensor
     scale: Tensor
+    log_posterior: Tensor | None = None
+
+    def then(self, later: "Trace") -> "Trace":
+        """This run and the one that went on from it, as one."""
+        runs = [run for run in (self, later) if len(run.sigmas)] or [later]
+        rows = (torch.cat([getattr(run, name) for run in runs]) for name in ("sigmas", "posterior", "scale"))
+        return Trace(*rows, later.log_posterior)
 
 
 class NegativeGuidance:
@@ -102,7 +110,7 @@ class NegativeGuidance:
         frame: NoiseFrame = VE,
         levels: Sequence[float] | None = None,
         weight: Tensor | None = None,
-        log_priors: Sequence[Tensor] | None = None,
+        log_priors: Sequence[Tensor] | Tensor | None = None,
     ) -> None:
         if not settings:
             raise ValueError("negative guidance needs the settings of at least one concept")
@@ -112,7 +120,7 @@ class NegativeGuidance:
         self.settings = tuple(settings)
         self.frame = frame
         self.trackers = [
-            PosteriorTracker(s, integrated, frame, levels, weight, log_priors[i] if log_priors else None)
+            PosteriorTracker(s, integrated, frame, levels, weight, None if log_priors is None else log_priors[i])
             for i, s in enumerate(self.settings)
         ]
         self._momenta: list[Tensor | None] = [None] * len(self.settings)
@@ -160,14 +168,19 @@ class NegativeGuidance:
         direction, self._momenta[i] = safe_latent_direction(difference, sigma, momentum, self.settings[i])
         return direction
 
-    def trace(self) -> Trace:
-        """What was tracked so far; empty if nothing was. Waits for the device: call it after the run."""
-        chains = [tracker.anchors for tracker in self.trackers]
+    def trace(self, end: tuple[Tensor, float] | None = None) -> Trace:
+        """What was tracked so far; empty if nothing was. Waits for the device: call it after the run.
+
+        ``end``: the state (batch, ...) and the noise level where the sampler stopped. With it, the run is over.
+        """
+        chains = [list(tracker.anchors) for tracker in self.trackers]
+        final = torch.stack([t.log_posterior(*end) for t in self.trackers]).float().cpu() if end else None
         if not chains[0]:
             nothing = torch.zeros(0, len(chains), 0)
-            return Trace(torch.zeros(0), nothing, nothing)
+            return Trace(torch.zeros(0), nothing, nothing, final)
         return Trace(
             sigmas=torch.tensor([self.frame.sigma(anchor.level) for anchor in chains[0]]),
             posterior=torch.stack([torch.stack([a.log_posterior for a in c]) for c in chains], 1).exp().float().cpu(),
             scale=torch.stack([torch.stack([a.scale for a in c]) for c in chains], 1).float().cpu(),
+            log_posterior=final,
         )

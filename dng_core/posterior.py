@@ -162,7 +162,7 @@ class PosteriorTracker:
 
     def _prior(self, state: Tensor) -> Tensor:
         if self._log_prior is not None:
-            return self._log_prior
+            return self._log_prior.to(state.device)
         dtype = torch.promote_types(state.dtype, torch.float32)
         return torch.full((state.shape[0],), math.log(self.settings.prior), dtype=dtype, device=state.device)
 

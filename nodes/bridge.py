@@ -13,6 +13,7 @@ import comfy.model_sampling
 import comfy.samplers
 import comfy.utils
 import torch
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ..dng_core.guidance import NegativeGuidance, Trace
@@ -22,6 +23,8 @@ from ..dng_core.settings import Settings
 
 Reference = Literal["auto", "positive", "cfg"]
 REFERENCES: tuple[Reference, ...] = ("auto", "positive", "cfg")
+
+WRAPPER_KEY = "dynamic_negative_guidance"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Run:
         self._inner_calc: Callable[[dict], list[Tensor]] | None = None
         self._raw: tuple[Tensor, Tensor | None, list[Tensor | None]] | None = None
         self._level = 0.0
+        self._end: tuple[Tensor, float] | None = None
 
     def install(self, guider: comfy.samplers.CFGGuider) -> None:
         """Hook into this run's options. Patches already there keep working, and see the unguided predictions."""
@@ -56,6 +60,15 @@ class Run:
         self._inner_calc = options.get("sampler_calc_cond_batch_function")
         options["sampler_calc_cond_batch_function"] = self.calc_cond_batch
         options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", []), self.post_cfg]
+        add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, WRAPPER_KEY, self.sampler_sample, options, True)
+
+    def sampler_sample(self, executor, guider, sigmas, *args, **kwargs) -> Tensor:
+        """Keep the state where the sampler stops: the evidence of its last jump is still to be counted."""
+        samples = executor(guider, sigmas, *args, **kwargs)
+        model_sampling = guider.inner_model.model_sampling
+        state = model_sampling.noise_scaling(sigmas[-1], torch.zeros_like(samples), samples)
+        self._end = state, float(sigmas[-1])
+        return samples
 
     def calc_cond_batch(self, args: dict) -> list[Tensor]:
         """Evaluate the sampler's own conditionings and the undesired ones, in one batch where ComfyUI finds room."""
@@ -98,7 +111,7 @@ class Run:
         return self._guidance(state, self._level, base, reference, present)
 
     def trace(self) -> Trace:
-        return self._guidance.trace()
+        return self._guidance.trace(self._end)
 
     @staticmethod
     def _calc(args: dict, conds: list) -> list[Tensor]:
@@ -115,10 +128,12 @@ def begin_run(
     sigmas: Tensor,
     latent_shape: Sequence[int],
     denoise_mask: Tensor | None,
+    previous: Trace | None = None,
 ) -> Run:
     """Set up guidance for the run that ``guider`` is about to begin; its conds must hold the undesired ones by key.
 
-    Raises ValueError where the guider, the sampler or the model cannot be tracked.
+    ``previous`` is the trace of the run that this one goes on from. Raises ValueError where the guider, the sampler or
+    the model cannot be tracked, or where ``previous`` is of other concepts or images.
     """
     name = type(guider).__name__
     if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
@@ -136,6 +151,13 @@ def begin_run(
             "step; choose another, such as euler_ancestral or dpmpp_2m"
         )
     check_unconditional(sampler_name, guider.conds.get("negative"))
+    start = None if previous is None else previous.log_posterior
+    if start is not None and start.shape != (len(concepts), latent_shape[0]):
+        raise ValueError(
+            f"`previous_trace` is of {start.shape[0]} concepts and {start.shape[1]} images, this run of "
+            f"{len(concepts)} and {latent_shape[0]}; connect the trace of the node that the latent comes from, and "
+            "avoid the same concepts in both"
+        )
 
     model_sampling = guider.model_patcher.get_model_object("model_sampling")
     for key in keys:
@@ -147,6 +169,7 @@ def begin_run(
         frame=_noise_frame(model_sampling),
         levels=None if adaptive else [level for level in sigmas.tolist() if level > 0],
         weight=denoise_mask,
+        log_priors=start,
     )
     run = Run(keys, references.pop(), guidance)
     run.install(guider)

@@ -7,10 +7,8 @@ import comfy.sampler_helpers
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
-from .bridge import Concept, begin_run, check_conditioning
+from .bridge import WRAPPER_KEY, Concept, begin_run, check_conditioning
 from .inputs import concepts_from, more_concepts_input, reference_input, settings_inputs
-
-WRAPPER_KEY = "dynamic_negative_guidance"
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,11 @@ UNCONDITIONAL_TIP = (
 class NegativeGuider(comfy.samplers.CFGGuider):
     """A CFGGuider that also guides away from concepts. ``trace`` is that of the last run; None if it was unguided."""
 
-    def __init__(self, model, positive, concepts: Sequence[Concept], unconditional, cfg: float) -> None:
+    def __init__(
+        self, model, positive, concepts: Sequence[Concept], unconditional, cfg: float, previous: Trace | None = None
+    ) -> None:
         super().__init__(model)
+        self._previous = previous
         self._concepts = [concept for concept in concepts if concept.active]
         if self._concepts and has_dng_patch(model):
             raise ValueError(
@@ -59,9 +62,10 @@ class NegativeGuider(comfy.samplers.CFGGuider):
             return super().outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         for concept in self._concepts:
             check_conditioning(concept.conditioning, "negative", batch=noise.shape[0])
-        run = begin_run(self, self._concepts, self._keys, sampler, sigmas, noise.shape, denoise_mask)
+        run = begin_run(self, self._concepts, self._keys, sampler, sigmas, noise.shape, denoise_mask, self._previous)
         samples = super().outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
-        self.trace = run.trace()
+        trace = run.trace()
+        self.trace = trace if self._previous is None else self._previous.then(trace)
         return samples
 
 
@@ -81,12 +85,14 @@ def sample_with_dng(
     start_step: int | None = None,
     last_step: int | None = None,
     force_full_denoise: bool = False,
+    previous: Trace | None = None,
 ):
     """ComfyUI's ``common_ksampler`` with concepts to avoid: (LATENT, trace or None).
 
-    With guidance off it is ``common_ksampler``, with the unconditional in the negative's place.
+    With guidance off it is ``common_ksampler``, with the unconditional in the negative's place. A run that goes on
+    from another one's latent takes that one's trace as ``previous``, and its posterior goes on too.
     """
-    guider = NegativeGuider(model, positive, concepts, unconditional, cfg)
+    guider = NegativeGuider(model, positive, concepts, unconditional, cfg, previous)
     if not any(concept.active for concept in concepts):
         check_unconditional(sampler_name, unconditional)
         negative = positive if unconditional is None else unconditional
@@ -106,7 +112,7 @@ def sample_with_dng(
             last_step=last_step,
             force_full_denoise=force_full_denoise,
         )
-        return out, None
+        return out, previous
 
     latent_image = comfy.sample.fix_empty_latent_channels(
         model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
@@ -114,7 +120,7 @@ def sample_with_dng(
     out = {k: v for k, v in latent.items() if k not in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
     sigmas = _sigmas(model, steps, sampler_name, scheduler, denoise, start_step, last_step, force_full_denoise)
     if len(sigmas) < 2:
-        return {**out, "samples": latent_image}, None
+        return {**out, "samples": latent_image}, previous
     if disable_noise:
         noise = torch.zeros(latent_image.size(), dtype=latent_image.dtype, layout=latent_image.layout, device="cpu")
     else:
@@ -293,6 +299,12 @@ class KSamplerAdvancedDNG(io.ComfyNode):
                 reference_input(),
                 io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
                 more_concepts_input(),
+                TRACE.Input(
+                    "previous_trace",
+                    optional=True,
+                    tooltip="When this node goes on from another one's latent: that one's trace. Its posterior goes "
+                    "on here, instead of starting at the prior again.",
+                ),
             ],
             outputs=_outputs(),
         )
@@ -314,6 +326,7 @@ class KSamplerAdvancedDNG(io.ComfyNode):
         end_at_step,
         return_with_leftover_noise,
         unconditional=None,
+        previous_trace=None,
         **values,
     ) -> io.NodeOutput:
         return io.NodeOutput(
@@ -332,6 +345,7 @@ class KSamplerAdvancedDNG(io.ComfyNode):
                 start_step=start_at_step,
                 last_step=end_at_step,
                 force_full_denoise=return_with_leftover_noise == "disable",
+                previous=previous_trace,
             )
         )
 

@@ -352,17 +352,6 @@ def test_the_advanced_node_takes_the_steps_that_the_stock_one_takes(bench, start
     assert (0 if trace is None else len(trace.sigmas)) == steps
 
 
-def test_sampling_can_be_split_in_two(bench):
-    model, latent = bench.model(), bench.latent(4)
-    common = (1, 6, 1.0, "euler", "karras", bench.cond(), bench.cond("0"))
-    node, inputs = bench.sampling.KSamplerAdvancedDNG.execute, bench.inputs()
-    first, upper = node(model, "enable", *common, latent, 0, 3, "enable", **inputs).args
-    second, lower = node(model, "disable", *common, first, 3, 10000, "disable", **inputs).args
-    assert len(upper.sigmas) == len(lower.sigmas) == 3
-    assert float(upper.sigmas[-1]) > float(lower.sigmas[0])
-    assert float(bench.mixture.distance(second["samples"]).max()) < 2.0
-
-
 def test_without_added_noise_the_run_starts_from_the_latent(bench, monkeypatch):
     seen = record_guidance(bench, monkeypatch)
     latent = {"samples": torch.full((2, 1, 4, 4), 3.0)}

@@ -1,0 +1,106 @@
+"""One run over two KSampler Advanced (DNG): the latent carries the image over, the trace the posterior."""
+
+from typing import Any
+
+import pytest
+import torch
+
+
+def advanced(
+    bench: Any, model: Any, latent: dict, start: int, end: int, steps: int = 6, sampler: str = "euler", **changes: Any
+) -> tuple[dict, Any]:
+    """KSampler Advanced (DNG) from step ``start`` to step ``end``; noise is added before the first step only."""
+    return bench.sampling.KSamplerAdvancedDNG.execute(
+        model, "disable" if start else "enable", 1, steps, 1.0, sampler, "karras", bench.cond(), bench.cond("0"),
+        latent, start, end, "enable" if end < steps else "disable", **bench.inputs() | changes,
+    ).args  # fmt: skip
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_a_split_run_is_the_unsplit_run(bench, prediction, at):
+    """Bit for bit; a flow's latent is divided by 1 - t between the nodes and multiplied again, which rounds."""
+    model, latent = bench.model(prediction), bench.latent()
+    whole, trace = advanced(bench, model, latent, 0, 6)
+    first, upper = advanced(bench, model, latent, 0, at)
+    second, lower = advanced(bench, model, first, at, 6, previous_trace=upper)
+    exactly = {"rtol": 0.0, "atol": 0.0} if prediction != "flow" else {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(second["samples"], whole["samples"], **exactly)
+    for name in ("sigmas", "posterior", "scale", "log_posterior"):
+        torch.testing.assert_close(getattr(lower, name), getattr(trace, name), **exactly)
+
+
+def test_without_the_trace_the_second_node_starts_at_the_prior_again(bench):
+    model, latent = bench.model(), bench.latent()
+    first, upper = advanced(bench, model, latent, 0, 3)
+    _, alone = advanced(bench, model, first, 3, 6)
+    assert len(upper.sigmas) == len(alone.sigmas) == 3
+    assert float(upper.sigmas[-1]) > float(alone.sigmas[0])
+    torch.testing.assert_close(alone.posterior[0], torch.full((1, 8), 1 / 8))
+
+
+def test_on_an_ancestral_sampler_the_carried_posterior_is_near_the_exact_one(bench, monkeypatch):
+    model, latent, states = bench.model(), bench.latent(300), []
+    call = bench.guidance.NegativeGuidance.__call__
+
+    def recorded(self: Any, state: Any, level: float, *args: Any) -> Any:
+        states.append((state.clone(), level))
+        return call(self, state, level, *args)
+
+    monkeypatch.setattr(bench.guidance.NegativeGuidance, "__call__", recorded)
+    first, upper = advanced(bench, model, latent, 0, 45, 60, "euler_ancestral")
+    _, trace = advanced(bench, model, first, 45, 60, 60, "euler_ancestral", previous_trace=upper)
+    exact = torch.stack([bench.mixture.log_posterior(*at, [0]).exp() for at in states])
+    assert len(trace.sigmas) == len(states) == 60
+    errors = (trace.posterior[:, 0] - exact).abs().mean(dim=1)
+    assert float(errors[45:].mean()) < 0.05
+    prior = (1 / 8 - exact[45]).abs().mean()
+    assert float(errors[45]) < 0.3 * float(prior)
+
+
+def test_every_concept_carries_over(bench):
+    model, latent = bench.model(), bench.latent()
+    others = {"more_concepts": (bench.concept("3", temperature=0.5),)}
+    whole, trace = advanced(bench, model, latent, 0, 6, **others)
+    first, upper = advanced(bench, model, latent, 0, 3, **others)
+    second, lower = advanced(bench, model, first, 3, 6, previous_trace=upper, **others)
+    assert torch.equal(second["samples"], whole["samples"])
+    assert torch.equal(lower.posterior, trace.posterior) and trace.posterior.shape == (6, 2, 8)
+
+
+def test_three_nodes_make_one_trace(bench):
+    model, latent = bench.model(), bench.latent()
+    whole, trace = advanced(bench, model, latent, 0, 6)
+    out, part = latent, None
+    for start in (0, 2, 4):
+        out, part = advanced(bench, model, out, start, start + 2, previous_trace=part)
+    assert torch.equal(out["samples"], whole["samples"])
+    assert torch.equal(part.posterior, trace.posterior)
+
+
+def test_an_inpainting_mask_carries_over_too(bench):
+    """Where the mask keeps the content, its noise is the first node's: only the posterior of the inside is compared."""
+    model, mask = bench.model(), torch.zeros(1, 4, 4)
+    mask[..., :2] = 1.0
+    latent = {"samples": bench.mixture.means[:8].clone(), "noise_mask": mask}
+    first, upper = advanced(bench, model, latent, 0, 3)
+    _, trace = advanced(bench, model, first, 3, 6, previous_trace=upper)
+    assert trace.posterior.shape == (6, 1, 8)
+    assert bool(trace.posterior.isfinite().all())
+    assert torch.equal(trace.posterior[:3], upper.posterior)
+
+
+def test_a_node_that_is_off_or_takes_no_step_hands_the_trace_on(bench):
+    model = bench.model()
+    first, upper = advanced(bench, model, bench.latent(), 0, 3)
+    assert advanced(bench, model, first, 3, 6, previous_trace=upper, guidance_scale=0.0)[1] is upper
+    assert advanced(bench, model, first, 6, 6, previous_trace=upper)[1] is upper
+
+
+def test_a_trace_of_other_images_or_concepts_is_refused(bench):
+    model = bench.model()
+    first, upper = advanced(bench, model, bench.latent(8), 0, 3)
+    with pytest.raises(ValueError, match=r"`previous_trace` is of 1 concepts and 8 images, this run of 1 and 4"):
+        advanced(bench, model, {"samples": first["samples"][:4]}, 3, 6, previous_trace=upper)
+    with pytest.raises(ValueError, match=r"`previous_trace` is of 1 concepts and 8 images, this run of 2 and 8"):
+        advanced(bench, model, first, 3, 6, previous_trace=upper, more_concepts=(bench.concept("3"),))
