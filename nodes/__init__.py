@@ -1,5 +1,14 @@
 """The node classes of the pack."""
 
-from . import concepts, oracle, patch, pixel_models, sampling, trace
+from . import compare, concepts, oracle, patch, pixel_models, plot, sampling, trace
 
-NODES = [*sampling.NODES, *patch.NODES, *concepts.NODES, *trace.NODES, *pixel_models.NODES, *oracle.NODES]
+NODES = [
+    *sampling.NODES,
+    *patch.NODES,
+    *concepts.NODES,
+    *trace.NODES,
+    *plot.NODES,
+    *compare.NODES,
+    *pixel_models.NODES,
+    *oracle.NODES,
+]

@@ -16,7 +16,6 @@ import comfy.supported_models_base
 import numpy as np
 import torch
 from comfy_api.latest import io
-from PIL import Image
 from torch import Tensor, nn
 
 from ..dng_core.experiments.networks import UNet, channels_last
@@ -28,6 +27,7 @@ from ..dng_core.experiments.weights import (
     shipped_classifiers,
     shipped_denoisers,
 )
+from .plot import as_image
 
 CATEGORY = "DNG/pixel models"
 LABEL_KEY = "dng_class_label"  # in a conditioning's dict: the class, as the network counts them
@@ -374,19 +374,14 @@ class ClassReport(io.ComfyNode):
         return io.NodeOutput(
             report,
             table,
-            _as_image(bar_chart(report)),
-            _as_image(contact_sheet(report)),
+            as_image(bar_chart(report)),
+            as_image(contact_sheet(report)),
             ui={"text": [table], "figures": [row.to_dict() for row in report.rows]},
         )
 
 
 def _size(shape: Any) -> str:
     return "x".join(str(n) for n in shape)
-
-
-def _as_image(picture: Image.Image) -> Tensor:
-    """A picture as IMAGE, (1, height, width, 3) in 0 .. 1."""
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
 
 
 NODES: list[type[io.ComfyNode]] = [LoadPixelModel, ClassLabel, EmptyPixelLatent, PixelLatentToImage, ClassReport]

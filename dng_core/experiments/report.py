@@ -1,7 +1,4 @@
-"""The report of class removal: one row per method, as a table, a bar chart and a contact sheet.
-
-Pictures are drawn with Pillow, which every ComfyUI has.
-"""
+"""The report of class removal: one row per method, as a table, a bar chart and a contact sheet."""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
+from ..plots.class_pictures import image_sheet, share_bars
 from .metrics import (
     balance_kl,
     balance_kl_renormalised,
@@ -23,13 +21,7 @@ from .metrics import (
 )
 from .networks import Classifier
 
-INK = (38, 38, 38)
-FAINT = (215, 215, 215)
-ALARM = (214, 39, 40)
-COLOURS = ((127, 127, 127), (230, 159, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (86, 180, 233))
-# Okabe and Ito's palette, which colour-blind readers can tell apart; grey for the first row, usually "no guidance"
 SHEET_IMAGES = 64  # per method
-SHEET_CELL = 56  # smallest side of an image on the sheet, in pixels
 
 
 @dataclass(frozen=True)
@@ -160,83 +152,26 @@ def markdown_table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def bar_chart(report: Report, width: int = 960, height: int = 480) -> Image.Image:
-    """Share of each class, one bar per method; the dashed line is an even share of the classes that remain."""
-    picture = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(picture)
-    font, small = ImageFont.load_default(18), ImageFont.load_default(15)
-    left, right, bottom = 64, width - 20, height - 60
+def bar_chart(report: Report) -> Image.Image:
+    """Share of each class, one bar per method."""
     removed = report.class_names[report.forbidden]
-    draw.text((left, 10), f"Share of each class, with {removed} removed", fill=INK, font=font)
-    x, y = float(left), 53
-    for i, row in enumerate(report.rows):
-        label = f"{row.name}: {row.forbidden_share:.1%} still {removed}"
-        length = 20 + draw.textlength(label, font=small)
-        if x > left and x + length > right:
-            x, y = float(left), y + 22
-        draw.rectangle((x, y - 7, x + 14, y + 7), fill=_colour(i))
-        draw.text((x + 20, y), label, fill=INK, font=small, anchor="lm")
-        x += length + 28
-    top = y + 31
-
-    shares = [[n / row.images for n in row.histogram.values()] for row in report.rows]
-    even = 1 / (len(report.class_names) - 1)
-    step = _tick(max(even, *(max(s) for s in shares)))
-    ceiling = step * math.ceil(max(even, *(max(s) for s in shares)) / step + 1e-9)
-
-    def level(share: float) -> float:
-        return bottom - (bottom - top) * share / ceiling
-
-    group = (right - left) / len(report.class_names)
-    x = left + report.forbidden * group
-    draw.rectangle((x, top, x + group, bottom), fill=(253, 236, 236))
-    for i in range(round(ceiling / step) + 1):
-        draw.line((left, level(i * step), right, level(i * step)), fill=FAINT)
-        draw.text((left - 8, level(i * step)), f"{i * step:.0%}", fill=INK, font=small, anchor="rm")
-    for start in range(left, right, 12):
-        draw.line((start, level(even), min(start + 6, right), level(even)), fill=INK)
-
-    bar = 0.8 * group / len(report.rows)
-    for i, values in enumerate(shares):
-        for c, share in enumerate(values):
-            x = left + c * group + 0.1 * group + i * bar
-            if share:
-                draw.rectangle((x, min(level(share), bottom - 1), x + bar - 1, bottom), fill=_colour(i))
-    draw.line((left, bottom, right, bottom), fill=INK, width=2)
-    for c, name in enumerate(report.class_names):
-        colour = ALARM if c == report.forbidden else INK
-        draw.text((left + (c + 0.5) * group, bottom + 8), name, fill=colour, font=font, anchor="ma")
-    draw.text(((left + right) / 2, height - 8), "class, as the classifier sees it", fill=INK, font=small, anchor="ms")
-
-    return picture
+    methods = [
+        (f"{row.name}: {row.forbidden_share:.1%} still {removed}", [n / row.images for n in row.histogram.values()])
+        for row in report.rows
+    ]
+    title = f"Share of each class, with {removed} removed"
+    return share_bars(title, report.class_names, report.forbidden, methods)
 
 
 def contact_sheet(report: Report) -> Image.Image:
     """The methods' first images side by side, the same seed in the same place; a red frame: still forbidden."""
-    font = ImageFont.load_default(20)
-    count = min(SHEET_IMAGES, *(len(p.images) for p in report.pictures))
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    size = max(max(p.images.shape[1:3]) for p in report.pictures)
-    cell = size * max(1, math.ceil(SHEET_CELL / size))
-    gap, margin, head = 6, 16, 52
-    panel = columns * (cell + gap) - gap
-    width = margin + len(report.rows) * (panel + 2 * margin) - margin
-    picture = Image.new("RGB", (width, head + rows * (cell + gap) + margin), "white")
-    draw = ImageDraw.Draw(picture)
-
     removed = report.class_names[report.forbidden]
-    for i, (row, shown) in enumerate(zip(report.rows, report.pictures, strict=True)):
-        left = margin + i * (panel + 2 * margin)
-        title = _fitted(draw, f"{row.name}: {row.forbidden_share:.1%} still {removed}", font, panel)
-        draw.text((left, head / 2), title, fill=INK, font=font, anchor="lm")
-        for j in range(count):
-            x, y = left + j % columns * (cell + gap), head + j // columns * (cell + gap)
-            image = Image.fromarray(shown.images[j]).resize((cell, cell), Image.Resampling.NEAREST)
-            if shown.forbidden[j]:
-                draw.rectangle((x - 3, y - 3, x + cell + 2, y + cell + 2), fill=ALARM)
-            picture.paste(image, (x, y))
-    return picture
+    return image_sheet(
+        [
+            (f"{row.name}: {row.forbidden_share:.1%} still {removed}", shown.images, shown.forbidden)
+            for row, shown in zip(report.rows, report.pictures, strict=True)
+        ]
+    )
 
 
 def _none_if_nan(value: float) -> float | None:
@@ -245,18 +180,3 @@ def _none_if_nan(value: float) -> float | None:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def _colour(index: int) -> tuple[int, int, int]:
-    return COLOURS[index % len(COLOURS)]
-
-
-def _tick(largest: float) -> float:
-    """A round spacing that divides 0 .. largest into at most eight parts."""
-    return next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2) if largest / step <= 8)
-
-
-def _fitted(draw: ImageDraw.ImageDraw, text: str, font: Any, width: float) -> str:
-    while draw.textlength(text, font=font) > width and len(text) > 1:
-        text = text[:-2] + "…"
-    return text

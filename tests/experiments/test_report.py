@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dng_core.experiments.report import ALARM, COLOURS, Report, bar_chart, contact_sheet, markdown_table, measure
+from dng_core.experiments.report import Report, bar_chart, contact_sheet, markdown_table, measure
+from dng_core.plots.class_pictures import COLOURS
+from dng_core.plots.drawing import THEMES
 
 NAMES = ("dark", "grey", "bright")
 
@@ -60,7 +62,9 @@ def test_sheet_frames_exactly_the_forbidden_images_in_red():
     report = two_rows()
     pixels = np.asarray(contact_sheet(report))
     per_frame = (56 + 6) ** 2 - 56**2
-    assert (pixels == ALARM).all(axis=2).sum() == per_frame * sum(sum(p.forbidden) for p in report.pictures)
+    assert (pixels == THEMES["light"].alarm).all(axis=2).sum() == per_frame * sum(
+        sum(p.forbidden) for p in report.pictures
+    )
 
 
 def test_bars_stand_in_their_class_and_are_as_tall_as_its_share():
