@@ -86,8 +86,12 @@ class Trace:
     def then(self, later: "Trace") -> "Trace":
         """This run and the one that went on from it, as one."""
         runs = [run for run in (self, later) if len(run.sigmas)] or [later]
-        rows = (torch.cat([getattr(run, name) for run in runs]) for name in ("sigmas", "posterior", "scale"))
-        return Trace(*rows, later.log_posterior)
+        return Trace(
+            sigmas=torch.cat([run.sigmas for run in runs]),
+            posterior=torch.cat([run.posterior for run in runs]),
+            scale=torch.cat([run.scale for run in runs]),
+            log_posterior=later.log_posterior,
+        )
 
 
 class NegativeGuidance:

@@ -79,7 +79,7 @@ def test_three_nodes_make_one_trace(bench):
 
 
 def test_an_inpainting_mask_carries_over_too(bench):
-    """Where the mask keeps the content, its noise is the first node's: only the posterior of the inside is compared."""
+    """What the mask keeps gets its noise from each node's own, so that the two runs are not compared."""
     model, mask = bench.model(), torch.zeros(1, 4, 4)
     mask[..., :2] = 1.0
     latent = {"samples": bench.mixture.means[:8].clone(), "noise_mask": mask}
