@@ -1,4 +1,4 @@
-"""Figures 4 and 5, and the matrix of samplers: workflows sent to a real ComfyUI."""
+"""Figures 4 and 5: workflows sent to a real ComfyUI."""
 
 import copy
 import json
@@ -8,80 +8,30 @@ from typing import Any
 
 from ..headless.client import run_workflow
 from ..headless.server import Server
-from ..settings import Settings
+from .oracle_runs import OracleRuns, Run, Task
 
-DNG_INPUTS = (
-    "guidance_scale", "prior", "temperature", "offset", "offset_form", "p_min", "p_max", "max_scale", "method",
-)  # fmt: skip
-EXACT = Settings(prior=1 / 8)
 DIGITS = 10
 NP_SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 NP_TRIAL_IMAGES = 128
 NP_FIRST_TRIAL = 3
 
 
-def node_settings(settings: Settings) -> dict[str, Any]:
-    """The inputs of a DNG node that stand for ``settings``."""
-    return {name: getattr(settings, name) for name in DNG_INPUTS} | {"reference": "auto"}
-
-
-def oracle_prompt(entry: str, sampler: str, steps: int, samples: int, seed: int, settings: Settings) -> dict[str, Any]:
-    """An API-format prompt that samples the oracle, avoiding component 0, through "ksampler" or "patch"."""
-    prompt: dict[str, Any] = {
-        "model": {"class_type": "DNGOracleModel", "inputs": {"components": 8, "prediction": "epsilon"}},
-        "all": {"class_type": "DNGOracleCondition", "inputs": {"components": "all", "of": 8}},
-        "avoid": {"class_type": "DNGOracleCondition", "inputs": {"components": "0", "of": 8}},
-        "latent": {"class_type": "DNGOracleLatent", "inputs": {"batch_size": samples}},
-        "report": {
-            "class_type": "DNGOracleReport",
-            "inputs": {"samples": ["sampler", 0], "forbidden": "0", "components": 8},
-        },
-    }
-    common = {
-        "seed": seed, "steps": steps, "cfg": 1.0, "sampler_name": sampler, "scheduler": "karras", "denoise": 1.0,
-        "positive": ["all", 0], "latent_image": ["latent", 0],
-    }  # fmt: skip
-    if entry == "ksampler":
-        inputs = {**common, "model": ["model", 0], "negative": ["avoid", 0], "unconditional": ["all", 0]}
-        prompt["sampler"] = {"class_type": "KSamplerDNG", "inputs": inputs | node_settings(settings)}
-    else:
-        patch = {"model": ["model", 0], "negative": ["avoid", 0], **node_settings(settings)}
-        prompt["patch"] = {"class_type": "DynamicNegativeGuidance", "inputs": patch}
-        inputs = {**common, "model": ["patch", 0], "negative": ["all", 0]}
-        prompt["sampler"] = {"class_type": "KSampler", "inputs": inputs}
-    return prompt
-
-
-def oracle_figure(server: Server, samples: int, seed: int) -> Iterator[dict[str, Any]]:
+def oracle_figure(runs: OracleRuns, samples: int, seed: int) -> Iterator[dict[str, Any]]:
     """Figure 4: ``euler_ancestral`` on the oracle in ComfyUI, exact setting, through both nodes."""
     for steps in (30, 100):
-        for entry in ("ksampler", "patch"):
-            row: dict[str, Any] = {"steps": steps, "node": entry, "samples": samples}
-            for label, settings in {"unguided": EXACT.with_(guidance_scale=0.0), "DNG": EXACT}.items():
-                result = run_workflow(server, oracle_prompt(entry, "euler_ancestral", steps, samples, seed, settings))
-                figures = result.ui["report"]["figures"][0]
-                row[label] = figures["forbidden_share"]
-            yield row | {"KL of the rest": figures["kl_renormalised"]}
-
-
-def samplers_figure(server: Server, samples: int, seed: int, steps: int) -> Iterator[dict[str, Any]]:
-    """Every sampler that ComfyUI has, but ``lcm``, through both nodes on the oracle."""
-    probe = run_workflow(server, oracle_prompt("ksampler", "euler", 1, 1, 0, EXACT))
-    options = probe.node_info["KSamplerDNG"]["input"]["required"]["sampler_name"]
-    names = options[0] if isinstance(options[0], list) else options[1]["options"]
-    for name in names:
-        if name == "lcm":
-            continue
-        row: dict[str, Any] = {"sampler": name, "steps": steps, "samples": samples}
-        for label, entry, settings in (
-            ("unguided", "ksampler", EXACT.with_(guidance_scale=0.0)),
-            ("KSampler (DNG)", "ksampler", EXACT),
-            ("patch", "patch", EXACT),
-        ):
-            result = run_workflow(server, oracle_prompt(entry, name, steps, samples, seed, settings))
-            figures = result.ui["report"]["figures"][0]
-            row[label] = figures["forbidden_share"] if figures["finite"] else float("nan")
-        yield row | {"KL of the rest": figures["kl_renormalised"]}
+        reports = runs.reports(
+            Task(steps=steps, samples=samples, seed=seed),
+            {"unguided": Run("stock"), "ksampler": Run("ksampler"), "patch": Run("patch")},
+        )
+        for node in ("ksampler", "patch"):
+            yield {
+                "steps": steps,
+                "node": node,
+                "samples": samples,
+                "unguided": reports["unguided"]["forbidden_share"],
+                "DNG": reports[node]["forbidden_share"],
+                "KL of the rest": reports[node]["kl_renormalised"],
+            }
 
 
 def mnist_figure(server: Server, workflow: Path, images: int, cache: Path) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """``dng figures``: prints the project's figures as tables, and records them with what made them."""
 
 import argparse
-import contextlib
 import json
 import platform
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from .. import __version__
 from ..headless.errors import HeadlessError
@@ -25,8 +25,15 @@ FIGURES = {
     "removal": "3: the oracle under the paper's CIFAR-10 settings, over step counts and schedules",
     "comfyui": "4: the oracle in a real ComfyUI, KSampler (DNG) and patch",
     "mnist": "5: MNIST in a real ComfyUI, all ten digits, against negative prompting",
-    "samplers": "every sampler of a real ComfyUI on the oracle, KSampler (DNG) and patch",
+    "matrix": "every sampler and scheduler of a real ComfyUI against the oracle's exact answer, through every node",
+    "predictions": "flow and v oracles against the epsilon one",
+    "concepts": "two forbidden components of eight, as a list and as chained patches",
+    "step-counts": "the same settings at several step counts, per sampler",
+    "references": "what is left under CFG, by what the undesired prediction is compared with",
+    "off": "whether guidance scale 0 is the stock sampler, bit for bit, per sampler",
+    "unrelated": "a related and an unrelated concept, against a constant negative prompt",
 }
+ORACLE_FIGURES = ("matrix", "predictions", "concepts", "step-counts", "references", "off", "unrelated")
 WORKFLOW = Path("workflows", "api", "mnist_class_removal.json")
 
 
@@ -35,7 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Print figures: " + "; ".join(f"{name} ({text})" for name, text in FIGURES.items()) + "."
     parser.add_argument("figure", choices=tuple(FIGURES), help="which figure")
     parser.add_argument("--samples", type=int, help="samples or images per point (default: 2000; mnist 512)")
-    parser.add_argument("--steps", type=int, default=30, help="steps of the samplers figure (default: 30)")
+    oracle = parser.add_argument_group("the figures " + ", ".join(ORACLE_FIGURES))
+    oracle.add_argument("--samplers", nargs="+", metavar="NAME", help="ComfyUI's names (most figures: all)")
+    oracle.add_argument("--schedulers", nargs="+", metavar="NAME", help="ComfyUI's names (matrix: all, else karras)")
+    oracle.add_argument("--steps", type=int, nargs="+", metavar="N", help="step counts (most figures: 30)")
+    oracle.add_argument("--settings", choices=("exact", "cifar10"), default="exact", help="guidance (default: exact)")
+    oracle.add_argument("--prediction", choices=("epsilon", "v", "flow"), default="epsilon", help="of the oracle")
+    oracle.add_argument(
+        "--set", action="append", default=[], metavar="INPUT=VALUE", help="an input of the guiding nodes (repeatable)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("output", "figures"), help="folder for the records")
     parser.add_argument(
@@ -53,8 +68,9 @@ def run(args: argparse.Namespace) -> int:
     table: list[dict[str, Any]] = []
     for row in rows_of(args, samples):
         if not table:
-            print(line(list(row)), line(["---"] * len(row)), sep="\n")
-        print(line(list(row.values())), flush=True)
+            tqdm.write("\n".join([line(list(row)), line(["---"] * len(row))]))
+        tqdm.write(line(list(row.values())))
+        sys.stdout.flush()
         table.append(row)
     record = {
         "figure": FIGURES[args.figure],
@@ -69,6 +85,14 @@ def run(args: argparse.Namespace) -> int:
     }
     (args.output / f"{args.figure}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     lines = [line(list(table[0])), line(["---"] * len(table[0])), *(line(list(row.values())) for row in table)]
+    if args.figure == "matrix":
+        from .matrix_picture import heat_map
+        from .sampler_matrix import matrix_table, nodes_agree
+
+        lines = [matrix_table(table)]
+        print("", *lines, f"The nodes differ by at most {100 * nodes_agree(table):.2g} points.", sep="\n")
+        title = f"Oracle, {args.prediction}, {args.settings} settings, KSampler (DNG), {samples} samples a cell"
+        heat_map(table, title=title).save(args.output / "matrix.png")
     (args.output / f"{args.figure}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"\nRecorded in {args.output / args.figure}.json ({record['seconds']} s)")
     return 0
@@ -86,20 +110,23 @@ def rows_of(args: argparse.Namespace, samples: int) -> Iterator[dict[str, Any]]:
         # These need aiohttp, which the mathematics' figures do without.
         from ..headless.server import comfyui_server
         from . import comfyui_figures
+        from .oracle_choice import oracle_rows
+        from .oracle_runs import OracleRuns
 
         location = find_comfyui(args.comfyui) or ensure_installed()
         pack = checkout()
         if pack is None:
             raise HeadlessError("This figure needs the node pack: run it in a checkout of the project.")
-        with contextlib.ExitStack() as stack:
-            server = stack.enter_context(comfyui_server(location, pack, log=args.output / "comfyui.log"))
-            if args.figure == "comfyui":
-                yield from comfyui_figures.oracle_figure(server, samples, args.seed)
-            elif args.figure == "samplers":
-                yield from comfyui_figures.samplers_figure(server, samples, args.seed, args.steps)
-            else:
-                cache = args.output / "mnist.cache.json"
+        with comfyui_server(location, pack, log=args.output / "comfyui.log") as server:
+            cache = args.output / f"{args.figure}.cache.json"
+            if args.figure == "mnist":
                 yield from comfyui_figures.mnist_figure(server, pack / WORKFLOW, samples, cache)
+                return
+            runs = OracleRuns(server, pack, cache)
+            if args.figure == "comfyui":
+                yield from comfyui_figures.oracle_figure(runs, samples, args.seed)
+            else:
+                yield from oracle_rows(args, samples, runs)
 
 
 def line(cells: list[Any]) -> str:
