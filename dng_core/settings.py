@@ -114,6 +114,12 @@ PRESETS: dict[str, Preset] = {
         "linear",
         "README of the authors' code; its per-step offset at 1000 steps, here integrated over the chain",
     ),
+    "Stable Diffusion": Preset(
+        Settings(guidance_scale=20, prior=0.01, temperature=0.2, offset=2.7, offset_form="total", max_scale=20),
+        "scaled_linear",
+        "a place to start, not yet measured: between the paper's five prompts below; in nats, the offset that 0.004 "
+        "per step is over 20 evenly spaced steps; a lower cap",
+    ),
     "Medieval feast": _table_3(27, 0.2, 0.004),
     "A dinner table": _table_3(12, 0.3, 0.003),
     "An art workshop": _table_3(27, 0.2, 0.002),

@@ -50,7 +50,7 @@ class Compare(io.ComfyNode):
                 theme_input(),
             ],
             outputs=[
-                io.Image.Output(display_name="IMAGE", tooltip="The sheet."),
+                io.Image.Output(display_name="IMAGE", tooltip="The sheet, one picture."),
                 io.String.Output(
                     display_name="table",
                     tooltip="RMS change of each image, and the largest posterior and scale of its trace, in Markdown.",

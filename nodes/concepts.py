@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from .bridge import check_conditioning
-from .inputs import CONCEPTS, concepts_from, settings_inputs
+from .inputs import CONCEPTS, concepts_from, preset_input, settings_inputs
 
 
 class DNGConcept(io.ComfyNode):
@@ -20,6 +20,7 @@ class DNGConcept(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="What the images should not show."),
                 *settings_inputs(),
                 CONCEPTS.Input("previous", optional=True, tooltip="Concepts that this one is added to."),
+                preset_input(),
             ],
             outputs=[
                 CONCEPTS.Output(display_name="concepts", tooltip="For `more_concepts`, or the next DNG Concept.")

@@ -5,13 +5,14 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..dng_core.settings import METHODS, OFFSET_FORMS, Settings
+from ..dng_core.settings import METHODS, OFFSET_FORMS, PRESETS, Settings
 from .bridge import REFERENCES, Concept
 
 TRACE = io.Custom("DNG_TRACE")
 CONCEPTS = io.Custom("DNG_CONCEPTS")
 
 DEFAULTS = Settings()
+CUSTOM = "custom"
 
 
 def settings_inputs() -> list[io.Input]:
@@ -143,6 +144,27 @@ def more_concepts_input() -> io.Input:
     )
 
 
+def preset_input() -> io.Input:
+    return io.Combo.Input(
+        "preset",
+        optional=True,
+        options=[CUSTOM, *PRESETS],
+        default=CUSTOM,
+        tooltip="custom: the settings above. Any other: published settings in their place; those above (but for "
+        "reference) then do not count. exact is the place to start; the help page has the values and their sources.",
+    )
+
+
+def settings_from(values: dict[str, Any]) -> Settings:
+    """The settings that ``preset`` names; for "custom", or without it, those of the inputs."""
+    preset = values.pop("preset", CUSTOM)
+    if preset == CUSTOM:
+        return Settings(**values)
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be {CUSTOM} or one of {', '.join(PRESETS)}; it is {preset!r}")
+    return PRESETS[preset].settings
+
+
 def concepts_from(conditioning: list | None, values: dict[str, Any]) -> tuple[Concept, ...]:
     """What a node is to avoid: its own conditioning and settings inputs first, then those of ``more_concepts``.
 
@@ -150,5 +172,5 @@ def concepts_from(conditioning: list | None, values: dict[str, Any]) -> tuple[Co
     """
     reference = values.pop("reference", REFERENCES[0])
     more = values.pop("more_concepts", None) or ()
-    own = Concept(conditioning or [], Settings(**values), reference)
+    own = Concept(conditioning or [], settings_from(values), reference)
     return own, *(replace(concept, reference=reference) for concept in more)

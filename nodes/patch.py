@@ -8,7 +8,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from .bridge import WRAPPER_KEY, Concept, begin_run, check_conditioning
-from .inputs import concepts_from, more_concepts_input, reference_input, settings_inputs
+from .inputs import concepts_from, more_concepts_input, preset_input, reference_input, settings_inputs
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class DynamicNegativeGuidance(io.ComfyNode):
                 *settings_inputs(),
                 reference_input(),
                 more_concepts_input(),
+                preset_input(),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The patched model, for any stock sampler.")],
         )

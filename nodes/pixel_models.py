@@ -251,7 +251,7 @@ class EmptyPixelLatent(io.ComfyNode):
                 io.Model.Input("model", tooltip="The pixel model, which has one size."),
                 io.Int.Input("batch_size", default=64, min=1, max=4096, tooltip="How many images to draw."),
             ],
-            outputs=[io.Latent.Output()],
+            outputs=[io.Latent.Output(tooltip="For a sampler that runs the pixel model.")],
         )
 
     @classmethod
@@ -283,7 +283,7 @@ class PixelLatentToImage(io.ComfyNode):
                     tooltip="Each pixel becomes a square of this side. Class Report undoes it.",
                 ),
             ],
-            outputs=[io.Image.Output()],
+            outputs=[io.Image.Output(tooltip="The images, in colour or grey.")],
         )
 
     @classmethod

@@ -55,7 +55,7 @@ class PlotTrace(io.ComfyNode):
                 io.Int.Input("width", default=960, min=240, max=8192, tooltip="Width of the chart in pixels."),
                 io.Int.Input("height", default=720, min=240, max=8192, tooltip="Height of the chart in pixels."),
             ],
-            outputs=[io.Image.Output(display_name="IMAGE", tooltip="The chart.")],
+            outputs=[io.Image.Output(display_name="IMAGE", tooltip="The chart, one picture.")],
         )
 
     @classmethod

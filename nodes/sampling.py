@@ -13,7 +13,7 @@ from nodes import common_ksampler
 
 from ..dng_core.guidance import Trace
 from .bridge import Concept, begin_run, check_conditioning, check_unconditional, name_of
-from .inputs import TRACE, concepts_from, more_concepts_input, reference_input, settings_inputs
+from .inputs import TRACE, concepts_from, more_concepts_input, preset_input, reference_input, settings_inputs
 from .patch import has_dng_patch
 
 POSITIVE_TIP = "What the image should show."
@@ -227,6 +227,7 @@ class KSamplerDNG(io.ComfyNode):
                 reference_input(),
                 io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
                 more_concepts_input(),
+                preset_input(),
             ],
             outputs=_outputs(),
         )
@@ -305,6 +306,7 @@ class KSamplerAdvancedDNG(io.ComfyNode):
                     tooltip="When this node goes on from another one's latent: that one's trace. Its posterior goes "
                     "on here, instead of starting at the prior again.",
                 ),
+                preset_input(),
             ],
             outputs=_outputs(),
         )
@@ -368,6 +370,7 @@ class DNGGuider(io.ComfyNode):
                 reference_input(),
                 io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
                 more_concepts_input(),
+                preset_input(),
             ],
             outputs=[io.Guider.Output(display_name="GUIDER", tooltip="Connect to SamplerCustomAdvanced.")],
         )
