@@ -1,5 +1,7 @@
 """Dynamic Negative Guidance for ComfyUI: what ComfyUI loads."""
 
+WEB_DIRECTORY = "./web"
+
 
 async def comfy_entrypoint():
     """The pack's extension. Imported lazily, so that this module can be collected by tools outside ComfyUI."""

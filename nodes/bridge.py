@@ -20,6 +20,7 @@ from ..dng_core.guidance import NegativeGuidance, Trace
 from ..dng_core.kernels import NoiseFrame
 from ..dng_core.schedules import DDPMSchedule
 from ..dng_core.settings import Settings
+from .live import LiveChart, current_listener
 
 Reference = Literal["auto", "positive", "cfg"]
 REFERENCES: tuple[Reference, ...] = ("auto", "positive", "cfg")
@@ -43,10 +44,13 @@ class Concept:
 class Run:
     """One guided sampling run: the hooks that ComfyUI calls, and the guidance that they feed."""
 
-    def __init__(self, keys: Sequence[str], reference: Reference, guidance: NegativeGuidance) -> None:
+    def __init__(
+        self, keys: Sequence[str], reference: Reference, guidance: NegativeGuidance, chart: LiveChart
+    ) -> None:
         self._keys = keys
         self._reference = reference
         self._guidance = guidance
+        self._chart = chart
         self._entries: list[list[dict]] = []
         self._inner_calc: Callable[[dict], list[Tensor]] | None = None
         self._raw: tuple[Tensor, Tensor | None, list[Tensor | None]] | None = None
@@ -108,7 +112,13 @@ class Run:
             None if negative is None else _where_covered(negative, reference, entries)
             for negative, entries in zip(negatives, self._entries, strict=True)
         ]
-        return self._guidance(state, self._level, base, reference, present)
+        guided = self._guidance(state, self._level, base, reference, present)
+        self._chart.update()
+        return guided
+
+    def finish(self) -> None:
+        """The run is over: complete its chart."""
+        self._chart.finish()
 
     def trace(self) -> Trace:
         return self._guidance.trace(self._end)
@@ -163,15 +173,17 @@ def begin_run(
     for key in keys:
         guider.conds[key] = [_area_to_mask(c, latent_shape) for c in guider.conds[key]]
     adaptive = any(kind in sampler_name for kind in ("dpm_fast", "dpm_adaptive"))
+    levels = [level for level in sigmas.tolist() if level > 0]
     guidance = NegativeGuidance(
         [concept.settings for concept in concepts],
         chain=_training_chain(model_sampling),
         frame=_noise_frame(model_sampling),
-        levels=None if adaptive else [level for level in sigmas.tolist() if level > 0],
+        levels=None if adaptive else levels,
         weight=denoise_mask,
         log_priors=start,
     )
-    run = Run(keys, references.pop(), guidance)
+    chart = LiveChart(guidance, None if adaptive else len(levels), current_listener())
+    run = Run(keys, references.pop(), guidance, chart)
     run.install(guider)
     return run
 

@@ -24,8 +24,10 @@ class GuidedRuns:
         for key, concept in zip(keys, self.concepts, strict=True):
             check_conditioning(concept.conditioning, "negative", positive, batch=noise.shape[0])
             guider.conds[key] = comfy.sampler_helpers.convert_cond(concept.conditioning)
-        begin_run(guider, self.concepts, keys, sampler, sigmas, noise.shape, denoise_mask)
-        return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        run = begin_run(guider, self.concepts, keys, sampler, sigmas, noise.shape, denoise_mask)
+        samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        run.finish()
+        return samples
 
 
 def has_dng_patch(model) -> bool:

@@ -64,6 +64,7 @@ class NegativeGuider(comfy.samplers.CFGGuider):
             check_conditioning(concept.conditioning, "negative", batch=noise.shape[0])
         run = begin_run(self, self._concepts, self._keys, sampler, sigmas, noise.shape, denoise_mask, self._previous)
         samples = super().outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        run.finish()
         trace = run.trace()
         self.trace = trace if self._previous is None else self._previous.then(trace)
         return samples
