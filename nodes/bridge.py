@@ -26,6 +26,7 @@ Reference = Literal["auto", "positive", "cfg"]
 REFERENCES: tuple[Reference, ...] = ("auto", "positive", "cfg")
 
 WRAPPER_KEY = "dynamic_negative_guidance"
+TRAINING_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -231,9 +232,13 @@ def _noise_frame(model_sampling: Any) -> NoiseFrame:
 
 
 def _training_chain(model_sampling: Any) -> DDPMSchedule:
-    """The model's own discrete chain; DDPM's linear one, as a function of sigma, for models that have none."""
+    """The model's own discrete chain; DDPM's linear one, as a function of sigma, for models that have none.
+
+    Offsets are tuned on chains of 1000 steps: a thinned (LCM, 50) or a finer one (Stable Cascade, 10,000) is none.
+    """
     discrete = isinstance(model_sampling, comfy.model_sampling.ModelSamplingDiscrete)
-    if not discrete or isinstance(model_sampling, comfy.model_sampling.CONST):
+    flow = isinstance(model_sampling, comfy.model_sampling.CONST)
+    if not discrete or flow or len(model_sampling.sigmas) != TRAINING_STEPS:
         return DDPMSchedule.named("linear")
     alpha_bars = 1 / (model_sampling.sigmas.cpu().double() ** 2 + 1)
     betas = 1 - alpha_bars / torch.cat([alpha_bars.new_ones(1), alpha_bars[:-1]])
@@ -259,6 +264,12 @@ def _area_to_mask(entry: dict, latent_shape: Sequence[int]) -> dict:
         extents, starts = extents[half - len(used) :], starts[half - len(used) :]
         area = [max(1, round(f * s)) for f, s in zip(extents, used, strict=True)]
         area += [round(f * s) for f, s in zip(starts, used, strict=True)]
+    half = len(area) // 2
+    if any(start >= size for start, size in zip(area[half:], sizes[-half:], strict=True)):
+        raise ValueError(
+            "the area of an undesired conditioning lies outside the latent, so that no part of the image uses it; "
+            "move the area inside, or remove it"
+        )
     mask = _inside(area, torch.zeros(1, *sizes)).float()
     if "mask" in entry:
         given = entry["mask"]

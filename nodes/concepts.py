@@ -33,4 +33,39 @@ class DNGConcept(io.ComfyNode):
         return io.NodeOutput((*(previous or ()), *concepts_from(negative, values)))
 
 
-NODES = [DNGConcept]
+class JointNegative(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DNGJointNegative",
+            display_name="Joint Negative (DNG)",
+            category="DNG",
+            description="Encodes a prompt, and what to avoid together with it (positive, undesired), as `reference` "
+            "positive needs it: what is avoided is then the undesired thing in such an image, not everywhere.",
+            search_aliases=["dynamic negative guidance", "dng", "clip text encode", "negative prompt", "joint"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP model that belongs to the model."),
+                io.String.Input(
+                    "positive_text", multiline=True, dynamic_prompts=True, tooltip="What the image should show."
+                ),
+                io.String.Input(
+                    "undesired_text", multiline=True, dynamic_prompts=True, tooltip="What it should not show."
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt alone."),
+                io.Conditioning.Output(
+                    display_name="negative", tooltip="The prompt and the undesired thing, as one text: what to avoid."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, positive_text, undesired_text) -> io.NodeOutput:
+        if not undesired_text.strip():
+            raise ValueError("`undesired_text` is empty, so there is nothing to avoid; say what should not appear")
+        joint = ", ".join(text.strip().rstrip(",") for text in (positive_text, undesired_text) if text.strip())
+        return io.NodeOutput(*(clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in (positive_text, joint)))
+
+
+NODES = [DNGConcept, JointNegative]

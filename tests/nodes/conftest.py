@@ -2,8 +2,11 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import json
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -94,6 +97,18 @@ def bench(pack: ModuleType, comfyui: ModuleType, monkeypatch: pytest.MonkeyPatch
     with torch.inference_mode():
         yield Bench(pack, comfyui)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def networks(comfyui: ModuleType) -> ModuleType:
+    """small_models.py: ComfyUI's own architectures, small and with random weights."""
+    spec = importlib.util.spec_from_file_location("small_models", Path(__file__).with_name("small_models.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    with torch.inference_mode():
+        spec.loader.exec_module(module)
+    return module
 
 
 @dataclasses.dataclass

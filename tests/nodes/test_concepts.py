@@ -144,3 +144,24 @@ def test_a_concept_node_refuses_what_is_not_finite_or_out_of_range(bench):
         bench.concepts.DNGConcept.execute(bench.cond("0", torch.full((1, 7, 16), float("nan"))))
     with pytest.raises(ValueError, match="prior must be"):
         bench.concepts.DNGConcept.execute(bench.cond("0"), prior=1.0)
+
+
+# The joint negative
+
+
+def test_the_joint_negative_is_both_texts_encoded_as_one(bench, networks):
+    """What ComfyUI's own CLIPTextEncode gives for `positive, undesired`."""
+    clip = networks.small_clip()
+    encode = bench.stock.CLIPTextEncode().encode
+    for given, joint in (("a table, ", "a table, a glass"), ("a table", "a table, a glass"), ("", "a glass")):
+        positive, negative = bench.concepts.JointNegative.execute(clip, given, "a glass ").args
+        for got, text in ((positive, given), (negative, joint)):
+            (((embedding, options),),) = encode(clip, text)
+            assert torch.equal(got[0][0], embedding)
+            assert torch.equal(got[0][1]["pooled_output"], options["pooled_output"])
+    assert not torch.equal(positive[0][0], negative[0][0])
+
+
+def test_a_joint_negative_of_nothing_is_refused(bench, networks):
+    with pytest.raises(ValueError, match="`undesired_text` is empty"):
+        bench.concepts.JointNegative.execute(networks.small_clip(), "a table", " ")
