@@ -10,7 +10,7 @@ from typing import Any
 
 from ..headless.errors import HeadlessError
 from .oracle_runs import EXACT, OracleRuns, Run, Task
-from .sampler_matrix import NODES, Choice, Row, progress, reason
+from .sampler_matrix import Choice, Row, progress, reason
 
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
 CFG_SCALES = (1.0, 3.0, 7.0)
@@ -60,7 +60,7 @@ def concepts_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
         negative = ("0", "1")
         wanted = {
             "unguided": Run("stock"),
-            "KSampler (DNG)": choice.run("ksampler", negative=negative),
+            "list": choice.run("ksampler", negative=negative),
             "chained patches": choice.run("patch", negative=negative),
         }
         reports = runs.reports(task, wanted)
@@ -104,7 +104,7 @@ def references_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
     """What is left under CFG by reference, where the undesired is a special case of the positive and where it is not.
 
     Priors are the true ones: the undesired's share of everything for the unconditional reference (and the CFG mix),
-    of what the positive asks for where it is compared with the positive.
+    of what the positive asks for where it is compared with the positive, as "auto" does at a CFG of 1.
     """
     cases = {
         "positive: half, undesired: one of it": (
@@ -133,7 +133,7 @@ def references_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
 
         wanted = {
             "unguided": Run("stock"),
-            "unconditional / alone": guided(alone, of_all, "auto"),
+            "auto / alone": guided(alone, of_positive if cfg == 1 else of_all, "auto"),
             "positive / alone": guided(alone, of_positive, "positive"),
             "positive / joint": guided(joint, joint_prior, "positive"),
             "CFG mix / alone": guided(alone, of_all, "cfg"),
@@ -142,18 +142,18 @@ def references_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
         row: Row = {"case": name, "sampler": task.sampler, "steps": task.steps, "cfg": cfg, "samples": task.samples}
         row |= {label: report["forbidden_share"] for label, report in reports.items()}
         row["KL unguided"] = reports["unguided"]["kl_renormalised"]
-        yield row | {"KL of the rest": reports["unconditional / alone"]["kl_renormalised"]}
+        yield row | {"KL of the rest": reports["auto / alone"]["kl_renormalised"]}
 
 
 def off_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
     """Whether each node at guidance scale 0 gives the stock sampler's samples, bit for bit."""
     wanted = {"unguided": Run("stock"), "custom": Run("stock guider")}
-    for name, node in NODES.items():
-        wanted[name] = Run(node, OFF, baseline="custom" if node == "guider" else "unguided")
+    for node in choice.nodes:
+        wanted[node] = Run(node, OFF, baseline="custom" if node == "guider" else "unguided")
     for task in progress(choice.tasks(), "off"):
         row: Row = {"sampler": task.sampler, "scheduler": task.scheduler, "steps": task.steps, "samples": task.samples}
         reports = runs.reports(task, wanted)
-        yield row | {name: "identical" if reports[name]["identical"] else "DIFFERS" for name in NODES}
+        yield row | {node: "identical" if reports[node]["identical"] else "DIFFERS" for node in choice.nodes}
 
 
 def unrelated_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:

@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     oracle.add_argument("--samplers", nargs="+", metavar="NAME", help="ComfyUI's names (most figures: all)")
     oracle.add_argument("--schedulers", nargs="+", metavar="NAME", help="ComfyUI's names (matrix: all, else karras)")
     oracle.add_argument("--steps", type=int, nargs="+", metavar="N", help="step counts (most figures: 30)")
+    oracle.add_argument("--nodes", nargs="+", metavar="NAME", help="of the matrix and of off: ksampler, guider, patch")
     oracle.add_argument("--settings", choices=("exact", "cifar10"), default="exact", help="guidance (default: exact)")
     oracle.add_argument("--prediction", choices=("epsilon", "v", "flow"), default="epsilon", help="of the oracle")
     oracle.add_argument(
@@ -89,10 +90,13 @@ def run(args: argparse.Namespace) -> int:
         from .matrix_picture import heat_map
         from .sampler_matrix import matrix_table, nodes_agree
 
-        lines = [matrix_table(table)]
+        node = args.nodes[0] if args.nodes else "ksampler"
+        lines = [matrix_table(table, node)]
         print("", *lines, f"The nodes differ by at most {100 * nodes_agree(table):.2g} points.", sep="\n")
-        title = f"Oracle, {args.prediction}, {args.settings} settings, KSampler (DNG), {samples} samples a cell"
-        heat_map(table, title=title).save(args.output / "matrix.png")
+        title = " ".join(
+            [f"Oracle, {args.prediction}, {args.settings} settings, {node}, {samples} samples", *args.set]
+        )
+        heat_map(table, node, title).save(args.output / "matrix.png")
     (args.output / f"{args.figure}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"\nRecorded in {args.output / args.figure}.json ({record['seconds']} s)")
     return 0

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .report import FAINT, INK
+from ..plots.drawing import FAINT, INK
 from .sampler_matrix import Row, cells_of, columns_of, percent
 
 GOOD, AIM, BAD = (49, 104, 173), (245, 245, 245), (196, 84, 18)
@@ -41,7 +41,7 @@ PANELS = (
 )
 
 
-def heat_map(rows: Sequence[Row], node: str = "KSampler (DNG)", title: str = "") -> Image.Image:
+def heat_map(rows: Sequence[Row], node: str, title: str) -> Image.Image:
     """One panel per measure, one row per sampler, one column per scheduler and step count."""
     columns, cells = columns_of(rows), cells_of(rows, node)
     panel_width = max(len(columns) * CELL_WIDTH, 300)

@@ -4,14 +4,15 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..headless.errors import HeadlessError
 from . import exact_figures
 from .oracle_runs import REFUSED, OracleRuns, Task
-from .sampler_matrix import SETTINGS, Choice, Row, matrix_figure
+from .sampler_matrix import NODES, SETTINGS, Choice, Row, matrix_figure
 
 ALL = ("all",)
+Name = TypeVar("Name", bound=str)
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,18 @@ def oracle_rows(args: argparse.Namespace, samples: int, runs: OracleRuns) -> Ite
         args.steps or figure.steps,
         SETTINGS[args.settings],
         node_inputs(args.set),
+        chosen("nodes", args.nodes or NODES, NODES),
     )
     return figure.rows(runs, choice)
 
 
-def chosen(option: str, wanted: Sequence[str], known: Sequence[str]) -> Sequence[str]:
+def chosen(option: str, wanted: Sequence[Name], known: Sequence[Name]) -> Sequence[Name]:
     """``wanted``, or all that are known; raises HeadlessError for a name that is not."""
     if wanted == ALL:
         return known
     for name in wanted:
         if name not in known:
-            raise HeadlessError(f"--{option} {name}: for this figure, ComfyUI has {', '.join(known)}.")
+            raise HeadlessError(f"--{option} {name}: for this figure there is {', '.join(known)}.")
     return wanted
 
 

@@ -11,7 +11,7 @@ from ..headless.errors import HeadlessError
 from ..settings import PRESETS, Settings
 from .oracle_runs import EXACT, Node, OracleRuns, Run, Task
 
-NODES: dict[str, Node] = {"KSampler (DNG)": "ksampler", "guider": "guider", "patch": "patch"}
+NODES: tuple[Node, ...] = ("ksampler", "guider", "patch")
 SETTINGS = {"exact": EXACT, "cifar10": PRESETS["CIFAR-10"].settings}
 Row = dict[str, Any]
 
@@ -26,6 +26,7 @@ class Choice:
     steps: Sequence[int]
     settings: Settings = EXACT
     inputs: Mapping[str, Any] | None = None
+    nodes: Sequence[Node] = NODES
 
     def tasks(self) -> list[Task]:
         """One for each sampler, scheduler and step count, in this order."""
@@ -42,7 +43,7 @@ def matrix_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
 
     A cell that ComfyUI or a node refuses says so in its note.
     """
-    wanted = {"unguided": Run("stock")} | {name: choice.run(node) for name, node in NODES.items()}
+    wanted = {"unguided": Run("stock")} | {node: choice.run(node) for node in choice.nodes}
     for task in progress(choice.tasks(), "matrix"):
         cell: Row = {"sampler": task.sampler, "scheduler": task.scheduler, "steps": task.steps}
         try:
@@ -51,8 +52,8 @@ def matrix_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
             runs.check_alive()
             yield cell | {"node": "all", **guided_columns(None, None), "note": reason(error)}
             continue
-        for name in NODES:
-            yield cell | {"node": name, **guided_columns(reports["unguided"], reports[name]), "note": ""}
+        for node in choice.nodes:
+            yield cell | {"node": node, **guided_columns(reports["unguided"], reports[node]), "note": ""}
 
 
 def guided_columns(unguided: Row | None, guided: Row | None) -> Row:
@@ -104,7 +105,7 @@ def cells_of(rows: Sequence[Row], node: str) -> dict[str, dict[tuple[str, int], 
     return cells
 
 
-def matrix_table(rows: Sequence[Row], node: str = "KSampler (DNG)") -> str:
+def matrix_table(rows: Sequence[Row], node: str) -> str:
     """What is left, in percent, as a Markdown table of samplers and schedulers, with each sampler's worst figures."""
     columns = columns_of(rows)
     several_steps = len({steps for _, steps in columns}) > 1

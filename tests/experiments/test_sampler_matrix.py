@@ -71,8 +71,8 @@ def test_a_refused_sampler_is_named_with_the_reason_and_the_others_go_on(fake, t
     assert {row["sampler"] for row in refused} == {"lcm"}
     assert refused[0]["note"] == "ValueError: lcm cannot be tracked"
     assert len({tuple(row) for row in rows}) == 1  # all rows have the same columns
-    assert "| lcm | refused | refused |" in matrix_table(rows)
-    assert "| euler | 3.0 | 3.0 | 12.5 .. 12.5 | 0.010 | 1.00 .. 1.00 |" in matrix_table(rows)
+    assert "| lcm | refused | refused |" in matrix_table(rows, "ksampler")
+    assert "| euler | 3.0 | 3.0 | 12.5 .. 12.5 | 0.010 | 1.00 .. 1.00 |" in matrix_table(rows, "ksampler")
     assert nodes_agree(rows) == 0
 
 
@@ -87,7 +87,7 @@ def test_a_dead_server_is_no_refusal(fake, tmp_path, monkeypatch):
 
 def test_the_heat_map_has_a_cell_for_every_sampler_scheduler_and_measure(fake, tmp_path):
     rows = matrix(tmp_path)
-    one, both = (heat_map(part, title="t") for part in ([r for r in rows if r["scheduler"] == "karras"], rows))
+    one, both = (heat_map(part, "ksampler", "t") for part in ([r for r in rows if r["scheduler"] == "karras"], rows))
     assert both.height == one.height and len(both.getcolors(100000)) > 3
     assert _colour(PANELS[0], 0.0) == GOOD and _colour(PANELS[0], 0.5) == BAD
 
@@ -113,16 +113,16 @@ def test_arguments_choose_a_part_and_name_what_there_is(fake, tmp_path):
     runs = OracleRuns(Server("http://nowhere"), ROOT, tmp_path / "cache.json")
     given = argparse.Namespace(
         figure="matrix", samplers=None, schedulers=["simple"], steps=None, settings="cifar10", prediction="v", seed=3,
-        set=["temperature=0.5"],
+        set=["temperature=0.5"], nodes=["ksampler", "patch"],
     )  # fmt: skip
     rows = list(oracle_choice.oracle_rows(given, 10, runs))
-    assert [(row["sampler"], row["scheduler"], row["steps"]) for row in rows[::3]] == [
+    assert [(row["sampler"], row["scheduler"], row["steps"]) for row in rows[::2]] == [
         ("euler", "simple", 30),
         ("lcm", "simple", 30),
     ]
     sampled = fake.prompts[-2]
     assert sampled["model"]["inputs"]["prediction"] == "v_prediction"
-    assert sampled["KSampler (DNG)"]["inputs"].items() >= {"temperature": 0.5, "guidance_scale": 5, "seed": 3}.items()
+    assert sampled["ksampler"]["inputs"].items() >= {"temperature": 0.5, "guidance_scale": 5, "seed": 3}.items()
     given.samplers = ["eulr"]
     with pytest.raises(HeadlessError, match=r"eulr.*euler, lcm"):
         oracle_choice.oracle_rows(given, 10, runs)
