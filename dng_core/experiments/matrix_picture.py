@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from ..plots.drawing import FAINT, INK
+from ..plots.drawing import Colour, Drawing, Point, text_width
 from .sampler_matrix import Row, cells_of, columns_of, percent
 
 GOOD, AIM, BAD = (49, 104, 173), (245, 245, 245), (196, 84, 18)
 """Blue, grey-white and orange, which colour-blind readers can tell apart, also in print."""
-CELL_WIDTH, CELL_HEIGHT, LABEL_WIDTH, GAP = 58, 24, 250, 36
-TITLE_HEIGHT, HEAD_HEIGHT, FOOT_HEIGHT = 70, 150, 54
+CELL_WIDTH, CELL_HEIGHT, LABEL_WIDTH, GAP, PANEL_WIDTH = 58, 24, 250, 36, 340
+TITLE_HEIGHT, HEAD_HEIGHT, FOOT_HEIGHT = 70, 160, 54
 
 
 @dataclass(frozen=True)
@@ -44,48 +43,40 @@ PANELS = (
 def heat_map(rows: Sequence[Row], node: str, title: str) -> Image.Image:
     """One panel per measure, one row per sampler, one column per scheduler and step count."""
     columns, cells = columns_of(rows), cells_of(rows, node)
-    panel_width = max(len(columns) * CELL_WIDTH, 300)
-    width = LABEL_WIDTH + len(PANELS) * (panel_width + GAP)
-    height = TITLE_HEIGHT + HEAD_HEIGHT + len(cells) * CELL_HEIGHT + FOOT_HEIGHT
-    picture = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(picture)
-    large, font, small = (ImageFont.load_default(size) for size in (22, 17, 15))
-
-    draw.text((14, 14), title, fill=INK, font=large)
+    panel_width = max(len(columns) * CELL_WIDTH, PANEL_WIDTH)
     top = TITLE_HEIGHT + HEAD_HEIGHT
-    for i, sampler in enumerate(cells):
-        middle = top + (i + 0.5) * CELL_HEIGHT
-        draw.text((LABEL_WIDTH - 10, middle), sampler, fill=INK, font=small, anchor="rm")
+    bottom = top + len(cells) * CELL_HEIGHT
+    drawing = Drawing(LABEL_WIDTH + len(PANELS) * (panel_width + GAP), bottom + FOOT_HEIGHT)
 
+    drawing.text((14, 14), title, 22)
+    for i, sampler in enumerate(cells):
+        drawing.text((LABEL_WIDTH - 10, top + (i + 0.5) * CELL_HEIGHT), sampler, 15, anchor="rm")
     for p, panel in enumerate(PANELS):
         left = LABEL_WIDTH + p * (panel_width + GAP)
-        draw.text((left, TITLE_HEIGHT), panel.title, fill=INK, font=font)
-        for j, (scheduler, steps) in enumerate(columns):
-            head = _slanted(f"{scheduler} {steps}", small)
-            picture.paste(head, (left + j * CELL_WIDTH + 18, top - head.height - 4), head)
-        for i, of_sampler in enumerate(cells.values()):
-            for j, column in enumerate(columns):
-                box = (left + j * CELL_WIDTH, top + i * CELL_HEIGHT)
-                _cell(draw, box, panel, of_sampler.get(column), small)
-        _key(draw, (left, height - FOOT_HEIGHT + 18), panel, small)
-    return picture
+        drawing.text((left, TITLE_HEIGHT - 10), panel.title, 17)
+        for j, column in enumerate(columns):
+            head = _upright(" ".join(map(str, column)), 15)
+            drawing.picture(head, left + j * CELL_WIDTH + (CELL_WIDTH - head.width) // 2, top - head.height - 4)
+            for i, of_sampler in enumerate(cells.values()):
+                _cell(drawing, (left + j * CELL_WIDTH, top + i * CELL_HEIGHT), panel, of_sampler.get(column))
+        _key(drawing, (left, bottom + 18), panel)
+    return drawing.finished()
 
 
-def _cell(draw: ImageDraw.ImageDraw, at: tuple[float, float], panel: Panel, row: Row | None, font: Any) -> None:
-    box = (at[0], at[1], at[0] + CELL_WIDTH - 2, at[1] + CELL_HEIGHT - 2)
+def _cell(drawing: Drawing, at: Point, panel: Panel, row: Row | None) -> None:
     value = None if row is None else panel.value(row)
-    centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+    centre = (at[0] + CELL_WIDTH / 2 - 1, at[1] + CELL_HEIGHT / 2 - 1)
     if value is None:
-        draw.rectangle(box, outline=FAINT)
-        draw.text(centre, "" if row is None else "-", fill=INK, font=font, anchor="mm")
+        drawing.text(centre, "" if row is None else "-", 15, drawing.theme.muted, anchor="mm")
         return
     colour = _colour(panel, value)
-    draw.rectangle(box, fill=colour)
+    drawing.rectangle((at[0], at[1], at[0] + CELL_WIDTH - 2, at[1] + CELL_HEIGHT - 2), colour)
     dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] < 140
-    draw.text(centre, panel.text(value), fill="white" if dark else INK, font=font, anchor="mm")
+    ink = drawing.theme.background if dark else drawing.theme.ink
+    drawing.text(centre, panel.text(value), 15, ink, anchor="mm")
 
 
-def _colour(panel: Panel, value: float) -> tuple[int, int, int]:
+def _colour(panel: Panel, value: float) -> Colour:
     """From blue (best) over grey-white (the aim) to orange (worst)."""
     if value <= panel.aim:
         share, end = (panel.aim - value) / (panel.aim - panel.best), GOOD
@@ -95,19 +86,19 @@ def _colour(panel: Panel, value: float) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _key(draw: ImageDraw.ImageDraw, at: tuple[float, float], panel: Panel, font: Any) -> None:
+def _key(drawing: Drawing, at: Point, panel: Panel) -> None:
     """The colours of a panel with the values that they stand for."""
-    x = at[0]
+    x, y = at
     for value, note in ((panel.best, ""), (panel.aim, " aim"), (panel.worst, " and more")):
-        draw.rectangle((x, at[1], x + 26, at[1] + 16), fill=_colour(panel, value), outline=FAINT)
+        drawing.rectangle((x, y, x + 26, y + 16), drawing.theme.faint)
+        drawing.rectangle((x + 1, y + 1, x + 25, y + 15), _colour(panel, value))
         text = panel.text(value) + note
-        draw.text((x + 32, at[1] + 8), text, fill=INK, font=font, anchor="lm")
-        x += 32 + draw.textlength(text, font=font) + 18
+        drawing.text((x + 32, y + 8), text, 15, anchor="lm")
+        x += 32 + text_width(text, 15) + 18
 
 
-def _slanted(text: str, font: Any) -> Image.Image:
-    """A column's head, turned by 60 degrees, as a mask-like picture in ink on nothing."""
-    length = int(font.getlength(text)) + 4
-    flat = Image.new("RGBA", (length, 22), (0, 0, 0, 0))
-    ImageDraw.Draw(flat).text((2, 11), text, fill=(*INK, 255), font=font, anchor="lm")
-    return flat.rotate(60, expand=True, resample=Image.Resampling.BICUBIC)
+def _upright(text: str, size: int) -> Image.Image:
+    """A column's head, read from below."""
+    head = Drawing(int(text_width(text, size)) + 4, size + 6)
+    head.text((2, (size + 6) / 2), text, size, anchor="lm")
+    return head.finished().rotate(90, expand=True)
