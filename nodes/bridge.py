@@ -28,6 +28,16 @@ REFERENCES: tuple[Reference, ...] = ("auto", "positive", "cfg")
 WRAPPER_KEY = "dynamic_negative_guidance"
 TRAINING_STEPS = 1000
 
+# What ComfyUI's nodes attach to a conditioning beside its text, on which the predictions of one model depend.
+MODEL_INPUTS = (
+    *("guidance", "concat_latent_image", "concat_mask", "concat_mask_index", "noise_augmentation"),
+    *("reference_latents", "reference_latents_method", "clip_vision_output", "clip_vision_output_ref"),
+    *("fps", "frame_rate", "time_dim_concat", "time_dim_replace", "keyframe_idxs", "guide_attention_entries"),
+    *("vace_frames", "vace_mask", "vace_strength", "control_video", "camera_conditions", "reference_motion"),
+    *("pose_video_latent", "face_video_pixels", "driving_mask_28ch", "ref_mask_28ch", "ref_mask_flag"),
+    *("context_latents", "audio_embed", "audio_inject_scale", "ref_audio", "seconds_start", "seconds_total"),
+)
+
 
 @dataclass(frozen=True)
 class Concept:
@@ -171,8 +181,10 @@ def begin_run(
         )
 
     model_sampling = guider.model_patcher.get_model_object("model_sampling")
-    for key in keys:
-        guider.conds[key] = [_area_to_mask(c, latent_shape) for c in guider.conds[key]]
+    positive = (guider.conds.get("positive") or [{}])[0]
+    inputs = {name: positive[name] for name in MODEL_INPUTS if name in positive}
+    for key in keys:  # the undesired differs from the positive in what it says, not in the image it is about
+        guider.conds[key] = [_area_to_mask(inputs | entry, latent_shape) for entry in guider.conds[key]]
     adaptive = any(kind in sampler_name for kind in ("dpm_fast", "dpm_adaptive"))
     levels = [level for level in sigmas.tolist() if level > 0]
     guidance = NegativeGuidance(

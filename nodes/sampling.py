@@ -47,6 +47,11 @@ class NegativeGuider(comfy.samplers.CFGGuider):
         check_conditioning(unconditional or [], "unconditional")
         for concept in concepts:
             check_conditioning(concept.conditioning, "negative", positive)
+        if unconditional and _has_image(positive) and not _has_image(unconditional):
+            raise ValueError(
+                "`positive` carries an image (inpainting or image-to-video), `unconditional` does not: pass the empty "
+                "prompt through the same node as `positive`, or classifier-free guidance would compare two images"
+            )
         self.trace: Trace | None = None
         conds = {"positive": positive}
         if unconditional is not None:
@@ -149,6 +154,10 @@ def _sigmas(model, steps, sampler_name, scheduler, denoise, start_step, last_ste
         if force_full_denoise:
             sigmas[-1] = 0
     return sigmas[start_step or 0 :]
+
+
+def _has_image(conditioning: list) -> bool:
+    return any("concat_latent_image" in options for _, options in conditioning)
 
 
 def _cfg_input() -> io.Input:
