@@ -1,0 +1,63 @@
+"""What is published to the Comfy registry: data that its client accepts, and an archive with what a user needs."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+COMFY = PROJECT["tool"]["comfy"]
+# As comfy-cli checks it (registry/config_parser.py); it drops a bound of any other form with a warning.
+BOUND = re.compile(r"(==|>=|<=|!=|~=|>|<)\d+\.\d+\.\d+")
+ARCHIVE_BYTES = 20_000_000
+
+
+def git(*arguments: str) -> list[str]:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"the checkout is not a git repository: {done.stderr.strip()}")
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def archive() -> set[str]:
+    """The files that would be published: what git tracks, less what .comfyignore names (in git's own syntax)."""
+    left_out = git("ls-files", "--cached", "--ignored", "--exclude-from=.comfyignore")
+    return set(git("ls-files")) - set(left_out)
+
+
+def test_the_metadata_is_whole_and_in_the_registrys_form() -> None:
+    project = PROJECT["project"]
+    assert re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,99}", project["name"])
+    assert not project["name"].startswith("comfy")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
+    assert project["description"] and project["license"] == "MIT"
+    assert project["urls"]["Repository"].startswith("https://")
+    assert project["requires-python"].startswith(">=")
+    assert COMFY["PublisherId"] and COMFY["DisplayName"]
+    assert all(BOUND.fullmatch(bound) for bound in COMFY["requires-comfyui"].split(","))
+    assert "web" not in COMFY  # WEB_DIRECTORY says it: both would serve the same scripts twice
+
+
+def test_icon_and_banner_are_files_of_this_repository_in_the_registrys_shapes() -> None:
+    for key, shape in (("Icon", 1), ("Banner", 21 / 9)):
+        path = ROOT / COMFY[key].split("/main/")[1]
+        with Image.open(path) as picture:
+            assert picture.width / picture.height == pytest.approx(shape, rel=0.01)
+        assert path.stat().st_size < 200_000
+
+
+def test_the_archive_has_what_comfyui_loads_and_no_tests(archive: set[str]) -> None:
+    needed = {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "nodes/__init__.py"}
+    needed |= {"web/live_chart.js", "workflows/mnist_class_removal.json", "workflows/mnist_class_removal.jpg"}
+    needed |= {"dng_core/weights/mnist_denoiser.safetensors", "dng_core/weights/mnist_classifier.safetensors"}
+    assert needed <= archive
+    assert not [name for name in archive if name.startswith(("tests/", "docs/", ".ci/", ".git"))]
+
+
+def test_the_archive_is_small(archive: set[str]) -> None:
+    assert sum((ROOT / name).stat().st_size for name in archive) < ARCHIVE_BYTES
