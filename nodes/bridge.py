@@ -93,9 +93,13 @@ class Run:
         active = [[c for c in entries if _in_range(c, self._level)] for entries in undesired]
         evaluated = [entries for entries in active if entries]
 
-        if self._inner_calc is not None:
-            out = list(self._inner_calc(args))
-            extra = self._calc(args, evaluated) if evaluated else []
+        replaced = args["model_options"].get("transformer_options", {}).get("patches_replace", {})
+        if self._inner_calc is not None or "attn2" in replaced:
+            # Such patches (IP-Adapter, PuLID ...) know a positive and an unconditional, by their places in the call.
+            # The undesired is evaluated in that of its reference; first, for those that note what comes last (SAG).
+            place = 1 if self._reference == "auto" and conds[1] is not None else 0
+            extra = [self._calc(args, [*[None] * place, entries])[place] for entries in evaluated]
+            out = list(self._inner_calc(args)) if self._inner_calc is not None else self._calc(args, conds)
         else:
             both = self._calc(args, [*conds, *evaluated])
             out, extra = both[: len(conds)], both[len(conds) :]
