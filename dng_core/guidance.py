@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .divergence import Probe, Prober
 from .kernels import VE, NoiseFrame, at_least_float32, per_image
-from .posterior import PosteriorTracker
+from .posterior import NoiseFraction, PosteriorTracker
 from .schedules import DDPMSchedule, IntegratedOffset
 from .settings import Settings
 
@@ -105,6 +106,11 @@ class NegativeGuidance:
     levels: the sampler's schedule, falling; None for adaptive samplers.
     weight: broadcastable to the state, 0 where elements do not follow the chain (outside an inpainting mask).
     log_priors: (batch,) start values for each concept, in place of their priors.
+    noise_fraction: see :class:`~dng_core.posterior.PosteriorTracker`.
+    seed: of the probes of concepts with ``divergence_correction``.
+
+    With a divergence correction, a sampler asks :meth:`probe` before each call and hands over what it evaluated there:
+    ``guidance(x, sigma, base, reference, negatives, probed=(probe, probed_reference, probed_negatives))``.
     """
 
     def __init__(
@@ -115,6 +121,8 @@ class NegativeGuidance:
         levels: Sequence[float] | None = None,
         weight: Tensor | None = None,
         log_priors: Sequence[Tensor] | Tensor | None = None,
+        noise_fraction: NoiseFraction | None = None,
+        seed: int = 0,
     ) -> None:
         if not settings:
             raise ValueError("negative guidance needs the settings of at least one concept")
@@ -124,13 +132,29 @@ class NegativeGuidance:
         self.settings = tuple(settings)
         self.frame = frame
         self.trackers = [
-            PosteriorTracker(s, integrated, frame, levels, weight, None if log_priors is None else log_priors[i])
+            PosteriorTracker(
+                s, integrated, frame, levels, weight, None if log_priors is None else log_priors[i], noise_fraction
+            )
             for i, s in enumerate(self.settings)
         ]
         self._momenta: list[Tensor | None] = [None] * len(self.settings)
+        self._gaps: list[Tensor | None] = [None] * len(self.settings)
+        self._prober = Prober(frame, seed, weight)
+
+    def probe(self, state: Tensor, level: float) -> Probe | None:
+        """Where to evaluate the reference and the concepts that ask for it once more; None where not needed."""
+        if not any(s.divergence_correction for s in self.settings):
+            return None
+        return self._prober.next(state, level)
 
     def __call__(
-        self, state: Tensor, level: float, base: Tensor, reference: Tensor, negatives: Sequence[Tensor | None]
+        self,
+        state: Tensor,
+        level: float,
+        base: Tensor,
+        reference: Tensor,
+        negatives: Sequence[Tensor | None],
+        probed: tuple[Probe, Tensor, Sequence[Tensor | None]] | None = None,
     ) -> Tensor:
         """The guided denoised prediction at ``state`` (batch, ...) of noise ``level``, in the base's dtype.
 
@@ -140,10 +164,16 @@ class NegativeGuidance:
         reference: the prediction that the undesired ones are compared with; often the base itself.
         negatives: the prediction under each undesired concept; None where a concept does not apply at this noise
             level, so that it neither pushes nor moves its posterior.
+        probed: what :meth:`probe` gave, and the reference and the negatives there (None where not evaluated).
         """
         if len(negatives) != len(self.settings):
             raise ValueError(f"{len(self.settings)} concepts were set up but {len(negatives)} predictions given")
-        log_posteriors = [tracker.log_posterior(state, level) for tracker in self.trackers]
+        if probed is not None:
+            self._update_gaps(reference, negatives, *probed)
+        log_posteriors = [
+            tracker.log_posterior(state, level, None if negative is None else (negative, reference), gap)
+            for tracker, negative, gap in zip(self.trackers, negatives, self._gaps, strict=True)
+        ]
         dynamic = dynamic_scales(log_posteriors, self.settings)
 
         reference = at_least_float32(reference)
@@ -157,10 +187,22 @@ class NegativeGuidance:
             scale = dynamic[i]
             if self.settings[i].method != "dng":
                 scale = torch.full_like(scale, self.settings[i].guidance_scale)
-            tracker.anchor(state, level, negative, reference.clone(), log_posteriors[i], scale)
+            tracker.anchor(state, level, negative, reference.clone(), log_posteriors[i], scale, self._gaps[i])
             directions.append(self._direction(i, negative - reference, level))
             scales.append(scale)
         return combine(base, directions, scales)
+
+    def _update_gaps(
+        self,
+        reference: Tensor,
+        negatives: Sequence[Tensor | None],
+        probe: Probe,
+        probed_reference: Tensor,
+        probed_negatives: Sequence[Tensor | None],
+    ) -> None:
+        for i, (negative, there) in enumerate(zip(negatives, probed_negatives, strict=True)):
+            if negative is not None and there is not None:
+                self._gaps[i] = probe.covariance_gap(negative - reference, there - probed_reference)
 
     def _direction(self, i: int, difference: Tensor, level: float) -> Tensor:
         if self.settings[i].method != "safe_latent_diffusion":

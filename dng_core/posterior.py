@@ -4,7 +4,7 @@ All posteriors are natural logarithms, one per image of a batch.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,13 @@ ON_SCHEDULE = 1e-5
 SAME_LEVEL = 3 * ON_SCHEDULE
 """Two calls on one scheduled level differ by at most twice the above. Some samplers reach the next level by a formula
 for their midpoint (``dpmpp_2s_ancestral``), a few units of rounding off."""
+
+
+LEAST_NOISE_FRACTION = 0.5
+"""Below this share of the exact kernel's noise, a step's own noise says too little about the term that it misses."""
+
+NoiseFraction = Callable[[float, float], float]
+"""(sigma, sigma') -> variance that the sampler injects over that step, as a share of the exact kernel's."""
 
 
 def posterior_increment(
@@ -63,6 +70,66 @@ def posterior_increment(
     return product.flatten(1).sum(dim=1) / kernel.next_sigma**2
 
 
+def path_increment(
+    next_state: Tensor,
+    state: Tensor,
+    predictions: tuple[Tensor, Tensor],
+    next_predictions: tuple[Tensor, Tensor],
+    covariance_gap: Tensor,
+    next_level: float,
+    level: float,
+    frame: NoiseFrame = VE,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """What a move adds to log p(c-|x), whatever path or noise took the state there.
+
+    log p is a function of the state and of the noise level alone. By Tweedie's formula and the heat equation, with
+    Delta = D_neg - D_ref and D-bar their mean,
+
+        d log p = < Delta, dx > / sigma^2 + (< Delta, D-bar - x > / sigma^3 + div Delta / sigma) d sigma
+
+    :func:`posterior_increment` integrates all but the divergence, for predictions that stay as they are. Their mean
+    over both ends is the trapezoidal rule, and div Delta = G / sigma^2 with G the slowly varying ``covariance_gap``
+    adds -G (1 - r) / (2 sigma'^2). Where every step's noise is the exact kernel's, the divergence cancels the
+    quadratic variation on average, and Algorithm 2 does without both.
+
+    Parameters
+    ----------
+    predictions, next_predictions: (D_neg, D_ref) at ``state`` and at ``next_state``.
+    covariance_gap: (batch,), tr Cov[x_0 | x, c-] - tr Cov[x_0 | x], see :mod:`.divergence`.
+    """
+    kernel = ReverseKernel(frame.sigma(level), frame.sigma(next_level))
+    ends = [
+        posterior_increment(next_state, state, *pair, next_level, level, frame, weight)
+        for pair in (predictions, next_predictions)
+    ]
+    return (ends[0] + ends[1]) / 2 - covariance_gap * (1 - kernel.ratio) / (2 * kernel.next_sigma**2)
+
+
+def partly_stochastic_increment(
+    next_state: Tensor,
+    state: Tensor,
+    predictions: tuple[Tensor, Tensor],
+    next_predictions: tuple[Tensor, Tensor],
+    noise_fraction: float,
+    next_level: float,
+    level: float,
+    frame: NoiseFrame = VE,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """The increment for a step whose noise has ``noise_fraction`` (above 0) times the exact kernel's variance.
+
+    Algorithm 2 then misses (1 - f) times the divergence term. Half the difference between the increments by the
+    predictions after the step and before it is, on average, f times that term: the noise is its own probe. Nothing
+    is added at f = 1.
+    """
+    start, end = (
+        posterior_increment(next_state, state, *pair, next_level, level, frame, weight)
+        for pair in (predictions, next_predictions)
+    )
+    return start - (1 / noise_fraction - 1) * (end - start) / 2
+
+
 def offset_increment(settings: Settings, kernel: ReverseKernel, integrated: IntegratedOffset) -> float:
     """What the offset adds to log p(c-|x) over one jump, in the form that the settings ask for.
 
@@ -85,6 +152,14 @@ class Anchor:
     state: Tensor | None
     negative: Tensor | None
     reference: Tensor | None
+    covariance_gap: Tensor | None = None
+
+    @property
+    def predictions(self) -> tuple[Tensor, Tensor] | None:
+        """(D_neg, D_ref) here; None where the concept does not apply, or once they are no longer kept."""
+        if self.negative is None or self.reference is None:
+            return None
+        return self.negative, self.reference
 
 
 class PosteriorTracker:
@@ -102,6 +177,8 @@ class PosteriorTracker:
     levels: the sampler's schedule; None for adaptive samplers, where every call is an anchor.
     weight: see :func:`posterior_increment`.
     log_prior: (batch,) start values of log p in place of ``settings.prior``.
+    noise_fraction: how the sampler's steps between scheduled levels compare with the exact kernel in noise; None where
+        that is as much, or not known.
     """
 
     def __init__(
@@ -112,6 +189,7 @@ class PosteriorTracker:
         levels: Sequence[float] | None = None,
         weight: Tensor | None = None,
         log_prior: Tensor | None = None,
+        noise_fraction: NoiseFraction | None = None,
     ) -> None:
         self.settings = settings
         self.frame = frame
@@ -120,9 +198,20 @@ class PosteriorTracker:
         self._levels = levels
         self._weight = weight
         self._log_prior = log_prior
+        self._noise_fraction = noise_fraction
 
-    def log_posterior(self, state: Tensor, level: float) -> Tensor:
-        """log p(c-|x) at a new state (batch, ...) of noise ``level``: (batch,), clamped to [p_min, p_max]."""
+    def log_posterior(
+        self,
+        state: Tensor,
+        level: float,
+        predictions: tuple[Tensor, Tensor] | None = None,
+        covariance_gap: Tensor | None = None,
+    ) -> Tensor:
+        """log p(c-|x) at a new state (batch, ...) of noise ``level``: (batch,), clamped to [p_min, p_max].
+
+        ``predictions`` are (D_neg, D_ref) at the new state and ``covariance_gap`` (batch,) is that of
+        :func:`path_increment`, which then takes the place of Algorithm 2's increment.
+        """
         while self.anchors and self.anchors[-1].level <= level * (1 + SAME_LEVEL):
             dropped = self.anchors.pop()
             if not self.anchors:
@@ -130,11 +219,9 @@ class PosteriorTracker:
         if not self.anchors:
             return self._clamp(self._prior(state))
         top = self.anchors[-1]
-        if top.state is None or top.negative is None or top.reference is None or level == 0:
+        if top.state is None or top.predictions is None or level == 0:
             return top.log_posterior  # at level 0 the kernel has no width, and nothing is left to guide
-        increment = posterior_increment(
-            state, top.state, top.negative, top.reference, level, top.level, self.frame, self._weight
-        )
+        increment = self._increment(top, state, level, predictions, covariance_gap)
         kernel = ReverseKernel(self.frame.sigma(top.level), self.frame.sigma(level))
         offset = offset_increment(self.settings, kernel, self._integrated)
         return self._clamp(top.log_posterior + self.settings.temperature * increment + offset)
@@ -147,6 +234,7 @@ class PosteriorTracker:
         reference: Tensor,
         log_posterior: Tensor,
         scale: Tensor,
+        covariance_gap: Tensor | None = None,
     ) -> None:
         """Let the chain continue from this point, if it is on the schedule.
 
@@ -155,10 +243,34 @@ class PosteriorTracker:
         """
         if self.anchors and not self._on_schedule(level):
             return
-        self.anchors.append(Anchor(level, log_posterior, scale, state, negative, reference))
+        self.anchors.append(Anchor(level, log_posterior, scale, state, negative, reference, covariance_gap))
         if len(self.anchors) > MAX_ANCHOR_STATES:
             old = self.anchors[-1 - MAX_ANCHOR_STATES]
-            old.state = old.negative = old.reference = None
+            old.state = old.negative = old.reference = old.covariance_gap = None
+
+    def _increment(
+        self,
+        top: Anchor,
+        state: Tensor,
+        level: float,
+        predictions: tuple[Tensor, Tensor] | None,
+        covariance_gap: Tensor | None,
+    ) -> Tensor:
+        """log p at ``state`` less that at the anchor, by the best rule for what is known at both ends."""
+        assert top.state is not None and top.predictions is not None
+        place = (level, top.level, self.frame, self._weight)
+        if predictions is None:
+            return posterior_increment(state, top.state, *top.predictions, *place)
+        if covariance_gap is not None:
+            earlier = covariance_gap if top.covariance_gap is None else top.covariance_gap
+            gap = (earlier + covariance_gap) / 2
+            return path_increment(state, top.state, top.predictions, predictions, gap, *place)
+        fraction = 1.0
+        if self._noise_fraction is not None and self._on_schedule(level):
+            fraction = self._noise_fraction(self.frame.sigma(top.level), self.frame.sigma(level))
+        if fraction == 1 or fraction < LEAST_NOISE_FRACTION:
+            return posterior_increment(state, top.state, *top.predictions, *place)
+        return partly_stochastic_increment(state, top.state, top.predictions, predictions, fraction, *place)
 
     def _prior(self, state: Tensor) -> Tensor:
         if self._log_prior is not None:

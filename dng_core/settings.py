@@ -32,6 +32,8 @@ class Settings:
     p_min, p_max: the posterior is clamped to this range, 0 < p_min < p_max < 1.
     max_scale: cap on the product lambda_0 p / (1 - p); infinity for none. A larger push seldom removes more, and can
         throw a state off its chain where steps are few.
+    divergence_correction: estimate the term of the posterior that deterministic samplers miss, by one more pair of
+        predictions at some of the steps (see :mod:`.divergence`). More exact on stochastic samplers too.
     sld_threshold, sld_warmup_scale, sld_momentum_scale, sld_momentum_decay: Safe Latent Diffusion's threshold on
         eps - eps(c-), s_s, s_m and beta_m; defaults as in the authors' comparison.
     """
@@ -45,6 +47,7 @@ class Settings:
     p_min: float = 1e-6
     p_max: float = 0.99
     max_scale: float = 10.0
+    divergence_correction: bool = False
     sld_threshold: float = 0.04
     sld_warmup_scale: float = 100.0
     sld_momentum_scale: float = 0.2

@@ -16,6 +16,7 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
+from ..dng_core.divergence import Probe
 from ..dng_core.guidance import NegativeGuidance, Trace
 from ..dng_core.kernels import NoiseFrame
 from ..dng_core.schedules import DDPMSchedule
@@ -65,6 +66,7 @@ class Run:
         self._entries: list[list[dict]] = []
         self._inner_calc: Callable[[dict], list[Tensor]] | None = None
         self._raw: tuple[Tensor, Tensor | None, list[Tensor | None]] | None = None
+        self._probed: tuple[Probe, Tensor, list[Tensor | None]] | None = None
         self._level = 0.0
         self._end: tuple[Tensor, float] | None = None
 
@@ -108,7 +110,32 @@ class Run:
         negatives = [next(remaining) if entries else None for entries in active]
         self._raw = out[0], out[1] if conds[1] is not None else None, negatives
         self._entries = active
+        self._probed = self._evaluate_probe(args) if evaluated else None
         return out
+
+    def _evaluate_probe(self, args: dict) -> tuple[Probe, Tensor, list[Tensor | None]] | None:
+        """The reference and the undesired predictions a little way off, where a divergence correction asks for them.
+
+        ComfyUI evaluates one state per batch, so this is a second batch, of this pair alone.
+        """
+        probe = self._guidance.probe(args["input"], self._level)
+        if probe is None:
+            return None
+        there = {**args, "input": probe.state}
+        wanted = [
+            entries if settings.divergence_correction else []
+            for entries, settings in zip(self._entries, self._guidance.settings, strict=True)
+        ]
+        undesired = [entries for entries in wanted if entries]
+        which = 0 if self._reference == "positive" or args["conds"][1] is None else 1
+        if self._inner_calc is not None:
+            reference = self._inner_calc(there)[which]
+            extra = self._calc(there, undesired)
+        else:
+            reference, *extra = self._calc(there, [args["conds"][which], *undesired])
+        remaining = iter(extra)
+        negatives = [_where_covered(next(remaining), reference, e) if e else None for e in wanted]
+        return probe, reference, negatives
 
     def post_cfg(self, args: dict) -> Tensor:
         """Push what the sampler would use without DNG away from the undesired concepts."""
@@ -127,7 +154,8 @@ class Run:
             None if negative is None else _where_covered(negative, reference, entries)
             for negative, entries in zip(negatives, self._entries, strict=True)
         ]
-        guided = self._guidance(state, self._level, base, reference, present)
+        probed, self._probed = self._probed, None
+        guided = self._guidance(state, self._level, base, reference, present, probed)
         self._chart.update()
         return guided
 
@@ -154,6 +182,7 @@ def begin_run(
     latent_shape: Sequence[int],
     denoise_mask: Tensor | None,
     previous: Trace | None = None,
+    seed: int = 0,
 ) -> Run:
     """Set up guidance for the run that ``guider`` is about to begin; its conds must hold the undesired ones by key.
 
@@ -169,6 +198,11 @@ def begin_run(
     references = {concept.reference for concept in concepts}
     if len(references) > 1:
         raise ValueError(f"all chained concepts must share one reference, not {', '.join(sorted(references))}")
+    if "cfg" in references and any(concept.settings.divergence_correction for concept in concepts):
+        raise ValueError(
+            "divergence_correction cannot work with the reference `cfg`, which is no model's own prediction; set "
+            "`reference` to auto or positive, or switch the correction off"
+        )
     sampler_name = name_of(sampler)
     if "lcm" in sampler_name:
         raise ValueError(
@@ -198,11 +232,18 @@ def begin_run(
         levels=None if adaptive else levels,
         weight=denoise_mask,
         log_priors=start,
+        seed=seed,
     )
     chart = LiveChart(guidance, None if adaptive else len(levels), current_listener())
     run = Run(keys, references.pop(), guidance, chart)
     run.install(guider)
     return run
+
+
+def seed_of(arguments: Sequence[Any], options: dict[str, Any]) -> int:
+    """The seed among what ComfyUI gives ``outer_sample`` after the mask: callback, disable_pbar, seed; 0 for none."""
+    seed = options.get("seed", arguments[2] if len(arguments) > 2 else None)
+    return 0 if seed is None else seed
 
 
 def name_of(sampler: comfy.samplers.Sampler) -> str:

@@ -7,8 +7,15 @@ import comfy.sampler_helpers
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
-from .bridge import WRAPPER_KEY, Concept, begin_run, check_conditioning
-from .inputs import concepts_from, more_concepts_input, preset_input, reference_input, settings_inputs
+from .bridge import WRAPPER_KEY, Concept, begin_run, check_conditioning, seed_of
+from .inputs import (
+    concepts_from,
+    divergence_input,
+    more_concepts_input,
+    preset_input,
+    reference_input,
+    settings_inputs,
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,8 @@ class GuidedRuns:
         for key, concept in zip(keys, self.concepts, strict=True):
             check_conditioning(concept.conditioning, "negative", positive, batch=noise.shape[0])
             guider.conds[key] = comfy.sampler_helpers.convert_cond(concept.conditioning)
-        run = begin_run(guider, self.concepts, keys, sampler, sigmas, noise.shape, denoise_mask)
+        seed = seed_of(args, kwargs)
+        run = begin_run(guider, self.concepts, keys, sampler, sigmas, noise.shape, denoise_mask, seed=seed)
         samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         run.finish()
         return samples
@@ -75,6 +83,7 @@ class DynamicNegativeGuidance(io.ComfyNode):
                 reference_input(),
                 more_concepts_input(),
                 preset_input(),
+                divergence_input(),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The patched model, for any stock sampler.")],
         )

@@ -12,8 +12,16 @@ from comfy_api.latest import io
 from nodes import common_ksampler
 
 from ..dng_core.guidance import Trace
-from .bridge import Concept, begin_run, check_conditioning, check_unconditional, name_of
-from .inputs import TRACE, concepts_from, more_concepts_input, preset_input, reference_input, settings_inputs
+from .bridge import Concept, begin_run, check_conditioning, check_unconditional, name_of, seed_of
+from .inputs import (
+    TRACE,
+    concepts_from,
+    divergence_input,
+    more_concepts_input,
+    preset_input,
+    reference_input,
+    settings_inputs,
+)
 from .patch import has_dng_patch
 
 POSITIVE_TIP = "What the image should show."
@@ -67,7 +75,10 @@ class NegativeGuider(comfy.samplers.CFGGuider):
             return super().outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         for concept in self._concepts:
             check_conditioning(concept.conditioning, "negative", batch=noise.shape[0])
-        run = begin_run(self, self._concepts, self._keys, sampler, sigmas, noise.shape, denoise_mask, self._previous)
+        seed = seed_of(args, kwargs)
+        run = begin_run(
+            self, self._concepts, self._keys, sampler, sigmas, noise.shape, denoise_mask, self._previous, seed
+        )
         samples = super().outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         run.finish()
         trace = run.trace()
@@ -238,6 +249,7 @@ class KSamplerDNG(io.ComfyNode):
                 io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
                 more_concepts_input(),
                 preset_input(),
+                divergence_input(),
             ],
             outputs=_outputs(),
         )
@@ -317,6 +329,7 @@ class KSamplerAdvancedDNG(io.ComfyNode):
                     "on here, instead of starting at the prior again.",
                 ),
                 preset_input(),
+                divergence_input(),
             ],
             outputs=_outputs(),
         )
@@ -381,6 +394,7 @@ class DNGGuider(io.ComfyNode):
                 io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
                 more_concepts_input(),
                 preset_input(),
+                divergence_input(),
             ],
             outputs=[io.Guider.Output(display_name="GUIDER", tooltip="Connect to SamplerCustomAdvanced.")],
         )
