@@ -258,19 +258,21 @@ class PosteriorTracker:
     ) -> Tensor:
         """log p at ``state`` less that at the anchor, by the best rule for what is known at both ends."""
         assert top.state is not None and top.predictions is not None
-        place = (level, top.level, self.frame, self._weight)
+        ends, frame, weight = (level, top.level), self.frame, self._weight
+        algorithm_2 = posterior_increment(state, top.state, *top.predictions, *ends, frame=frame, weight=weight)
         if predictions is None:
-            return posterior_increment(state, top.state, *top.predictions, *place)
+            return algorithm_2
         if covariance_gap is not None:
             earlier = covariance_gap if top.covariance_gap is None else top.covariance_gap
             gap = (earlier + covariance_gap) / 2
-            return path_increment(state, top.state, top.predictions, predictions, gap, *place)
+            return path_increment(state, top.state, top.predictions, predictions, gap, *ends, frame, weight)
         fraction = 1.0
         if self._noise_fraction is not None and self._on_schedule(level):
-            fraction = self._noise_fraction(self.frame.sigma(top.level), self.frame.sigma(level))
+            fraction = self._noise_fraction(frame.sigma(top.level), frame.sigma(level))
         if fraction == 1 or fraction < LEAST_NOISE_FRACTION:
-            return posterior_increment(state, top.state, *top.predictions, *place)
-        return partly_stochastic_increment(state, top.state, top.predictions, predictions, fraction, *place)
+            return algorithm_2
+        pairs = top.predictions, predictions
+        return partly_stochastic_increment(state, top.state, *pairs, fraction, *ends, frame, weight)
 
     def _prior(self, state: Tensor) -> Tensor:
         if self._log_prior is not None:

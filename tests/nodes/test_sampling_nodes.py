@@ -87,7 +87,7 @@ def test_the_references_are_the_predictions_that_they_name(bench, monkeypatch):
             positive=bench.cond("0,1,2,3"),
             unconditional=bench.cond(),
         )
-        for state, level, base, compared, negatives in seen:
+        for state, level, base, compared, negatives, _ in seen:
             positive, whole = (bench.mixture.denoised(state, level, p) for p in ([0, 1, 2, 3], None))
             mix = whole + 3 * (positive - whole)
             wanted = mix if reference == "cfg" else bench.mixture.denoised(state, level, parts[reference])
