@@ -293,7 +293,7 @@ def test_outside_an_inpainting_mask_nothing_counts_for_the_posterior(bench, monk
     _, trace = bench.dng(
         bench.model(), bench.concept("0", p_min=1e-12), {"samples": content, "noise_mask": left_half()}
     )
-    inside = [[x[..., :2] for x in (s, n[0], r)] for s, _, _, r, n in seen]
+    inside = [[x[..., :2] for x in (s, n[0], r)] for s, _, _, r, n, _ in seen]
     log_p = torch.full((6,), 1 / 8).log()
     for (start, negative, reference), (end, _, _), high, low in zip(
         inside, inside[1:], trace.sigmas, trace.sigmas[1:], strict=False
