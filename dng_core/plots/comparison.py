@@ -14,7 +14,7 @@ from .trace_chart import as_array, draw_axes, draw_series, horizontal_axis, scal
 Order = Literal["most changed first", "as drawn"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 
-TITLES = ("without", "with DNG", "difference")
+TITLES = ("without", "with guidance", "difference")
 ASPECT = 1.5  # of the sheet, as near as its cards allow
 SMALLEST_SCALE = 0.1  # end of the difference's colours where nothing changes more
 
@@ -72,7 +72,7 @@ def comparison_sheet(
     size = min(26, max(13, round(cell / 13)))
     width, height = _fitted_size(without.shape[2], without.shape[1], cell)
     gap, margin = round(0.4 * size), size
-    strip = round(max(4.6 * size, 0.4 * height)) if traced else 0
+    strip = round(max(6.5 * size, 0.4 * height)) if traced else 0
     card_width, card_height = 3 * width + 2 * gap, round(1.7 * size) + height + strip
     columns = _columns(len(shown), card_width + 2 * margin, card_height + margin)
     rows = math.ceil(len(shown) / columns)
