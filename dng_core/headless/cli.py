@@ -34,6 +34,14 @@ COMMANDS = (
     Command("install", "dng_core.headless.install_command", "install the pinned ComfyUI into the user's cache"),
     Command("test", "dng_core.headless.test_command", "run all tests of this checkout", passes_on=True),
     Command("train", "dng_core.experiments.train_command", "train the shipped MNIST models", ("torch", "tqdm")),
+    Command(
+        "experiment",
+        "dng_core.experiments.experiment_command",
+        "remove classes by every method, and measure what is left",
+        ("torch", "tqdm"),
+    ),
+    Command("report", "dng_core.experiments.report_command", "report on an experiment's runs", ("torch", "tqdm")),
+    Command("bench", "dng_core.experiments.bench_command", "measure how fast images are drawn", ("torch", "tqdm")),
     Command("figures", "dng_core.experiments.figures_command", "print the project's figures", ("torch", "tqdm")),
 )
 

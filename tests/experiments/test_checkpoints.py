@@ -18,7 +18,6 @@ from dng_core.experiments.checkpoints import (
     RESNET,
     load_class_only,
     load_diffusers,
-    module_list_order,
     open_denoiser,
 )
 from dng_core.experiments.networks import UNet, UNetConfig
@@ -28,55 +27,11 @@ diffusers = pytest.importorskip("diffusers")
 TINY = UNetConfig(16, 3, 32, (1, 2, 2), blocks_per_level=1, attention_levels=(1,))
 
 
-def public_unet(network: UNetConfig, seed: int = 0) -> torch.nn.Module:
-    """A random UNet2DModel with google/ddpm-cifar10-32's configuration, in the size of ``network``."""
-    torch.manual_seed(seed)
-    levels = range(len(network.channel_multipliers))
-    kind = ["Attn" if i in network.attention_levels else "" for i in levels]
-    return diffusers.UNet2DModel(
-        sample_size=network.image_size,
-        in_channels=network.in_channels,
-        out_channels=network.in_channels,
-        act_fn="silu",
-        attention_head_dim=None,
-        block_out_channels=[network.base_channels * m for m in network.channel_multipliers],
-        center_input_sample=False,
-        down_block_types=[f"{k}DownBlock2D" for k in kind],
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        layers_per_block=network.blocks_per_level,
-        mid_block_scale_factor=1,
-        norm_eps=1e-6,
-        norm_num_groups=32,
-        time_embedding_type="positional",
-        up_block_types=[f"{k}UpBlock2D" for k in reversed(kind)],
-    ).eval()
-
-
 def difference(ours: UNet, theirs: torch.nn.Module, network: UNetConfig) -> float:
     x = torch.randn(2, network.in_channels, network.image_size, network.image_size)
     timestep = torch.tensor([3, 871])
     with torch.no_grad():
         return float((ours(x, timestep) - theirs(x, timestep).sample).abs().max())
-
-
-def class_only_state(model: torch.nn.Module, network: UNetConfig) -> dict[str, Tensor]:
-    """The authors' names for the weights of a diffusers model: the flat list of modules, dense layers transposed."""
-    theirs = model.state_dict()
-    state: dict[str, Tensor] = {"sigmas": torch.ones(3)}
-    for number, (prefix, parts) in enumerate(module_list_order(network)):
-        for their_part, our_part in (parts or {"": ""}).items():
-            name = ".".join(filter(None, (prefix, our_part)))
-            if f"{name}.weight" not in theirs:
-                continue  # a block without a shortcut
-            key = ".".join(filter(None, (f"all_modules.{number}", their_part)))
-            weight, bias = theirs[f"{name}.weight"], theirs[f"{name}.bias"]
-            if their_part.startswith("NIN"):
-                state |= {f"{key}.W": weight.flatten(1).T.contiguous(), f"{key}.b": bias}
-            else:
-                state |= {f"{key}.weight": weight, f"{key}.bias": bias}
-    return state
 
 
 def run_module_list(state: dict[str, Tensor], network: UNetConfig, x: Tensor, timestep: Tensor) -> Tensor:
@@ -138,14 +93,14 @@ def save_diffusers(model: torch.nn.Module, folder: Path) -> Path:
     return folder
 
 
-def test_a_diffusers_folder_computes_what_diffusers_computes(tmp_path):
+def test_a_diffusers_folder_computes_what_diffusers_computes(tmp_path, public_unet):
     theirs = public_unet(TINY)
     ours, info = load_diffusers(save_diffusers(theirs, tmp_path / "model"))
     assert info.class_names == () and info.schedule == "linear"
     assert difference(ours, theirs, TINY) <= 1e-5
 
 
-def test_the_full_size_of_the_public_cifar_10_model_loads_in_both_layouts(tmp_path):
+def test_the_full_size_of_the_public_cifar_10_model_loads_in_both_layouts(tmp_path, public_unet, class_only_state):
     """google/ddpm-cifar10-32's own configuration (35.7 million parameters), with random weights."""
     theirs = public_unet(CIFAR10_NETWORK)
     ours, info = load_diffusers(save_diffusers(theirs, tmp_path / "model"))
@@ -156,7 +111,7 @@ def test_the_full_size_of_the_public_cifar_10_model_loads_in_both_layouts(tmp_pa
     assert difference(load_class_only(tmp_path / "cars.pt")[0], theirs, CIFAR10_NETWORK) <= 1e-5
 
 
-def test_the_attention_names_of_old_diffusers_weights_are_known(tmp_path):
+def test_the_attention_names_of_old_diffusers_weights_are_known(tmp_path, public_unet):
     """The public CIFAR-10 weights were saved when attention layers were called query, key, value and proj_attn."""
     theirs = public_unet(TINY)
     folder = save_diffusers(theirs, tmp_path / "model")
@@ -172,7 +127,9 @@ def test_the_attention_names_of_old_diffusers_weights_are_known(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_class_only_checkpoint_computes_what_its_layout_and_diffusers_compute(tmp_path, prefix):
+def test_a_class_only_checkpoint_computes_what_its_layout_and_diffusers_compute(
+    tmp_path, prefix, public_unet, class_only_state
+):
     theirs = public_unet(TINY)
     state = class_only_state(theirs, TINY)
     torch.save({"net": {prefix + k: v for k, v in state.items()}, "epoch": 800}, tmp_path / "birds.pt")
@@ -200,7 +157,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, capsys):
     assert "ran" not in capsys.readouterr().out
 
 
-def test_bad_checkpoints_are_named_with_what_is_wrong(tmp_path):
+def test_bad_checkpoints_are_named_with_what_is_wrong(tmp_path, public_unet, class_only_state):
     torch.save({"net": class_only_state(public_unet(TINY), TINY)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="another shape"):
         load_class_only(tmp_path / "other.pt", UNetConfig(16, 3, 32, (1, 2), 1, (1,)))
@@ -216,7 +173,7 @@ def test_bad_checkpoints_are_named_with_what_is_wrong(tmp_path):
         open_denoiser(str(tmp_path / "nothing"))
 
 
-def test_bad_diffusers_folders_are_named_with_what_is_wrong(tmp_path):
+def test_bad_diffusers_folders_are_named_with_what_is_wrong(tmp_path, public_unet):
     folder = save_diffusers(public_unet(TINY), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     for change, message in (
@@ -249,7 +206,7 @@ def test_a_hub_name_that_cannot_be_had_says_so(monkeypatch):
         open_denoiser("google/ddpm-cifar10-32")
 
 
-def test_a_hub_name_is_loaded_from_what_the_hub_gives(tmp_path, monkeypatch):
+def test_a_hub_name_is_loaded_from_what_the_hub_gives(tmp_path, monkeypatch, public_unet):
     import huggingface_hub
 
     theirs = public_unet(TINY)

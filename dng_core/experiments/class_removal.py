@@ -1,0 +1,199 @@
+"""One point of the class-removal study: which images to draw, and drawing them.
+
+A :class:`Point` says everything that decides the images; its :meth:`~Point.key` names them in the cache.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..guidance import NegativeGuidance
+from ..sampling import ddpm_sample
+from ..schedules import ChainName, DDPMSchedule, ddpm_sigmas, karras_sigmas
+from ..settings import Settings
+from .checkpoints import CIFAR10_NETWORK, open_denoiser
+from .networks import UNet, channels_last
+from .predictors import LabelConditional, NetworkPair
+from .weights import DenoiserInfo
+
+NONE = "none"
+METHOD_NAMES = {NONE: "none", "negative_prompting": "NP", "safe_latent_diffusion": "SLD", "dng": "DNG"}
+TRACED = 8  # images whose posterior and scale are kept: the first, and as many that still show the class
+KEY_LENGTH = 24
+
+Spacing = Literal["ddpm", "karras"]
+Variance = Literal["posterior", "forward"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """What to draw. The noise depends on ``seed``, ``batch`` and ``images`` alone, never on the method.
+
+    Parameters
+    ----------
+    denoiser: source of the reference network (:func:`~.checkpoints.open_denoiser`), label-conditional if
+        ``class_only`` is empty; ``class_only``: source of the network that draws the forbidden class alone.
+    weights: digest of both networks' weights, so that other weights under the same name are another point.
+    forbidden: the class to remove; None without guidance.
+    settings: of the guidance; None without.
+    """
+
+    denoiser: str
+    class_only: str
+    weights: str
+    forbidden: int | None
+    settings: Settings | None
+    steps: int
+    images: int
+    batch: int
+    seed: int
+    spacing: Spacing = "ddpm"
+    variance: Variance = "posterior"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "images", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if (self.forbidden is None) != (self.settings is None):
+            raise ValueError("guidance needs both a forbidden class and settings; without guidance, neither")
+
+    @property
+    def method(self) -> str:
+        """The name of the method in tables and plots."""
+        return METHOD_NAMES[self.settings.method if self.settings else NONE]
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of single images: what the point costs."""
+        return self.steps * self.images * (1 if self.settings is None else 2)
+
+    def key(self) -> str:
+        """A hash of everything that decides the images."""
+        named = asdict(self) | {"denoiser": "", "class_only": bool(self.class_only)}  # the weights' digest names them
+        return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "Point":
+        settings = None if raw["settings"] is None else Settings(**raw["settings"])
+        return cls(**{f.name: raw[f.name] for f in fields(cls)} | {"settings": settings})
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The images of a point, (n, channels, height, width) uint8, and traces of some of them.
+
+    ``traced``: (k,) indices of images; ``sigmas``: (steps,); ``posterior``, ``scale``: (steps, k); empty unguided.
+    """
+
+    images: np.ndarray
+    traced: np.ndarray
+    sigmas: np.ndarray
+    posterior: np.ndarray
+    scale: np.ndarray
+    seconds: float = 0.0
+
+
+@lru_cache(maxsize=4)
+def network(source: str, device: str) -> tuple[UNet, DenoiserInfo]:
+    """A denoiser on its device, laid out for speed; kept, as a sweep asks for it again and again."""
+    unet, info = open_denoiser(source, CIFAR10_NETWORK)
+    return channels_last(unet.to(device)), info
+
+
+def predictor_of(point: Point, device: str) -> LabelConditional | NetworkPair:
+    """The networks of a point as one function; ValueError if they don't fit each other or the forbidden class."""
+    reference, info = network(point.denoiser, device)
+    chain = DDPMSchedule.named(chain_name(info))
+    if reference.config.num_classes and not point.class_only:
+        return LabelConditional(reference, chain, point.forbidden)
+    if point.forbidden is not None and not point.class_only:
+        raise ValueError(
+            f"{point.denoiser} knows no labels, so class {point.forbidden} needs a class-only network: name it under "
+            f"[class_only] in the experiment's file"
+        )
+    undesired = network(point.class_only, device)[0] if point.class_only and point.forbidden is not None else None
+    return NetworkPair(reference, undesired, chain)
+
+
+def chain_name(info: DenoiserInfo) -> ChainName:
+    """The training chain that a denoiser's file names."""
+    if info.schedule not in ("linear", "scaled_linear"):
+        raise ValueError(f"the denoiser {info.name} was trained on an unknown chain, {info.schedule!r}")
+    return info.schedule  # type: ignore[return-value]
+
+
+def noise_levels(chain: DDPMSchedule, spacing: Spacing, steps: int) -> list[float]:
+    """``steps`` sampling levels of the chain in the given spacing."""
+    if spacing == "karras":
+        return karras_sigmas(steps, float(chain.sigmas[0]), float(chain.sigmas[-1]))
+    return ddpm_sigmas(chain, steps)
+
+
+@torch.no_grad()
+def draw(point: Point, device: str = "cpu") -> Drawn:
+    """Draw a point's images by DDPM ancestral sampling.
+
+    Raises
+    ------
+    FloatingPointError: if an image is not finite.
+    ValueError: if networks and point don't fit.
+    """
+    predict = predictor_of(point, device)
+    reference = predict.network if isinstance(predict, LabelConditional) else predict.reference
+    shape = (reference.config.in_channels, reference.config.image_size, reference.config.image_size)
+    levels = noise_levels(predict.chain, point.spacing, point.steps)
+    images, posteriors, scales = [], [], []
+    for start in range(0, point.images, point.batch):
+        size = min(point.batch, point.images - start)
+        generator = torch.Generator().manual_seed(point.seed * 1_000_003 + start)
+        noise = torch.randn((size, *shape), generator=generator).to(device)
+        guidance = NegativeGuidance([point.settings], predict.chain, levels=levels) if point.settings else None
+        drawn = ddpm_sample(predict, noise, levels, guidance, generator, point.variance)
+        if not bool(drawn.isfinite().all()):
+            raise FloatingPointError(
+                f"{point.method} drew images that are not finite at {point.settings}: check the weights of "
+                f"{point.denoiser}, or lower guidance_scale and max_scale"
+            )
+        images.append(((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
+        if guidance:
+            trace = guidance.trace()
+            posteriors.append(trace.posterior[:, 0])
+            scales.append(trace.scale[:, 0])
+    nothing = torch.zeros(0, 0)
+    return Drawn(
+        images=torch.cat(images).numpy(),
+        traced=np.arange(point.images if posteriors else 0),
+        sigmas=np.array(levels),
+        posterior=(torch.cat(posteriors, 1) if posteriors else nothing).numpy(),
+        scale=(torch.cat(scales, 1) if scales else nothing).numpy(),
+    )
+
+
+def keep_traces(drawn: Drawn, forbidden: np.ndarray) -> Drawn:
+    """``drawn`` with the traces of the first images, and of the first that still show the class (a boolean each)."""
+    if not len(drawn.traced):
+        return drawn
+    chosen = sorted({*range(min(TRACED, len(drawn.images))), *np.flatnonzero(forbidden)[:TRACED].tolist()})
+    return Drawn(
+        drawn.images, drawn.traced[chosen], drawn.sigmas, drawn.posterior[:, chosen], drawn.scale[:, chosen],
+        drawn.seconds,
+    )  # fmt: skip
+
+
+def weights_digest(*sources: str) -> str:
+    """A digest of the weights that the sources hold, whatever files they come from."""
+    digest = hashlib.sha256()
+    for source in filter(None, sources):
+        unet, _ = open_denoiser(source, CIFAR10_NETWORK)
+        for name, tensor in sorted(unet.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:KEY_LENGTH]

@@ -1,0 +1,191 @@
+"""What a class-removal experiment consists of: its file, and the points that it makes of it.
+
+An experiment is a TOML file; those that come with the project are in ``presets``.
+"""
+
+import itertools
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..settings import METHODS, Method, Settings
+from .class_removal import METHOD_NAMES, Point, Spacing, Variance
+
+PRESETS = Path(__file__).parent / "presets"
+METHOD_OF = {METHOD_NAMES[method]: method for method in METHODS}
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """How one method is tried out.
+
+    Parameters
+    ----------
+    scales: guidance scales, each a point at the full number of images.
+    search: other settings -> their candidates. All combinations are tried first with few images, at each of
+        ``search_scales``, for every class; the best one is what the scales are swept with.
+    fixed: other settings, the same everywhere.
+    """
+
+    method: Method
+    scales: tuple[float, ...]
+    search: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    search_scales: tuple[float, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.scales:
+            raise ValueError(f"{METHOD_NAMES[self.method]} has no scales to sweep over")
+        if self.search and not self.search_scales:
+            raise ValueError(f"{METHOD_NAMES[self.method]} has a search without search_scales")
+        for settings in (*self.candidates(), *self.sweep({})):
+            assert isinstance(settings, Settings)  # made, and so validated, before anything runs
+
+    def candidates(self) -> list[Settings]:
+        """All settings that the search tries; none without a search."""
+        if not self.search:
+            return []
+        combinations = itertools.product(*self.search.values())
+        return [
+            self._settings(scale, dict(zip(self.search, values, strict=True)))
+            for values in combinations
+            for scale in self.search_scales
+        ]
+
+    def sweep(self, best: Mapping[str, Any]) -> list[Settings]:
+        """The settings of the sweep, with the best of the search."""
+        return [self._settings(scale, best) for scale in self.scales]
+
+    def searched(self, settings: Settings) -> dict[str, Any]:
+        """Of ``settings``, those that the search decides."""
+        return {name: getattr(settings, name) for name in self.search}
+
+    def _settings(self, scale: float, others: Mapping[str, Any]) -> Settings:
+        names = {f.name for f in fields(Settings)} - {"method", "guidance_scale"}
+        chosen = {**self.fixed, **others}
+        if unknown := chosen.keys() - names:
+            raise ValueError(f"{METHOD_NAMES[self.method]}: there is no setting {', '.join(sorted(unknown))}")
+        return Settings(method=self.method, guidance_scale=scale, **chosen)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A class-removal experiment.
+
+    Parameters
+    ----------
+    denoiser: source of the unconditional or label-conditional network (:func:`~.checkpoints.open_denoiser`).
+    class_only: class name -> source of a network trained on this class alone; empty for a label-conditional denoiser.
+    classifier: a shipped classifier's name, or a file of `dng train classifier`.
+    dataset: of real images to compare with (:func:`~.datasets.load_dataset`); "" for none.
+    classes: names of the classes to remove, one after the other; () for all of the classifier's.
+    target_share: the forbidden share that counts as safe; settings are chosen by the least KL among safe ones.
+    reference_images: the most real images that distances are measured against.
+    """
+
+    name: str
+    denoiser: str
+    classifier: str
+    methods: tuple[MethodPlan, ...]
+    dataset: str = ""
+    class_only: Mapping[str, str] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    images: int = 1000
+    search_images: int = 128
+    steps: int = 50
+    batch: int = 125
+    seed: int = 0
+    spacing: Spacing = "ddpm"
+    variance: Variance = "posterior"
+    target_share: float = 0.01
+    reference_images: int = 10_000
+
+    def __post_init__(self) -> None:
+        for name in ("images", "search_images", "batch", "reference_images"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 2:
+                raise ValueError(f"{name} must be a whole number of at least 2, not {getattr(self, name)!r}")
+        if not 1 <= self.steps <= 1000:
+            raise ValueError(f"steps must be at least 1 and at most 1000, not {self.steps}")
+        if not 0 <= self.target_share < 1:
+            raise ValueError(f"target_share must be at least 0 and below 1, not {self.target_share}")
+        if self.spacing not in ("ddpm", "karras"):
+            raise ValueError(f"spacing must be 'ddpm' or 'karras', not {self.spacing!r}")
+        if self.variance not in ("posterior", "forward"):
+            raise ValueError(f"variance must be 'posterior' or 'forward', not {self.variance!r}")
+
+    def labels(self, class_names: tuple[str, ...]) -> list[int]:
+        """The labels of the classes to remove; ValueError for a class outside the data set."""
+        chosen = self.classes or (tuple(self.class_only) or class_names)
+        for name in chosen:
+            if name not in class_names:
+                raise ValueError(f"class {name!r} is not one of the data set's: {', '.join(class_names)}")
+            if self.class_only and name not in self.class_only:
+                raise ValueError(f"there is no class-only network for {name!r}: name it under [class_only]")
+        if len(class_names) < 2:
+            raise ValueError("with one class only, nothing would be left: give data with at least two classes")
+        return [class_names.index(name) for name in chosen]
+
+    def point(
+        self, weights: Mapping[str, str], label: int | None, name: str, settings: Settings | None, images: int
+    ) -> Point:
+        """A point; ``weights``: class name -> digest of the networks ("" for the denoiser alone)."""
+        return Point(
+            denoiser=self.denoiser,
+            class_only=self.class_only.get(name, "") if settings else "",
+            weights=weights[name if settings and self.class_only else ""],
+            forbidden=label if settings else None,
+            settings=settings,
+            steps=self.steps,
+            images=images,
+            batch=min(self.batch, images),
+            seed=self.seed,
+            spacing=self.spacing,
+            variance=self.variance,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_experiment(name: str) -> Experiment:
+    """The experiment of a preset's name or a TOML file.
+
+    Raises
+    ------
+    FileNotFoundError: if there is neither.
+    ValueError: if the file is no TOML, or says something unknown or invalid.
+    """
+    preset = PRESETS / f"{name}.toml"
+    path = preset if preset.is_file() else Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml")))
+        raise FileNotFoundError(f"there is no experiment {name!r}: give one of {known}, or a TOML file")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        methods = tuple(_plan(method, plan) for method, plan in raw.pop("methods", {}).items())
+        if not methods:
+            raise ValueError("it has no [methods.NAME], with NAME one of " + ", ".join(METHOD_OF))
+        known_fields = {f.name for f in fields(Experiment)}
+        if unknown := raw.keys() - known_fields:
+            raise ValueError(f"unknown: {', '.join(sorted(unknown))} (known: {', '.join(sorted(known_fields))})")
+        return Experiment(methods=methods, **{key: _tuple(value) for key, value in raw.items()})
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _plan(name: str, raw: dict[str, Any]) -> MethodPlan:
+    if name not in METHOD_OF:
+        raise ValueError(f"there is no method {name!r}: choose from {', '.join(METHOD_OF)}")
+    known = {"scales", "search", "search_scales", "fixed"}
+    if unknown := raw.keys() - known:
+        raise ValueError(
+            f"[methods.{name}] has unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
+        )
+    search = {key: _tuple(value) for key, value in raw.get("search", {}).items()}
+    return MethodPlan(METHOD_OF[name], **{k: _tuple(v) for k, v in raw.items() if k != "search"}, search=search)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,139 @@
+"""``dng experiment``: removes classes by every method, measures what is left, and reports."""
+
+import argparse
+import platform
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from .datasets import Dataset, load_dataset
+from .experiment import METHOD_OF, Experiment, read_experiment
+from .measuring import Measurer
+from .networks import channels_last
+from .runner import Runner
+from .sweep import ENGINES, Workers
+from .weights import load_classifier, shipped_classifiers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``dng experiment``."""
+    parser.description = (
+        "Remove classes by no guidance, negative prompting, Safe Latent Diffusion and DNG; measure safety, balance "
+        "and quality. Points that are in the output folder already are not drawn again, so a stopped run goes on."
+    )
+    parser.add_argument("experiment", help="mnist, cifar10, tiny, or a TOML file (see docs/experiments.md)")
+    parser.add_argument("--data", type=Path, help="folder of the data set to compare with; without it, no distances")
+    parser.add_argument("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data")
+    parser.add_argument("--output", type=Path, help="folder of the runs and the report (default: output/NAME)")
+    parser.add_argument("--classes", help="names of the classes to remove, with commas (default: the experiment's)")
+    parser.add_argument("--methods", help=f"which of {', '.join(METHOD_OF)}, with commas (default: the experiment's)")
+    for name, text in (
+        ("images", "images per point"),
+        ("search-images", "images per point of the search for settings"),
+        ("steps", "sampling steps, 1 .. 1000"),
+        ("batch", "images drawn at once"),
+        ("seed", "seed of the noise"),
+    ):
+        parser.add_argument(f"--{name}", type=int, help=f"{text} (default: the experiment's)")
+    parser.add_argument(
+        "--settings-of",
+        type=Path,
+        metavar="FOLDER",
+        help="take each method's best settings from this experiment's folder, tuned at other steps, say",
+    )
+    parser.add_argument("--jobs", type=int, default=0, help="points drawn at once (default: one per GPU or two cores)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="what runs the points (default: local)")
+    parser.add_argument("--ray-address", help="of a running Ray cluster (default: one on this machine)")
+    parser.add_argument("--fid", action="store_true", help="measure FID too, by torch-fidelity")
+    parser.add_argument("--estimate", action="store_true", help="only say how long it would take")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the experiment and write its report; 1 if anything failed, with what was done kept."""
+    try:
+        runner = prepare(args)
+        if args.estimate:
+            print(runner.estimate())
+            return 0
+        failed = runner.run()
+        from .report_command import write_reports
+
+        for path in write_reports(runner.folder):
+            print(path)
+    except OSError as error:
+        remedy = "free some space and give the same command again" if error.errno == 28 else "give the command again"
+        print(f"dng experiment: {error}; what was computed is kept: {remedy}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"dng experiment: {error}", file=sys.stderr)
+        return 1
+    if failed:
+        print(f"dng experiment: {failed} points failed:", *runner.errors, sep="\n  ", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def prepare(args: argparse.Namespace) -> Runner:
+    """Read everything that the experiment needs, so that what is wrong is said before anything is drawn."""
+    experiment = changed(read_experiment(args.experiment), args)
+    classifier_file = shipped_classifiers().get(experiment.classifier, Path(experiment.classifier))
+    classifier, info = load_classifier(classifier_file)
+    workers = Workers(args.engine, args.jobs, args.device, args.ray_address)
+    classifier = channels_last(classifier.to(workers.devices()[0]))
+    folder = args.output or Path("output", experiment.name)
+    real: Dataset | None = None
+    note = "distances to real images: not yet measured (no --data)"
+    if args.data is not None:
+        if not experiment.dataset:
+            raise ValueError(f"--data: the experiment {experiment.name} names no dataset")
+        real = load_dataset(experiment.dataset, args.data, train=True, download=args.download, size=info.image_size)
+        real = real.sample(experiment.reference_images)
+        note = f"distances to {len(real.images)} training images of {real.name}" + (f": {real.note}" * bool(real.note))
+    measurer = Measurer(classifier, info, real, folder / "fid" if args.fid and real is not None else None)
+    about = {
+        "command": shlex.join(["dng", *sys.argv[1:]]),
+        "versions": {"dng": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+        "note": note,
+    }
+    return Runner(experiment, measurer, folder, workers, about, settings_of=tuned(args.settings_of))
+
+
+def changed(experiment: Experiment, args: argparse.Namespace) -> Experiment:
+    """The experiment with what the command line says otherwise."""
+    changes: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in ("images", "search_images", "steps", "batch", "seed")
+        if getattr(args, name) is not None
+    }
+    if args.classes:
+        changes["classes"] = tuple(args.classes.split(","))
+    if args.methods:
+        names = args.methods.split(",")
+        if unknown := set(names) - METHOD_OF.keys():
+            raise ValueError(
+                f"--methods: there is no {', '.join(sorted(unknown))}; choose from {', '.join(METHOD_OF)}"
+            )
+        changes["methods"] = tuple(p for p in experiment.methods if p.method in {METHOD_OF[n] for n in names})
+    return replace(experiment, **changes)
+
+
+def tuned(folder: Path | None) -> dict[tuple[str, str], Any]:
+    """(class, method) -> the best settings in another experiment's folder."""
+    if folder is None:
+        return {}
+    from .report_data import read_results
+
+    results = read_results(folder)
+    return {
+        (name, method): row.point.settings
+        for name in results.removed
+        for method, row in results.best(name).items()
+        if row.point.settings is not None
+    }

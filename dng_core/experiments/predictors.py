@@ -1,0 +1,63 @@
+"""The two predictions that guidance compares, from networks: one label-conditional network, or a pair of networks.
+
+Both are :data:`~dng_core.sampling.Predictor` functions, (state, sigma) -> (reference, [undesired]), for epsilon
+networks on a training chain. The denoised estimates are kept in the images' range -1 .. 1, as DDPM does.
+"""
+
+import torch
+from torch import Tensor
+
+from ..schedules import DDPMSchedule
+from .networks import UNet
+
+
+def denoised(network: UNet, chain: DDPMSchedule, x: Tensor, sigma: float, label: Tensor | None = None) -> Tensor:
+    """D = x - sigma epsilon, clamped to -1 .. 1, for VE states x, (n, channels, height, width); ``label``: (n,)."""
+    timestep = int(chain.timestep(torch.tensor(sigma, dtype=torch.float64)))
+    state = (x / (1 + sigma**2) ** 0.5).contiguous(memory_format=torch.channels_last)
+    epsilon = network(state, torch.full((len(x),), timestep, device=x.device), label)
+    return (x - sigma * epsilon).clamp(-1, 1).contiguous()
+
+
+class LabelConditional:
+    """Both predictions from one label-conditional network, evaluated in one batch of 2 n.
+
+    Parameters
+    ----------
+    label: the undesired class; None for the reference (the null label) alone.
+    """
+
+    def __init__(self, network: UNet, chain: DDPMSchedule, label: int | None) -> None:
+        classes = network.config.num_classes
+        if classes == 0:
+            raise ValueError("the network knows no labels: give a class-only network beside it, or a labelled one")
+        if label is not None and not 0 <= label < classes:
+            raise ValueError(f"label {label} is not one of the network's classes, 0 .. {classes - 1}")
+        self.network, self.chain, self.label = network, chain, label
+
+    def __call__(self, x: Tensor, sigma: float) -> tuple[Tensor, list[Tensor]]:
+        if self.label is None:
+            return denoised(self.network, self.chain, x, sigma), []
+        labels = torch.full((2 * len(x),), self.network.config.num_classes, dtype=torch.long, device=x.device)
+        labels[len(x) :] = self.label
+        reference, undesired = denoised(self.network, self.chain, torch.cat([x, x]), sigma, labels).chunk(2)
+        return reference, [undesired]
+
+
+class NetworkPair:
+    """The predictions of an unconditional network and of one trained on the undesired class alone (None: without)."""
+
+    def __init__(self, reference: UNet, undesired: UNet | None, chain: DDPMSchedule) -> None:
+        if undesired is not None:
+            ours, theirs = reference.config, undesired.config
+            if (ours.image_size, ours.in_channels) != (theirs.image_size, theirs.in_channels):
+                raise ValueError(
+                    f"the two networks draw different images: {ours.in_channels}x{ours.image_size} and "
+                    f"{theirs.in_channels}x{theirs.image_size} (channels x size); they must be trained on one data set"
+                )
+        self.reference, self.undesired, self.chain = reference, undesired, chain
+
+    def __call__(self, x: Tensor, sigma: float) -> tuple[Tensor, list[Tensor]]:
+        networks = [self.reference] if self.undesired is None else [self.reference, self.undesired]
+        reference, *undesired = (denoised(network, self.chain, x, sigma) for network in networks)
+        return reference, undesired

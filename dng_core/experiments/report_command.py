@@ -1,0 +1,232 @@
+"""``dng report``: makes an experiment's report again from its cached runs."""
+
+import argparse
+import base64
+import html
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .report_data import Result, Results, read_results, table, to_csv
+from .runs_cache import write_json, write_whole
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;font-size:13px;margin:1rem 0}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;
+text-align:right}td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}
+img{max-width:100%}pre{background:#f6f6f6;padding:.6rem;overflow-x:auto}tr.bold td{font-weight:600}"""
+COLUMNS = {
+    "forbidden_share": "left",
+    "kl": "KL, paper's form",
+    "kl_renormalised": "KL, others",
+    "kl_unbiased": "KL, unbiased",
+    "frechet_without": "Fréchet, without the class",
+    "frechet_all": "Fréchet, all data",
+    "precision": "precision",
+    "recall": "recall",
+    "fid_without": "FID, without the class",
+    "fid_all": "FID, all data",
+}
+SHARES = ("forbidden_share", "precision", "recall")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``dng report``."""
+    parser.description = (
+        "Write report.html, report.md, plots, runs.csv and runs.json from an experiment's cached runs."
+    )
+    parser.add_argument("folder", type=Path, help="the --output folder of `dng experiment`")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the report and print its files; 1 with a message if there is nothing to report."""
+    try:
+        for path in write_reports(args.folder):
+            print(path)
+    except (OSError, ValueError) as error:
+        print(f"dng report: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def write_reports(folder: Path) -> list[Path]:
+    """Write every part of the report into the folder; ValueError if matplotlib is missing or nothing is done."""
+    results = read_results(folder)
+    try:
+        from . import plots
+    except ModuleNotFoundError as error:
+        raise ValueError("plots need matplotlib: pip install matplotlib, then `dng report` on this folder") from error
+    pictures: dict[str, dict[str, bytes]] = {}
+    written = []
+    for removed in results.removed:
+        figures = {
+            "pareto": plots.pareto(results, removed),
+            "histograms": plots.histograms(results, removed),
+            "traces": plots.traces(results, removed),
+        }
+        pictures[removed] = {}
+        for kind, figure in figures.items():
+            if figure is None:
+                continue
+            for ending in ("png", "svg"):
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format=ending, dpi=110)
+                written.append(_write(folder / "plots" / f"{kind}-{_slug(removed)}.{ending}", buffer.getvalue()))
+                if ending == "png":
+                    pictures[removed][kind] = buffer.getvalue()
+        buffer = io.BytesIO()
+        plots.grid(results, removed).save(buffer, "PNG")
+        pictures[removed]["images"] = buffer.getvalue()
+        written.append(_write(folder / "plots" / f"images-{_slug(removed)}.png", buffer.getvalue()))
+    rows = table(results.results)
+    write_json(folder / "runs.json", {"manifest": results.manifest, "runs": rows})
+    written += [
+        folder / "runs.json",
+        _write(folder / "runs.csv", to_csv(rows).encode()),
+        _write(folder / "report.md", markdown(results).encode()),
+        _write(folder / "report.html", page(results, pictures).encode()),
+    ]
+    return [path for path in written if path.parent == folder]
+
+
+def markdown(results: Results) -> str:
+    """The report as Markdown, plots by their file names."""
+    lines = [f"# {_title(results)}", "", *_introduction(results), ""]
+    for removed in results.removed:
+        head, rows = best_table(results, removed)
+        lines += [f"## {removed} removed", "", _row(head), _row(["---"] * len(head)), *(_row(r) for r in rows), ""]
+        slug = _slug(removed)
+        for kind in ("pareto", "histograms", "traces", "images"):
+            if (results.folder / "plots" / f"{kind}-{slug}.png").is_file():
+                lines += [f"![{kind}, {removed} removed](plots/{kind}-{slug}.png)", ""]
+    return "\n".join(lines)
+
+
+def page(results: Results, pictures: dict[str, dict[str, bytes]]) -> str:
+    """The report as one self-contained HTML page."""
+    body = [f"<h1>{html.escape(_title(results))}</h1>"]
+    body += [f"<p>{html.escape(line)}</p>" for line in _introduction(results) if line]
+    for removed in results.removed:
+        body.append(f"<h2>{html.escape(removed)} removed</h2>")
+        body.append(_html_table(*best_table(results, removed)))
+        for kind, content in pictures[removed].items():
+            encoded = base64.b64encode(content).decode()
+            body.append(f'<img alt="{kind}, {html.escape(removed)} removed" src="data:image/png;base64,{encoded}">')
+        body.append("<details><summary>every point</summary>")
+        body.append(_html_table(*every_table(results, removed)) + "</details>")
+    body.append(f"<h2>Experiment</h2><pre>{html.escape(json.dumps(results.manifest['experiment'], indent=1))}</pre>")
+    title = html.escape(_title(results))
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+        f"</head><body>{''.join(body)}</body></html>\n"
+    )
+
+
+def best_table(results: Results, removed: str) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: the unguided model, and each method at its best."""
+    rows = [*results.of(removed, "baseline"), *results.best(removed).values()]
+    return _cells(results, rows)
+
+
+def every_table(results: Results, removed: str) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: every point of the class, the search's included."""
+    return _cells(results, results.of(removed, "baseline", "search", "sweep"))
+
+
+def verdict(results: Results, quality: str) -> str:
+    """At how many classes DNG's best safe point is better than each other method's, by one measure."""
+    better, decided, unsafe = 0, 0, []
+    for removed in results.removed:
+        best = results.best(removed, quality)
+        dng = best.get("DNG")
+        rivals = [r for m, r in best.items() if m != "DNG"]
+        if dng is None or not rivals or dng.value(quality) is None:
+            continue
+        decided += 1
+        if not results.is_safe(dng):
+            unsafe.append(removed)
+            continue
+        ours = dng.value(quality)
+        assert ours is not None
+        theirs = [value for r in rivals if results.is_safe(r) and (value := r.value(quality)) is not None]
+        better += all(ours < value for value in theirs)
+    if not decided:
+        return f"{COLUMNS[quality]}: not yet measured."
+    text = (
+        f"{COLUMNS[quality]}: at a forbidden share of {results.target:.1%} or less, DNG's best point is lower than "
+        f"that of every other method for {better} of {decided} classes (one that never gets there counts as beaten)."
+    )
+    return text + (f" DNG itself does not get there for {', '.join(unsafe)}." if unsafe else "")
+
+
+def _introduction(results: Results) -> list[str]:
+    m, e = results.manifest, results.manifest["experiment"]
+    lines = [
+        f"Made by `{m['command']}`: {e['images']} images per point, {e['steps']} steps ({e['spacing']} spacing, "
+        f"ancestral, {e['variance']} variance), seed {e['seed']}; {m['machine']}, torch {m['versions']['torch']}.",
+        f"{m['note'][0].upper()}{m['note'][1:]}. Fréchet distances are in the features of the classifier "
+        f"{e['classifier']!r}, and not FID. Each method stands at the settings with the least KL among its points "
+        f"with at most {results.target:.1%} left (else at its safest), chosen and shown on the same images. "
+        "Intervals: 95 %, Wilson's for shares, basic bootstrap otherwise.",
+        verdict(results, "kl_renormalised"),
+        verdict(results, "frechet_without"),
+    ]
+    if results.missing:
+        lines.append(f"{results.missing} points are not there yet: give the command again to complete them.")
+    return lines
+
+
+def _cells(results: Results, rows: list[Result]) -> tuple[list[str], list[list[str]]]:
+    shown = [name for name in COLUMNS if any(r.value(name) is not None for r in rows)]
+    head = ["method", "settings", "images", *(COLUMNS[name] for name in shown), "class kept", "RMS change"]
+    body = []
+    for r in rows:
+        changes = ["–", "–"]
+        if r.change is not None and r.change.images:
+            changes = [f"{r.change.kept:.1%}", f"{r.change.rms:.3f}"]
+        figures = [_figure(r, name) for name in shown]
+        body.append([r.method, _settings(r), str(r.point.images), *figures, *changes])
+    return head, body
+
+
+def _figure(result: Result, name: str) -> str:
+    value, (low, high) = result.value(name), result.interval(name)
+    if value is None:
+        return "–"
+    form = "{:.1%}" if name in SHARES else "{:.3f}"
+    spread = "" if low is None or high is None else f" ({form.format(low)} .. {form.format(high)})"
+    return form.format(value) + spread
+
+
+def _settings(result: Result) -> str:
+    settings = result.point.settings
+    if settings is None:
+        return ""
+    default = type(settings)(method=settings.method)
+    changed: dict[str, Any] = {k: v for k, v in vars(settings).items() if v != getattr(default, k)}
+    changed["guidance_scale"] = settings.guidance_scale
+    return ", ".join(f"{k.removeprefix('sld_')} {v:g}" for k, v in changed.items() if isinstance(v, int | float))
+
+
+def _html_table(head: list[str], rows: list[list[str]]) -> str:
+    cells = "".join(f"<th>{html.escape(c)}</th>" for c in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _title(results: Results) -> str:
+    return f"Class removal: {results.manifest['experiment']['name']}"
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def _write(path: Path, content: bytes) -> Path:
+    write_whole(path, content)
+    return path

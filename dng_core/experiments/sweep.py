@@ -1,0 +1,140 @@
+"""Draws many points: in this process, over this machine's cores and GPUs, or on a Ray cluster.
+
+Workers only draw. What they draw comes back to the caller, who alone writes to the cache.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .class_removal import Drawn, Point, draw
+
+EngineName = Literal["local", "ray"]
+ENGINES: tuple[EngineName, ...] = ("local", "ray")
+PACKAGE = Path(__file__).resolve().parents[1]
+RAY_RETRIES = 3  # of a point whose worker died
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What draws.
+
+    Parameters
+    ----------
+    engine: "local" for joblib's processes, "ray" for a cluster.
+    jobs: processes (local), or points in flight (ray); 0 for one per GPU, else one per two cores.
+    device: "auto", "cpu" or "cuda"; several GPUs are taken in turn.
+    address: of the Ray cluster; None starts one on this machine.
+    """
+
+    engine: EngineName = "local"
+    jobs: int = 0
+    device: str = "auto"
+    address: str | None = None
+
+    def count(self) -> int:
+        """How many points are drawn at once."""
+        return self.jobs or self._gpus() or max(1, (os.cpu_count() or 2) // 2)
+
+    def devices(self) -> list[str]:
+        """The devices that points are drawn on, in turn."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
+        return [f"cuda:{i}" for i in range(self._gpus())] or ["cpu"]
+
+    def _gpus(self) -> int:
+        return torch.cuda.device_count() if self.device != "cpu" and torch.cuda.is_available() else 0
+
+
+def draw_all(points: Sequence[Point], workers: Workers) -> Iterator[tuple[Point, Drawn | Exception]]:
+    """Draw points, in the order in which they are done; a point that cannot be drawn comes with its error.
+
+    Raises
+    ------
+    ValueError: if joblib or Ray is needed and not installed.
+    """
+    devices = workers.devices()
+    tasks = [(point, devices[i % len(devices)]) for i, point in enumerate(points)]
+    if workers.engine == "ray":
+        yield from _on_ray(tasks, workers)
+    elif min(workers.count(), len(points)) <= 1:
+        for point, device in tasks:
+            yield point, draw_one(point, device, None)
+    else:
+        yield from _on_processes(tasks, min(workers.count(), len(points)))
+
+
+def draw_one(point: Point, device: str, threads: int | None) -> Drawn | Exception:
+    """Draw one point with so many CPU threads; errors are returned, so that other points go on."""
+    if threads:
+        torch.set_num_threads(threads)
+    began = time.monotonic()
+    try:
+        return replace(draw(point, device), seconds=time.monotonic() - began)
+    except (ValueError, FloatingPointError, FileNotFoundError, RuntimeError) as error:
+        return error
+
+
+def _on_processes(tasks: Sequence[tuple[Point, str]], jobs: int) -> Iterator[tuple[Point, Drawn | Exception]]:
+    try:
+        from joblib import Parallel, delayed
+    except ModuleNotFoundError as error:
+        raise ValueError("several jobs need joblib: pip install joblib, or use --jobs 1") from error
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with _importable():
+        calls = (delayed(_draw_indexed)(i, point, device, threads) for i, (point, device) in enumerate(tasks))
+        for i, drawn in Parallel(n_jobs=jobs, return_as="generator_unordered")(calls):
+            yield tasks[i][0], drawn
+
+
+def _draw_indexed(index: int, point: Point, device: str, threads: int) -> tuple[int, Drawn | Exception]:
+    return index, draw_one(point, device, threads)
+
+
+@contextlib.contextmanager
+def _importable() -> Iterator[None]:
+    """Let worker processes find this package, which may have been loaded by its path alone."""
+    sys.path.append(str(PACKAGE.parent))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(PACKAGE.parent))
+
+
+def _on_ray(tasks: Sequence[tuple[Point, str]], workers: Workers) -> Iterator[tuple[Point, Drawn | Exception]]:
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ValueError("--engine ray needs Ray: pip install ray") from error
+    ours = not ray.is_initialized()
+    if ours:
+        options: dict[str, Any] = {"address": workers.address} if workers.address else {"num_cpus": workers.count()}
+        ray.init(
+            **options,
+            runtime_env={"py_modules": [str(PACKAGE)], "env_vars": {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}},
+            include_dashboard=False if not workers.address else None,
+            log_to_driver=False,
+        )
+    try:
+        gpus = 1 if workers.devices() != ["cpu"] else 0
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RAY_RETRIES)(draw_one)
+        # A worker sees only the GPU that Ray gave it, as its first.
+        waiting = {remote.remote(p, "cuda:0" if gpus else "cpu", None if gpus else 1): p for p, _ in tasks}
+        while waiting:
+            done, _ = ray.wait(list(waiting), num_returns=1)
+            for reference in done:
+                point = waiting.pop(reference)
+                try:
+                    yield point, ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    yield point, RuntimeError(f"Ray gave this point up: {error}")
+    finally:
+        if ours:
+            ray.shutdown()

@@ -1,0 +1,416 @@
+"""Class removal end to end on tiny random networks: both ways to have two predictions, cache, report, bad input."""
+
+import argparse
+import csv
+import errno
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dng_core.experiments import class_removal, experiment_command, report_command, runner, sweep
+from dng_core.experiments.checkpoints import open_denoiser
+from dng_core.experiments.class_removal import NONE, Point, draw, weights_digest
+from dng_core.experiments.experiment import PRESETS, read_experiment
+from dng_core.experiments.networks import Classifier, UNet, UNetConfig
+from dng_core.experiments.predictors import LabelConditional, NetworkPair
+from dng_core.experiments.report_data import read_results
+from dng_core.experiments.selection import best
+from dng_core.experiments.sweep import Workers, draw_all
+from dng_core.experiments.weights import ClassifierInfo, DenoiserInfo, save_classifier, save_denoiser
+from dng_core.schedules import DDPMSchedule
+from dng_core.settings import Settings
+
+NAMES = ("ant", "bee", "cow")
+NETWORK = UNetConfig(8, 1, 32, (1,), blocks_per_level=1, attention_levels=(), num_classes=3)
+CHAIN = DDPMSchedule.named("linear")
+EXPERIMENT = """
+name = "try"
+denoiser = "{denoiser}"
+classifier = "{classifier}"
+dataset = "folder"
+classes = ["ant"]
+images = 8
+search_images = 4
+steps = 3
+batch = 8
+[methods.NP]
+scales = [0.0, 2.0]
+[methods.SLD]
+scales = [1.0]
+search_scales = [5.0]
+[methods.SLD.search]
+sld_threshold = [0.04, 0.2]
+[methods.DNG]
+scales = [1.0]
+"""
+
+
+def random_denoiser(path: Path, network: UNetConfig = NETWORK, seed: int = 0, names: tuple[str, ...] = NAMES) -> Path:
+    torch.manual_seed(seed)
+    state = UNet(network).state_dict()
+    state["class_embedding.weight"] *= 20  # so that labels make a difference of more than a grey level
+    save_denoiser(path, state, DenoiserInfo("try", network, "linear", (-1.0, 1.0), names))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals are tested elsewhere."""
+    monkeypatch.setattr("dng_core.experiments.measuring.HISTOGRAM_RESAMPLES", 10)
+    monkeypatch.setattr("dng_core.experiments.measuring.FEATURE_RESAMPLES", 3)
+    class_removal.network.cache_clear()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with a random denoiser, a random classifier, an experiment on them, and JPEG images to compare with."""
+    random_denoiser(tmp_path / "denoiser.safetensors")
+    torch.manual_seed(1)
+    info = ClassifierInfo("try", 8, 1, 4, (-1.0, 1.0), NAMES)
+    save_classifier(tmp_path / "classifier.safetensors", Classifier(1, 3, 4).state_dict(), info)
+    generator = np.random.default_rng(0)
+    for name in NAMES:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            grey = Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8))
+            grey.save(tmp_path / "data" / name / f"{i}.jpg")
+    experiment(tmp_path)
+    return tmp_path
+
+
+def experiment(folder: Path, change: Callable[[str], str] = lambda text: text) -> None:
+    text = EXPERIMENT.format(denoiser=folder / "denoiser.safetensors", classifier=folder / "classifier.safetensors")
+    (folder / "try.toml").write_text(change(text))
+
+
+def dng_experiment(folder: Path, *options: object) -> int:
+    parser = argparse.ArgumentParser()
+    experiment_command.add_arguments(parser)
+    arguments = [folder / "try.toml", "--output", folder / "out", "--device", "cpu", "--jobs", 1, *options]
+    return experiment_command.run(parser.parse_args([str(a) for a in arguments]))
+
+
+def point(folder: Path, **changes: object) -> Point:
+    source = str(folder / "denoiser.safetensors")
+    plain = Point(source, "", weights_digest(source), 0, Settings(), steps=3, images=6, batch=4, seed=0)
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def runs(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "out" / "runs").iterdir()}
+
+
+def test_one_label_conditional_network_is_evaluated_once_for_both_predictions(tmp_path, monkeypatch):
+    network, _ = open_denoiser(str(random_denoiser(tmp_path / "d.safetensors")))
+    x, sigma = torch.randn(3, 1, 8, 8), 2.0
+    batches: list[int] = []
+    original = UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda self, x, *a: batches.append(len(x)) or original(self, x, *a))
+    reference, (undesired,) = LabelConditional(network, CHAIN, 1)(x, sigma)
+    assert batches == [6]
+    alone = LabelConditional(network, CHAIN, None)(x, sigma)
+    assert alone[1] == [] and batches == [6, 3]
+    torch.testing.assert_close(reference, alone[0])
+    assert not torch.allclose(reference, undesired)
+
+
+def test_predictions_are_the_noise_equation_in_range(tmp_path):
+    network, _ = open_denoiser(str(random_denoiser(tmp_path / "d.safetensors")))
+    x, t = torch.randn(2, 1, 8, 8) * 3, 400
+    sigma = float(CHAIN.sigmas[t])
+    epsilon = network(x / (1 + sigma**2) ** 0.5, torch.tensor([t, t]), torch.tensor([2, 2]))
+    pair = NetworkPair(network, network, CHAIN)(x, sigma)
+    (undesired,) = LabelConditional(network, CHAIN, 2)(x, sigma)[1]
+    torch.testing.assert_close(undesired, (x - sigma * epsilon).clamp(-1, 1))
+    assert torch.equal(pair[0], pair[1][0])
+
+
+def test_networks_of_different_images_make_no_pair(tmp_path):
+    networks = [UNet(replace(NETWORK, num_classes=0, image_size=size)) for size in (8, 16)]
+    with pytest.raises(ValueError, match="draw different images"):
+        NetworkPair(*networks, CHAIN)
+    with pytest.raises(ValueError, match="knows no labels"):
+        LabelConditional(networks[0], CHAIN, 0)
+    with pytest.raises(ValueError, match="label 3 is not one"):
+        LabelConditional(UNet(NETWORK), CHAIN, 3)
+
+
+def test_all_methods_start_from_the_same_noise(files):
+    """Negative prompting at scale 0 draws the unguided images, other scales draw others; batches of any remainder."""
+    off = Settings(method="negative_prompting", guidance_scale=0)
+    fine = {"steps": 8, "spacing": "karras"}
+    unguided = draw(point(files, forbidden=None, settings=None, **fine))
+    assert np.array_equal(draw(point(files, settings=off, **fine)).images, unguided.images)
+    pushed = draw(point(files, settings=off.with_(guidance_scale=3.0), **fine))
+    assert not np.array_equal(pushed.images, unguided.images)
+    assert unguided.images.shape == (6, 1, 8, 8) and unguided.posterior.size == 0
+    assert pushed.posterior.shape == (8, 6) and (pushed.scale == 3).all()
+
+
+def test_a_points_key_is_everything_that_decides_its_images(files):
+    plain = point(files)
+    changes = [
+        {"forbidden": 1}, {"settings": Settings(prior=0.3)}, {"steps": 4}, {"images": 7}, {"batch": 3}, {"seed": 1},
+        {"spacing": "karras"}, {"variance": "forward"}, {"weights": "other"}, {"class_only": "x"},
+    ]  # fmt: skip
+    assert len({plain.key(), *(replace(plain, **c).key() for c in changes)}) == len(changes) + 1
+    assert replace(plain, denoiser="moved.safetensors").key() == plain.key()
+    assert Point.from_dict(json.loads(json.dumps(plain.to_dict()))) == plain
+    other = str(random_denoiser(files / "other.safetensors", seed=1))
+    assert weights_digest(other) != plain.weights
+
+
+def test_the_whole_path_draws_measures_and_reports(files, capsys):
+    pytest.importorskip("matplotlib")
+    assert dng_experiment(files, "--data", files / "data") == 0
+    results = read_results(files / "out")
+    assert {r.method for r in results.results} == {NONE, "NP", "SLD", "DNG"}
+    assert [(r.role, r.method, r.scale) for r in results.of("ant", "sweep")] == [
+        ("sweep", "NP", 0.0), ("sweep", "NP", 2.0), ("sweep", "SLD", 1.0), ("sweep", "DNG", 1.0)
+    ]  # fmt: skip
+    off = results.of("ant", "sweep")[0]
+    assert (off.change is not None and off.change.images == 0) or off.change.kept == 1.0
+    assert all(r.value("frechet_without") is not None and r.value("recall") is not None for r in results.results)
+
+    with (files / "out" / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 7 and {row["role"] for row in rows} == {"baseline", "search", "sweep"}
+    page = (files / "out" / "report.html").read_text()
+    assert "data:image/png;base64," in page and "http" not in page and 'src="plots' not in page
+    assert "JPEG images" in page  # results on lossy data say so
+    text = (files / "out" / "report.md").read_text()
+    assert all((files / "out" / line.split("(")[1][:-1]).is_file() for line in text.split("\n") if line[:2] == "![")
+    assert {p.suffix for p in (files / "out" / "plots").iterdir()} == {".png", ".svg"}
+
+
+def test_a_finished_experiment_draws_nothing_again_and_changed_settings_only_what_is_new(files, monkeypatch):
+    assert dng_experiment(files, "--methods", "NP,SLD") == 0
+    first = runs(files)
+    drawn: list[Point] = []
+    original = runner.draw_all
+    monkeypatch.setattr(runner, "draw_all", lambda p, w: drawn.extend(p) or original(p, w))
+    assert dng_experiment(files, "--methods", "NP,SLD") == 0
+    assert drawn == []
+    experiment(files, lambda text: text.replace("[0.0, 2.0]", "[0.0, 4.0]"))
+    assert dng_experiment(files, "--methods", "NP,SLD") == 0
+    assert [p.settings.guidance_scale for p in drawn if p.settings] == [4.0]
+    assert first < runs(files)
+    assert [r.scale for r in read_results(files / "out").of("ant", "sweep") if r.method == "NP"] == [0.0, 4.0]
+
+
+def test_new_weights_under_the_same_name_are_drawn_anew(files):
+    assert dng_experiment(files, "--methods", "NP") == 0
+    first = runs(files)
+    random_denoiser(files / "denoiser.safetensors", seed=5)
+    class_removal.network.cache_clear()
+    assert dng_experiment(files, "--methods", "NP") == 0
+    assert len(runs(files)) == 2 * len(first)
+
+
+def test_settings_tuned_at_one_step_count_are_used_at_another(files):
+    assert dng_experiment(files, "--methods", "NP,SLD") == 0
+    chosen = read_results(files / "out").best("ant")["SLD"].point.settings
+    tuned = ["--settings-of", files / "out", "--steps", 2, "--methods", "NP,SLD"]
+    parser = argparse.ArgumentParser()
+    experiment_command.add_arguments(parser)
+    options = [files / "try.toml", "--output", files / "fewer", "--jobs", 1, "--device", "cpu", *tuned]
+    assert experiment_command.run(parser.parse_args([str(o) for o in options])) == 0
+    fewer = read_results(files / "fewer")
+    assert [(r.method, r.point.steps) for r in fewer.of("ant", "sweep")] == [("NP", 2), ("SLD", 2)]
+    assert fewer.best("ant")["SLD"].point.settings == chosen
+    assert fewer.of("ant", "search") == []
+
+
+def test_a_report_is_made_again_from_the_runs_alone(files):
+    assert dng_experiment(files, "--methods", "NP") == 0
+    before = (files / "out" / "report.md").read_text()
+    for path in (files / "out").glob("r*.*"):
+        path.unlink()
+    parser = argparse.ArgumentParser()
+    report_command.add_arguments(parser)
+    assert report_command.run(parser.parse_args([str(files / "out")])) == 0
+    assert (files / "out" / "report.md").read_text() == before
+
+
+def test_a_report_of_nothing_says_what_to_do(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    report_command.add_arguments(parser)
+    assert report_command.run(parser.parse_args([str(tmp_path)])) == 1
+    assert "name the --output folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["label-conditional", "public pair"])
+def test_the_cifar_10_path_runs_on_tiny_random_weights(files, monkeypatch, layout, public_unet, class_only_state):
+    """A diffusers folder beside a class-only .pt file, or one label-conditional file; three channels."""
+    network = UNetConfig(8, 3, 32, (1,), blocks_per_level=1, attention_levels=())
+    torch.manual_seed(1)
+    info = ClassifierInfo("try", 8, 3, 4, (-1.0, 1.0), NAMES)
+    save_classifier(files / "classifier.safetensors", Classifier(3, 3, 4).state_dict(), info)
+    if layout == "public pair":
+        monkeypatch.setattr(class_removal, "CIFAR10_NETWORK", network)
+        public_unet(network).save_pretrained(files / "public")
+        torch.save({"net": class_only_state(public_unet(network, seed=1), network)}, files / "ants.pt")
+        pair = f'[class_only]\nant = "{files / "ants.pt"}"\n[methods.NP]'
+        experiment(files, lambda t: t.replace("denoiser.safetensors", "public").replace("[methods.NP]", pair))
+    else:
+        random_denoiser(files / "denoiser.safetensors", replace(network, num_classes=3))
+    assert dng_experiment(files, "--methods", "NP,DNG") == 0
+    results = read_results(files / "out")
+    assert len(results.of("ant", "sweep")) == 3
+    images = [results.drawn(r).images for r in results.of("ant", "sweep")]
+    assert images[0].shape == (8, 3, 8, 8) and not np.array_equal(images[0], images[1])
+
+
+def test_points_over_two_processes_are_those_of_one(files):
+    pytest.importorskip("joblib")
+    points = [point(files), point(files, seed=1)]
+    drawn = dict(draw_all(points, Workers(jobs=2, device="cpu")))
+    for p in points:
+        found = drawn[p]
+        assert not isinstance(found, Exception), found
+        assert np.abs(found.images.astype(int) - draw(p).images.astype(int)).max() <= 1
+
+
+@pytest.mark.slow
+def test_a_ray_worker_that_dies_midway_costs_nothing_but_time(files):
+    """A cluster of two workers on this machine; one is killed while it draws. Its point is drawn by another."""
+    ray = pytest.importorskip("ray")
+    points = [point(files, seed=seed, steps=300) for seed in range(6)]
+    killed: list[int] = []
+    drawn = {}
+    for p, found in draw_all(points, Workers("ray", jobs=2, device="cpu")):
+        drawn[p] = found
+        if not killed:
+            from ray.util.state import list_workers
+
+            busy = [w for w in list_workers(filters=[("worker_type", "=", "WORKER")], detail=True) if w["is_alive"]]
+            killed.append(busy[0]["pid"])
+            os.kill(killed[0], 9)
+    assert killed and not ray.is_initialized()
+    assert set(drawn) == set(points)
+    for p in points:
+        assert not isinstance(drawn[p], Exception), drawn[p]
+        assert drawn[p].images.shape == (6, 1, 8, 8)
+
+
+def test_ray_and_joblib_are_asked_for_where_they_are_missing(files, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(__import__("sys").modules, "joblib", None)
+    with pytest.raises(ValueError, match="pip install ray"):
+        list(draw_all([point(files)], Workers("ray", device="cpu")))
+    with pytest.raises(ValueError, match="pip install joblib"):
+        list(draw_all([point(files), point(files, seed=1)], Workers(jobs=2, device="cpu")))
+
+
+def test_a_network_that_draws_nan_fails_its_points_with_a_message(files, capsys):
+    network = UNet(NETWORK)
+    state = network.state_dict()
+    state["class_embedding.weight"][0] = float("nan")  # the class "ant" alone
+    save_denoiser(files / "denoiser.safetensors", state, DenoiserInfo("t", NETWORK, "linear", (-1.0, 1.0), NAMES))
+    assert dng_experiment(files, "--methods", "NP") == 1
+    message = capsys.readouterr().err
+    assert "not finite" in message and "check the weights" in message
+    assert {r.role for r in read_results(files / "out").results} == {"baseline"}
+
+
+def test_a_full_disk_keeps_what_was_done_and_leaves_no_half_files(files, monkeypatch, capsys):
+    written = []
+    real = os.fsync
+
+    def fsync(number: int) -> None:
+        written.append(number)
+        if len(written) > 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert dng_experiment(files, "--methods", "NP") == 1
+    assert "free some space" in capsys.readouterr().err
+    kept = runs(files)
+    assert kept and not any("partial" in name for name in kept)
+    assert dng_experiment(files, "--methods", "NP") == 0
+    assert kept < runs(files)
+
+
+def test_a_damaged_run_is_named(files, capsys):
+    assert dng_experiment(files, "--methods", "NP") == 0
+    path = next((files / "out" / "runs").glob("*.npz"))
+    path.write_bytes(path.read_bytes()[:100])
+    assert dng_experiment(files, "--methods", "NP") == 1
+    assert f"{path.name} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.replace('["ant"]', '["wasp"]'), "class 'wasp' is not one of the data set's: ant, bee, cow"),
+        (lambda t: t.replace("steps = 3", "steps = 1001"), "steps must be at least 1 and at most 1000"),
+        (lambda t: t.replace("images = 8\n", "images = 1\n", 1), "images must be a whole number of at least 2"),
+        (lambda t: t.replace("[methods.DNG]", "[methods.Magic]"), "there is no method 'Magic'"),
+        (lambda t: t.replace("sld_threshold", "sld_treshold"), "no setting sld_treshold"),
+        (lambda t: t.replace("steps", "stepps"), "unknown: stepps"),
+        (lambda t: t.replace("[0.0, 2.0]", "[-1.0]"), "guidance_scale must be at least 0"),
+        (lambda t: t.replace("name =", "name"), "try.toml"),
+        (lambda t: t.replace('dataset = "folder"', 'dataset = "mnist"'), "no train-images-idx3-ubyte"),
+        (lambda t: t.replace("denoiser.safetensors", "gone.safetensors"), "no weights at"),
+        (
+            lambda t: t.replace("[methods.NP]", '[class_only]\nbee = "b.pt"\n[methods.NP]'),
+            "no class-only network for 'ant'",
+        ),
+    ],
+)
+def test_bad_experiments_are_refused_before_anything_is_drawn(files, capsys, change, message):
+    experiment(files, change)
+    assert dng_experiment(files, "--data", files / "data") == 1
+    assert message in capsys.readouterr().err
+    assert not (files / "out").exists()
+
+
+def test_data_of_other_classes_or_sizes_is_refused(files, capsys):
+    (files / "data" / "ant").rename(files / "data" / "elk")
+    assert dng_experiment(files, "--data", files / "data") == 1
+    assert "are not those of the classifier" in capsys.readouterr().err
+
+
+def test_an_unknown_experiment_names_the_known_ones():
+    with pytest.raises(FileNotFoundError, match="cifar10, mnist, tiny"):
+        read_experiment("imagenet")
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in PRESETS.glob("*.toml")))
+def test_presets_are_valid_and_have_all_methods(name):
+    preset = read_experiment(name)
+    assert [plan.method for plan in preset.methods] == ["negative_prompting", "safe_latent_diffusion", "dng"]
+
+
+def measures(share: float, kl: float | None) -> dict:
+    return {"forbidden_share": {"value": share}, "kl_renormalised": {"value": kl}}
+
+
+def test_the_best_is_the_least_imbalance_among_the_safe_else_the_safest():
+    tried = [
+        ("a", measures(0.0, 0.3)),
+        ("b", measures(0.01, 0.1)),
+        ("c", measures(0.2, 0.0)),
+        ("d", measures(0.0, None)),
+    ]
+    assert best(tried, 0.01) == "b"
+    assert best(tried, 0.005) == "a"
+    assert best([tried[2], ("e", measures(0.1, 9.0))], 0.01) == "e"
+    with pytest.raises(ValueError, match="nothing to choose"):
+        best([], 0.01)
+
+
+def test_an_estimate_draws_nothing_into_the_folder(files, capsys):
+    assert dng_experiment(files, "--estimate") == 0
+    assert "7 points" in capsys.readouterr().out
+    assert not (files / "out").exists()
+    assert sweep.Workers(jobs=3).count() == 3
