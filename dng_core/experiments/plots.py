@@ -39,7 +39,7 @@ def pareto(results: Results, removed: str) -> Figure:
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         axes.grid(alpha=0.25)
-        if i == 0:
+        if i == 0 and axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
     figure.suptitle(f"{removed} removed: down and left is better")
     return figure
