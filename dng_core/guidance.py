@@ -183,7 +183,8 @@ class NegativeGuidance:
             if negative is None:
                 tracker.anchor(state, level, None, reference, log_posteriors[i], torch.zeros_like(dynamic[i]))
                 continue
-            negative = at_least_float32(negative).clone()
+            negative = at_least_float32(negative)
+            negative = torch.where(negative.isfinite(), negative, reference)  # half precision overflows: no push there
             scale = dynamic[i]
             if self.settings[i].method != "dng":
                 scale = torch.full_like(scale, self.settings[i].guidance_scale)

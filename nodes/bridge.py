@@ -80,8 +80,16 @@ class Run:
         add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, WRAPPER_KEY, self.sampler_sample, options, True)
 
     def sampler_sample(self, executor, guider, sigmas, *args, **kwargs) -> Tensor:
-        """Keep the state where the sampler stops: the evidence of its last jump is still to be counted."""
+        """Keep the state where the sampler stops: the evidence of its last jump is still to be counted.
+
+        Raises ValueError where there is no image in it.
+        """
         samples = executor(guider, sigmas, *args, **kwargs)
+        if not bool(torch.isfinite(samples).all()):
+            raise ValueError(
+                "sampling ended in NaN or infinite values, because the model itself predicted some; run the model in "
+                "bfloat16 or float32, or lower cfg, or the guidance scale if it only happens with guidance on"
+            )
         model_sampling = guider.inner_model.model_sampling
         state = model_sampling.noise_scaling(sigmas[-1], torch.zeros_like(samples), samples)
         self._end = state, float(sigmas[-1])

@@ -43,6 +43,12 @@ class Bench:
     def latent(self, samples: int = 8, **extra: Any) -> dict:
         return {"samples": torch.zeros(samples, 1, 4, 4)} | extra
 
+    def left_half(self) -> Tensor:
+        """A mask of an oracle latent."""
+        mask = torch.zeros(1, 4, 4)
+        mask[..., :2] = 1.0
+        return mask
+
     def settings(self, **changes: Any) -> Any:
         return self.bridge.Settings(**{"prior": 1 / 8} | changes)
 

@@ -196,94 +196,6 @@ def test_the_trace_is_near_the_exact_posterior_of_the_visited_states(bench, monk
     assert float((trace.posterior[:, 0] - torch.stack(exact)).abs().mean()) < 0.03
 
 
-# Conditionings with areas, masks and ranges
-
-
-def left_half() -> Tensor:
-    mask = torch.zeros(1, 4, 4)
-    mask[..., :2] = 1.0
-    return mask
-
-
-LEFT = {"area": (4, 2, 0, 0), "strength": 1.0, "set_area_to_bounds": False}
-LEFT_BY_PERCENTAGE = {"area": ("percentage", 1.0, 0.5, 0.0, 0.0), "strength": 1.0, "set_area_to_bounds": False}
-
-
-def one_step(bench: Any, negative: list, **changes: Any) -> Tensor:
-    """The guided prediction at the first level, under negative prompting at scale 1."""
-    concept = bench.concept(negative, method="negative_prompting")
-    return bench.dng(bench.model(), concept, steps=1, **changes)[0]
-
-
-@pytest.mark.parametrize(
-    "extra", [LEFT, LEFT_BY_PERCENTAGE, {"mask": left_half()}], ids=["area", "percentage", "mask"]
-)
-def test_an_undesired_area_pushes_inside_and_leaves_the_rest_of_the_image_alone(bench, extra):
-    base = bench.sample(bench.model(), steps=1)
-    everywhere = one_step(bench, bench.cond("0"))
-    out = one_step(bench, bench.cond("0", **extra))
-    torch.testing.assert_close(out[..., 2:], base[..., 2:], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(out[..., :2], everywhere[..., :2], rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(everywhere, base, atol=1e-2)
-
-
-def test_an_area_meets_its_mask(bench):
-    top = torch.zeros(1, 4, 4)
-    top[:, :2] = 1.0
-    out = one_step(bench, bench.cond("0", **LEFT, mask=top, mask_strength=1.0))
-    changed = (out - bench.sample(bench.model(), steps=1)).abs() > 1e-4
-    assert changed[..., :2, :2].all()
-    assert not changed[..., 2:, :].any() and not changed[..., :, 2:].any()
-
-
-@pytest.mark.parametrize("extra", [{"strength": 0.0}, {"mask_strength": 0.0}], ids=str)
-def test_an_undesired_conditioning_of_strength_0_pushes_nowhere(bench, extra):
-    """ComfyUI leaves zeros there, which are no prediction."""
-    out = one_step(bench, bench.cond("0", mask=left_half(), **extra))
-    torch.testing.assert_close(out, bench.sample(bench.model(), steps=1), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("extra", [{}, LEFT], ids=["mask", "mask and area"])
-@pytest.mark.parametrize("masks", [2, 8])
-def test_masks_in_a_batch_are_dealt_out_as_comfyui_does(bench, masks, extra):
-    """Repeated where there are fewer than images (4), cut off where there are more."""
-    batch = torch.zeros(masks, 4, 4)
-    batch[0] = 1.0
-    out = one_step(bench, bench.cond("0", mask=batch, **extra), latent=bench.latent(4))
-    base = bench.sample(bench.model(), bench.latent(4), steps=1)
-    changed = ((out - base).abs().flatten(1).amax(1) > 1e-3).tolist()
-    assert changed == [i % masks == 0 for i in range(4)]
-
-
-def test_two_undesired_regions_push_in_both(bench):
-    right = 1 - left_half()
-    both = bench.cond("0", mask=left_half()) + bench.cond("3", mask=right)
-    out = one_step(bench, both)
-    torch.testing.assert_close(out[..., :2], one_step(bench, bench.cond("0"))[..., :2], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(out[..., 2:], one_step(bench, bench.cond("3"))[..., 2:], rtol=1e-5, atol=1e-5)
-
-
-def test_outside_its_timestep_range_the_undesired_is_not_evaluated_and_nothing_moves(bench, count):
-    model = bench.model()
-    calls = count(model)
-    _, trace = bench.dng(model, bench.concept(bench.cond("0", start_percent=0.3, end_percent=0.8)), steps=20)
-    start, end = (model.get_model_object("model_sampling").percent_to_sigma(p) for p in (0.3, 0.8))
-    inside = [end <= sigma <= start for sigma in trace.sigmas.tolist()]
-    assert calls.forwards == [16 if i else 8 for i in inside]
-    assert 3 < sum(inside) < 17
-    first = inside.index(True)
-    assert torch.equal(trace.posterior[: first + 1], trace.posterior[:1].expand(first + 1, -1, -1))
-    after = len(inside) - inside[::-1].index(True)
-    assert torch.equal(trace.posterior[after:], trace.posterior[after : after + 1].expand_as(trace.posterior[after:]))
-    assert not torch.equal(trace.posterior[first], trace.posterior[after])
-
-
-def test_a_range_that_is_never_reached_is_no_guidance(bench):
-    model = bench.model()
-    samples, _ = bench.dng(model, bench.concept(bench.cond("0", start_percent=1.0, end_percent=1.0)))
-    assert torch.equal(samples, bench.sample(model))
-
-
 # Latents
 
 
@@ -291,7 +203,7 @@ def test_outside_an_inpainting_mask_nothing_counts_for_the_posterior(bench, monk
     seen = record_guidance(bench, monkeypatch)
     content = bench.mixture.means[:1].expand(6, -1, -1, -1).clone()
     _, trace = bench.dng(
-        bench.model(), bench.concept("0", p_min=1e-12), {"samples": content, "noise_mask": left_half()}
+        bench.model(), bench.concept("0", p_min=1e-12), {"samples": content, "noise_mask": bench.left_half()}
     )
     inside = [[x[..., :2] for x in (s, n[0], r)] for s, _, _, r, n, _ in seen]
     log_p = torch.full((6,), 1 / 8).log()
@@ -305,7 +217,7 @@ def test_outside_an_inpainting_mask_nothing_counts_for_the_posterior(bench, monk
 
 def test_an_inpainting_mask_keeps_what_is_outside(bench):
     content = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    samples, _ = bench.dng(bench.model(), latent={"samples": content, "noise_mask": left_half()})
+    samples, _ = bench.dng(bench.model(), latent={"samples": content, "noise_mask": bench.left_half()})
     torch.testing.assert_close(samples[..., 2:], content[..., 2:])
     assert not torch.allclose(samples[..., :2], content[..., :2], atol=1e-2)
 
@@ -372,92 +284,3 @@ def test_the_latents_other_entries_pass_through(bench):
         bench.latent(2, batch_index=[0, 1], mine="kept"), 1.0, **bench.inputs(),
     ).args  # fmt: skip
     assert out["mine"] == "kept" and out["batch_index"] == [0, 1]
-
-
-# Bad input
-
-
-@pytest.mark.parametrize("node", ["ksampler", "guider"])
-@pytest.mark.parametrize("cfg", [0.0, 3.0])
-def test_cfg_other_than_1_without_an_unconditional_says_to_connect_it(bench, node, cfg):
-    with pytest.raises(ValueError, match=r"cfg is .*connect `unconditional`"):
-        if node == "ksampler":
-            bench.dng(bench.model(), cfg=cfg)
-        else:
-            dng_guider(bench, bench.model(), cfg)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("which", ["positive", "negative", "unconditional"])
-def test_a_conditioning_that_is_not_finite_is_refused_by_its_name(bench, which, value):
-    bad = bench.cond("0", torch.full((1, 7, 16), value))
-    options = {"cfg": 2.0, "positive": bench.cond(), "unconditional": bench.cond()}
-    concept = bench.concept(bad) if which == "negative" else None
-    with pytest.raises(ValueError, match=rf"`{which}` holds NaN or infinite"):
-        bench.dng(bench.model(), concept, **options | ({} if which == "negative" else {which: bad}))
-
-
-def test_a_conditioning_of_another_model_family_is_refused_by_its_name(bench):
-    concept = bench.concept(bench.cond("0", torch.zeros(1, 77, 768)))
-    with pytest.raises(ValueError, match=r"`negative` is 768 wide but `positive` 2048.*CLIP"):
-        bench.dng(bench.model(), concept, positive=bench.cond("all", torch.zeros(1, 77, 2048)))
-
-
-def test_a_conditioning_of_another_batch_size_is_refused_by_its_name(bench):
-    concept = bench.concept(bench.cond("0", torch.zeros(3, 77, 768)))
-    with pytest.raises(ValueError, match=r"`negative` is a batch of 3, the latent one of 8"):
-        bench.dng(bench.model(), concept, latent=bench.latent(8))
-
-
-@pytest.mark.parametrize("batch", [1, 8])
-def test_one_prompt_for_all_images_or_one_for_each_is_accepted(bench, batch):
-    samples, _ = bench.dng(bench.model(), bench.concept(bench.cond("0", torch.zeros(batch, 77, 768))))
-    assert bool(samples.isfinite().all())
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("prior", 0.0),
-        ("prior", 1.0),
-        ("temperature", -1.0),
-        ("p_min", 0.999),
-        ("guidance_scale", -1.0),
-        ("max_scale", 0.0),
-    ],
-)
-@pytest.mark.parametrize("node", ["ksampler", "guider", "patch"])
-def test_a_setting_out_of_range_is_refused_by_its_name(bench, node, field, value):
-    inputs = bench.inputs(**{field: value})
-    model, all_, avoid = bench.model(), bench.cond(), bench.cond("0")
-    with pytest.raises(ValueError, match=rf"\b{field} must be"):
-        if node == "ksampler":
-            bench.sampling.KSamplerDNG.execute(
-                model, 1, 2, 1.0, "euler", "karras", all_, avoid, bench.latent(), 1.0, **inputs
-            )
-        elif node == "guider":
-            bench.sampling.DNGGuider.execute(model, all_, avoid, 1.0, **inputs)
-        else:
-            bench.patching.DynamicNegativeGuidance.execute(model, avoid, **inputs)
-
-
-def test_a_patched_model_in_a_dng_sampler_is_refused(bench):
-    with pytest.raises(ValueError, match="already carries a Dynamic Negative Guidance patch"):
-        bench.dng(bench.patch(bench.model()))
-
-
-def test_a_failed_run_leaves_the_next_one_unaffected(bench, monkeypatch):
-    model = bench.model()
-    expected, _ = bench.dng(model)
-    with monkeypatch.context() as broken:
-        broken.setattr(bench.sampling.latent_preview, "prepare_callback", lambda *_: stop_at_step_2)
-        with pytest.raises(KeyboardInterrupt):
-            bench.dng(model)
-    samples, _ = bench.dng(model)
-    assert torch.equal(samples, expected)
-    assert torch.equal(bench.sample(model), bench.sample(bench.model()))
-
-
-def stop_at_step_2(step: int, *_: Any) -> None:
-    if step == 2:
-        raise KeyboardInterrupt

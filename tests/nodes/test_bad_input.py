@@ -1,0 +1,247 @@
+"""Bad input: a clear error or a documented fallback, never NaN images, and nothing left for the next run."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def dng_guider(bench: Any, model: Any, cfg: float = 1.0, unconditional: list | None = None) -> Any:
+    concepts = bench.cond(), bench.cond("0")
+    return bench.sampling.DNGGuider.execute(model, *concepts, cfg, unconditional, **bench.inputs()).args[0]
+
+
+# Conditionings and settings
+
+
+@pytest.mark.parametrize("node", ["ksampler", "guider"])
+@pytest.mark.parametrize("cfg", [0.0, 3.0])
+def test_cfg_other_than_1_without_an_unconditional_says_to_connect_it(bench, node, cfg):
+    with pytest.raises(ValueError, match=r"cfg is .*connect `unconditional`"):
+        if node == "ksampler":
+            bench.dng(bench.model(), cfg=cfg)
+        else:
+            dng_guider(bench, bench.model(), cfg)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", ["positive", "negative", "unconditional"])
+def test_a_conditioning_that_is_not_finite_is_refused_by_its_name(bench, which, value):
+    bad = bench.cond("0", torch.full((1, 7, 16), value))
+    options = {"cfg": 2.0, "positive": bench.cond(), "unconditional": bench.cond()}
+    concept = bench.concept(bad) if which == "negative" else None
+    with pytest.raises(ValueError, match=rf"`{which}` holds NaN or infinite"):
+        bench.dng(bench.model(), concept, **options | ({} if which == "negative" else {which: bad}))
+
+
+def test_a_conditioning_of_another_model_family_is_refused_by_its_name(bench):
+    concept = bench.concept(bench.cond("0", torch.zeros(1, 77, 768)))
+    with pytest.raises(ValueError, match=r"`negative` is 768 wide but `positive` 2048.*CLIP"):
+        bench.dng(bench.model(), concept, positive=bench.cond("all", torch.zeros(1, 77, 2048)))
+
+
+def test_a_conditioning_of_another_batch_size_is_refused_by_its_name(bench):
+    concept = bench.concept(bench.cond("0", torch.zeros(3, 77, 768)))
+    with pytest.raises(ValueError, match=r"`negative` is a batch of 3, the latent one of 8"):
+        bench.dng(bench.model(), concept, latent=bench.latent(8))
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_one_prompt_for_all_images_or_one_for_each_is_accepted(bench, batch):
+    samples, _ = bench.dng(bench.model(), bench.concept(bench.cond("0", torch.zeros(batch, 77, 768))))
+    assert bool(samples.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prior", 0.0),
+        ("prior", 1.0),
+        ("temperature", -1.0),
+        ("p_min", 0.999),
+        ("guidance_scale", -1.0),
+        ("max_scale", 0.0),
+    ],
+)
+@pytest.mark.parametrize("node", ["ksampler", "guider", "patch"])
+def test_a_setting_out_of_range_is_refused_by_its_name(bench, node, field, value):
+    inputs = bench.inputs(**{field: value})
+    model, all_, avoid = bench.model(), bench.cond(), bench.cond("0")
+    with pytest.raises(ValueError, match=rf"\b{field} must be"):
+        if node == "ksampler":
+            bench.sampling.KSamplerDNG.execute(
+                model, 1, 2, 1.0, "euler", "karras", all_, avoid, bench.latent(), 1.0, **inputs
+            )
+        elif node == "guider":
+            bench.sampling.DNGGuider.execute(model, all_, avoid, 1.0, **inputs)
+        else:
+            bench.patching.DynamicNegativeGuidance.execute(model, avoid, **inputs)
+
+
+def test_a_patched_model_in_a_dng_sampler_is_refused(bench):
+    with pytest.raises(ValueError, match="already carries a Dynamic Negative Guidance patch"):
+        bench.dng(bench.patch(bench.model()))
+
+
+def test_a_failed_run_leaves_the_next_one_unaffected(bench, monkeypatch):
+    model = bench.model()
+    expected, _ = bench.dng(model)
+    with monkeypatch.context() as broken:
+        broken.setattr(bench.sampling.latent_preview, "prepare_callback", lambda *_: stop_at_step_2)
+        with pytest.raises(KeyboardInterrupt):
+            bench.dng(model)
+    samples, _ = bench.dng(model)
+    assert torch.equal(samples, expected)
+    assert torch.equal(bench.sample(model), bench.sample(bench.model()))
+
+
+def stop_at_step_2(step: int, *_: Any) -> None:
+    if step == 2:
+        raise KeyboardInterrupt
+
+
+# Interruption
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_at(call: int) -> Any:
+    """A model function wrapper that stops in the middle of a model call."""
+    calls = iter(range(100))
+
+    def stop(apply_model: Any, args: dict) -> Tensor:
+        if next(calls) == call:
+            raise Interrupted
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    return stop
+
+
+def through(bench: Any, node: str, model: Any) -> Tensor:
+    """Eight samples through one of the three entry points, 4 steps of heun (7 model calls)."""
+    if node == "ksampler":
+        return bench.dng(model, steps=4, sampler_name="heun")[0]
+    if node == "patch":
+        return bench.sample(bench.patch(model), steps=4, sampler_name="heun")
+    samplers, latent = bench.comfy.samplers, bench.latent()["samples"]
+    sigmas = samplers.calculate_sigmas(model.get_model_object("model_sampling"), "karras", 4)
+    noise = bench.comfy.sample.prepare_noise(latent, 1, None)
+    heun = samplers.sampler_object("heun")
+    return dng_guider(bench, model).sample(noise, latent, heun, sigmas, disable_pbar=True, seed=1)
+
+
+@pytest.mark.parametrize("node", ["ksampler", "patch", "guider"])
+@pytest.mark.parametrize("call", range(7))
+def test_an_interruption_at_any_model_call_leaves_nothing_for_the_next_run(bench, node, call):
+    model = bench.model()
+    expected, stock = through(bench, node, model), bench.sample(model)
+    broken = model.clone()
+    broken.set_model_unet_function_wrapper(interrupt_at(call))
+    with pytest.raises(Interrupted):
+        through(bench, node, broken)
+    assert torch.equal(through(bench, node, model), expected)
+    assert torch.equal(bench.sample(model), stock)
+
+
+def test_latents_of_another_size_do_not_disturb_the_next_run(bench, networks):
+    family = networks.FAMILIES["epsilon UNet (SD 1.5)"]
+    patched = bench.patch(family.build(), networks.prompt(2), temperature=0.01)
+
+    def sample(*size: int) -> Tensor:
+        latent = {"samples": torch.zeros(size[0], 4, *size[1:])}
+        return bench.sample(patched, latent, steps=3, positive=networks.prompt(0), negative=networks.prompt(1))
+
+    first = sample(2, 8, 8)
+    assert sample(1, 4, 12).shape == (1, 4, 4, 12)
+    assert torch.equal(sample(2, 8, 8), first)
+
+
+# Models and samplers
+
+
+def nan_at(call: int, place: int | None) -> Any:
+    """A model function wrapper: NaN at one call, for the conditioning in one place of the batch (all if None)."""
+    calls = iter(range(100))
+
+    def spoil(apply_model: Any, args: dict) -> Tensor:
+        out = apply_model(args["input"], args["timestep"], **args["c"])
+        if next(calls) == call:
+            for part, index in zip(out.chunk(len(args["cond_or_uncond"])), args["cond_or_uncond"], strict=True):
+                if place in (None, index):
+                    part.fill_(float("nan"))
+        return out
+
+    return spoil
+
+
+@pytest.mark.parametrize("node", ["ksampler", "patch"])
+@pytest.mark.parametrize("call", [0, 2, 4])
+def test_nan_in_the_undesired_prediction_is_no_push(bench, node, call):
+    """At cfg 1 the undesired one is in the third place; the second, the unconditional, is empty."""
+    model = bench.model()
+    model.set_model_unet_function_wrapper(nan_at(call, 2))
+    if node == "ksampler":
+        samples, trace = bench.dng(model)
+        assert bool(trace.posterior.isfinite().all())
+    else:
+        samples = bench.sample(bench.patch(model))
+    assert bool(samples.isfinite().all())
+
+
+@pytest.mark.parametrize("node", ["ksampler", "patch", "guider"])
+def test_nan_from_the_model_is_an_error_and_no_image(bench, node):
+    model = bench.model()
+    expected = through(bench, node, model)
+    broken = model.clone()
+    broken.set_model_unet_function_wrapper(nan_at(2, None))
+    with pytest.raises(ValueError, match=r"sampling ended in NaN .* because the model itself predicted some"):
+        through(bench, node, broken)
+    assert torch.equal(through(bench, node, model), expected)
+
+
+def test_a_sampler_that_leaves_its_schedule_is_tracked_by_jumps_from_it(bench):
+    """Only points on the schedule that a sampler is given anchor the chain; others are reached in one jump."""
+
+    def wanders(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, **_: Any) -> Tensor:
+        level = float(sigmas[0])
+        for _step in range(12):
+            denoised = model(x, level * x.new_ones(len(x)), **extra_args or {})
+            x, level = denoised + 0.6 * (x - denoised), 0.6 * level
+        return denoised
+
+    model, samplers, latent = bench.model(), bench.comfy.samplers, bench.latent()["samples"]
+    guider = dng_guider(bench, model)
+    noise = bench.comfy.sample.prepare_noise(latent, 1, None)
+    sigmas = samplers.calculate_sigmas(model.get_model_object("model_sampling"), "karras", 4)
+    out = guider.sample(noise, latent, samplers.KSAMPLER(wanders), sigmas, disable_pbar=True, seed=1)
+    assert bool(out.isfinite().all())
+    assert guider.trace.posterior.shape == (1, 1, 8)
+
+
+@pytest.mark.parametrize("prediction", ["IMG_TO_IMG", "IMG_TO_IMG_FLOW"])
+def test_a_model_that_follows_no_noise_schedule_is_refused(bench, prediction):
+    base = importlib.import_module("comfy.model_base")
+    model = bench.model()
+    model.add_object_patch(
+        "model_sampling", base.model_sampling(model.model.model_config, getattr(base.ModelType, prediction))
+    )
+    with pytest.raises(ValueError, match="follow no noise schedule that Dynamic Negative Guidance can track"):
+        bench.dng(model)
+    with pytest.raises(ValueError, match="follow no noise schedule"):
+        bench.sample(bench.patch(model))
+
+
+@pytest.mark.parametrize("sampling", ["lcm", "v_prediction"])
+def test_a_thinned_training_chain_takes_offsets_on_the_usual_one(bench, sampling):
+    """ModelSamplingDiscrete's lcm keeps 50 of 1000 steps: an offset integrated over those would be another unit."""
+    nodes = importlib.import_module("comfy_extras.nodes_model_advanced")
+    (model,) = nodes.ModelSamplingDiscrete().patch(bench.model(), sampling, False)
+    chain = bench.bridge._training_chain(model.get_model_object("model_sampling"))
+    assert len(chain.betas) == 1000
+    concept = bench.concept("0", offset=1e-4)
+    _, trace = bench.dng(model, concept, steps=8)
+    assert bool(trace.posterior.isfinite().all())
