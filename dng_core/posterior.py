@@ -25,7 +25,7 @@ SAME_LEVEL = 3 * ON_SCHEDULE
 for their midpoint (``dpmpp_2s_ancestral``), a few units of rounding off."""
 
 
-LEAST_NOISE_FRACTION = 0.5
+LEAST_NOISE_FRACTION = 0.4
 """Below this share of the exact kernel's noise, a step's own noise says too little about the term that it misses."""
 
 NoiseFraction = Callable[[float, float], float]
@@ -259,20 +259,23 @@ class PosteriorTracker:
         """log p at ``state`` less that at the anchor, by the best rule for what is known at both ends."""
         assert top.state is not None and top.predictions is not None
         ends, frame, weight = (level, top.level), self.frame, self._weight
-        algorithm_2 = posterior_increment(state, top.state, *top.predictions, *ends, frame=frame, weight=weight)
-        if predictions is None:
-            return algorithm_2
-        if covariance_gap is not None:
-            earlier = covariance_gap if top.covariance_gap is None else top.covariance_gap
-            gap = (earlier + covariance_gap) / 2
-            return path_increment(state, top.state, top.predictions, predictions, gap, *ends, frame, weight)
         fraction = 1.0
         if self._noise_fraction is not None and self._on_schedule(level):
             fraction = self._noise_fraction(frame.sigma(top.level), frame.sigma(level))
-        if fraction == 1 or fraction < LEAST_NOISE_FRACTION:
-            return algorithm_2
-        pairs = top.predictions, predictions
-        return partly_stochastic_increment(state, top.state, *pairs, fraction, *ends, frame, weight)
+        if predictions is not None and covariance_gap is not None:
+            earlier = covariance_gap if top.covariance_gap is None else top.covariance_gap
+            gap = (earlier + covariance_gap) / 2
+            return path_increment(state, top.state, top.predictions, predictions, gap, *ends, frame, weight)
+        if predictions is not None and LEAST_NOISE_FRACTION <= fraction != 1:
+            pairs = top.predictions, predictions
+            return partly_stochastic_increment(state, top.state, *pairs, fraction, *ends, frame, weight)
+        increment = posterior_increment(state, top.state, *top.predictions, *ends, frame=frame, weight=weight)
+        if predictions is None and top.covariance_gap is not None:  # the run ends here, without another evaluation
+            kernel = ReverseKernel(frame.sigma(top.level), frame.sigma(level))
+            increment = increment - (1 - fraction) * top.covariance_gap * (1 - kernel.ratio) / (
+                2 * kernel.next_sigma**2
+            )
+        return increment
 
     def _prior(self, state: Tensor) -> Tensor:
         if self._log_prior is not None:

@@ -7,6 +7,7 @@ A run begins when ComfyUI calls a guider's ``outer_sample`` and dies with it. It
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import comfy.model_sampling
@@ -22,6 +23,7 @@ from ..dng_core.kernels import NoiseFrame
 from ..dng_core.schedules import DDPMSchedule
 from ..dng_core.settings import Settings
 from .live import LiveChart, current_listener
+from .sampler_kernels import check_sampler, name_of, noise_fraction, options_of, tracked_levels
 
 Reference = Literal["auto", "positive", "cfg"]
 REFERENCES: tuple[Reference, ...] = ("auto", "positive", "cfg")
@@ -211,12 +213,8 @@ def begin_run(
             "divergence_correction cannot work with the reference `cfg`, which is no model's own prediction; set "
             "`reference` to auto or positive, or switch the correction off"
         )
+    check_sampler(sampler)
     sampler_name = name_of(sampler)
-    if "lcm" in sampler_name:
-        raise ValueError(
-            "the sampler lcm cannot be tracked by Dynamic Negative Guidance, since it draws a new image at every "
-            "step; choose another, such as euler_ancestral or dpmpp_2m"
-        )
     check_unconditional(sampler_name, guider.conds.get("negative"))
     start = None if previous is None else previous.log_posterior
     if start is not None and start.shape != (len(concepts), latent_shape[0]):
@@ -231,18 +229,19 @@ def begin_run(
     inputs = {name: positive[name] for name in MODEL_INPUTS if name in positive}
     for key in keys:  # the undesired differs from the positive in what it says, not in the image it is about
         guider.conds[key] = [_area_to_mask(inputs | entry, latent_shape) for entry in guider.conds[key]]
-    adaptive = any(kind in sampler_name for kind in ("dpm_fast", "dpm_adaptive"))
-    levels = [level for level in sigmas.tolist() if level > 0]
+    frame, options = _noise_frame(model_sampling), options_of(sampler, model_sampling)
+    levels = tracked_levels(sampler_name, options, sigmas.tolist())
     guidance = NegativeGuidance(
         [concept.settings for concept in concepts],
         chain=_training_chain(model_sampling),
-        frame=_noise_frame(model_sampling),
-        levels=None if adaptive else levels,
+        frame=frame,
+        levels=levels,
         weight=denoise_mask,
         log_priors=start,
+        noise_fraction=partial(noise_fraction, sampler_name, options, frame, len(sigmas) - 1),
         seed=seed,
     )
-    chart = LiveChart(guidance, None if adaptive else len(levels), current_listener())
+    chart = LiveChart(guidance, None if levels is None else len(levels), current_listener())
     run = Run(keys, references.pop(), guidance, chart)
     run.install(guider)
     return run
@@ -252,10 +251,6 @@ def seed_of(arguments: Sequence[Any], options: dict[str, Any]) -> int:
     """The seed among what ComfyUI gives ``outer_sample`` after the mask: callback, disable_pbar, seed; 0 for none."""
     seed = options.get("seed", arguments[2] if len(arguments) > 2 else None)
     return 0 if seed is None else seed
-
-
-def name_of(sampler: comfy.samplers.Sampler) -> str:
-    return getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__)
 
 
 def check_unconditional(sampler_name: str, unconditional: list | None) -> None:

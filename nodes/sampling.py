@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from nodes import common_ksampler
 
 from ..dng_core.guidance import Trace
-from .bridge import Concept, begin_run, check_conditioning, check_unconditional, name_of, seed_of
+from .bridge import Concept, begin_run, check_conditioning, check_unconditional, seed_of
 from .inputs import (
     TRACE,
     concepts_from,
@@ -23,6 +23,7 @@ from .inputs import (
     settings_inputs,
 )
 from .patch import has_dng_patch
+from .sampler_kernels import name_of
 
 POSITIVE_TIP = "What the image should show."
 NEGATIVE_TIP = "What the image should not show. Guidance switches on only for images that are turning into it."
