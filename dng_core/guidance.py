@@ -18,6 +18,11 @@ from .schedules import DDPMSchedule, IntegratedOffset
 from .settings import Settings
 
 
+def _finite(negative: Tensor | None, reference: Tensor) -> Tensor | None:
+    """A copy of ``negative``, the reference where it is NaN or infinite (half precision overflows): no push there."""
+    return None if negative is None else torch.where(negative.isfinite(), negative, reference)
+
+
 def classifier_free_guidance(positive: Tensor, unconditional: Tensor, cfg: float) -> Tensor:
     """D_u + w (D_pos - D_u) (Ho & Salimans 2022)."""
     return unconditional + cfg * (positive - unconditional)
@@ -168,6 +173,7 @@ class NegativeGuidance:
         """
         if len(negatives) != len(self.settings):
             raise ValueError(f"{len(self.settings)} concepts were set up but {len(negatives)} predictions given")
+        negatives = [_finite(negative, reference) for negative in negatives]
         if probed is not None:
             self._update_gaps(reference, negatives, *probed)
         log_posteriors = [
@@ -184,7 +190,6 @@ class NegativeGuidance:
                 tracker.anchor(state, level, None, reference, log_posteriors[i], torch.zeros_like(dynamic[i]))
                 continue
             negative = at_least_float32(negative)
-            negative = torch.where(negative.isfinite(), negative, reference)  # half precision overflows: no push there
             scale = dynamic[i]
             if self.settings[i].method != "dng":
                 scale = torch.full_like(scale, self.settings[i].guidance_scale)
@@ -202,6 +207,7 @@ class NegativeGuidance:
         probed_negatives: Sequence[Tensor | None],
     ) -> None:
         for i, (negative, there) in enumerate(zip(negatives, probed_negatives, strict=True)):
+            there = _finite(there, probed_reference)
             if negative is not None and there is not None:
                 self._gaps[i] = probe.covariance_gap(negative - reference, there - probed_reference)
 

@@ -105,23 +105,25 @@ class Run:
         active = [[c for c in entries if _in_range(c, self._level)] for entries in undesired]
         evaluated = [entries for entries in active if entries]
 
-        replaced = args["model_options"].get("transformer_options", {}).get("patches_replace", {})
-        if self._inner_calc is not None or "attn2" in replaced:
-            # Such patches (IP-Adapter, PuLID ...) know a positive and an unconditional, by their places in the call.
-            # The undesired is evaluated in that of its reference; first, for those that note what comes last (SAG).
-            place = 1 if self._reference == "auto" and conds[1] is not None else 0
-            extra = [self._calc(args, [*[None] * place, entries])[place] for entries in evaluated]
-            out = list(self._inner_calc(args)) if self._inner_calc is not None else self._calc(args, conds)
-        else:
-            both = self._calc(args, [*conds, *evaluated])
-            out, extra = both[: len(conds)], both[len(conds) :]
-
+        out, extra = self._evaluate(args, conds, evaluated)
         remaining = iter(extra)
         negatives = [next(remaining) if entries else None for entries in active]
         self._raw = out[0], out[1] if conds[1] is not None else None, negatives
         self._entries = active
         self._probed = self._evaluate_probe(args) if evaluated else None
         return out
+
+    def _evaluate(self, args: dict, conds: list, undesired: list) -> tuple[list[Tensor], list[Tensor]]:
+        """The predictions under the sampler's ``conds`` (all of them, where a patch evaluates) and the undesired."""
+        replaced = args["model_options"].get("transformer_options", {}).get("patches_replace", {})
+        if self._inner_calc is None and "attn2" not in replaced:
+            both = self._calc(args, [*conds, *undesired])
+            return both[: len(conds)], both[len(conds) :]
+        # Such patches (IP-Adapter, PuLID ...) know a positive and an unconditional, by their places in the call. The
+        # undesired is evaluated in that of its reference; first, for those that note what comes last (SAG).
+        place = 1 if self._reference == "auto" and args["conds"][1] is not None else 0
+        extra = [self._calc(args, [*[None] * place, entries])[place] for entries in undesired]
+        return list(self._inner_calc(args)) if self._inner_calc is not None else self._calc(args, conds), extra
 
     def _evaluate_probe(self, args: dict) -> tuple[Probe, Tensor, list[Tensor | None]] | None:
         """The reference and the undesired predictions a little way off, where a divergence correction asks for them.
@@ -138,12 +140,9 @@ class Run:
         ]
         undesired = [entries for entries in wanted if entries]
         which = 0 if self._reference == "positive" or args["conds"][1] is None else 1
-        if self._inner_calc is not None:
-            reference = self._inner_calc(there)[which]
-            extra = self._calc(there, undesired)
-        else:
-            reference, *extra = self._calc(there, [args["conds"][which], *undesired])
-        remaining = iter(extra)
+        own = [entries if place == which else None for place, entries in enumerate(args["conds"])]
+        out, extra = self._evaluate(there, own, undesired)
+        reference, remaining = out[which], iter(extra)
         negatives = [_where_covered(next(remaining), reference, e) if e else None for e in wanted]
         return probe, reference, negatives
 
