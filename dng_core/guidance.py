@@ -224,7 +224,8 @@ class NegativeGuidance:
     def trace(self, end: tuple[Tensor, float] | None = None) -> Trace:
         """What was tracked so far; empty if nothing was. Waits for the device: call it after the run.
 
-        ``end``: the state (batch, ...) and the noise level where the sampler stopped. With it, the run is over.
+        ``end``: the state (batch, ...) and the noise level where the sampler stopped. With it, the run is over. The
+        jump there is counted by Algorithm 2, whatever the sampler: other rules need the predictions at its end too.
         """
         chains = [list(tracker.anchors) for tracker in self.trackers]
         final = torch.stack([t.log_posterior(*end) for t in self.trackers]).float().cpu() if end else None

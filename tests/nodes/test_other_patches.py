@@ -235,3 +235,23 @@ def test_skipped_layers_stay_the_unconditionals(bench, networks):
     undesired = bench.sample(model, **given | {"cfg": 1.0, "positive": networks.prompt(2)})
     out, _ = bench.dng(patched, bench.concept(networks.prompt(2)), **given, unconditional=networks.prompt(1))
     close(out, base - SCALE * (undesired - unconditional))
+
+
+@pytest.mark.slow
+def test_a_compiled_model_samples_the_same(bench, networks):
+    """TorchCompileModel, with the backend that needs no compiler."""
+    flux = networks.FAMILIES["distilled guidance (Flux)"]
+    model = flux.build()
+    compiled = extra("nodes_torch_compile", "TorchCompileModel")(model, "eager")
+    given = options(networks, steps=2) | {"latent": flux.empty()}
+    concept = bench.concept(networks.prompt(2), temperature=0.01)
+    wanted, expected = bench.dng(model, concept, **given, unconditional=networks.prompt(1))
+    out, trace = bench.dng(compiled, concept, **given, unconditional=networks.prompt(1))
+    close(out, wanted)
+    close(trace.posterior, expected.posterior)
+    close(
+        bench.sample(
+            bench.patch(compiled, networks.prompt(2), temperature=0.01), **given, negative=networks.prompt(1)
+        ),
+        wanted,
+    )
