@@ -49,7 +49,11 @@ def ddpm_sample(
     denoised = x
     for i, sigma in enumerate(sigmas):
         reference, negatives = predict(x, sigma)
-        denoised = guidance(x, sigma, reference, reference, negatives) if guidance else reference
+        denoised = reference
+        if guidance:
+            probe = guidance.probe(x, sigma)
+            probed = (probe, *predict(probe.state, sigma)) if probe else None
+            denoised = guidance(x, sigma, reference, reference, negatives, probed)
         if i + 1 < len(sigmas):
             kernel = ReverseKernel(sigma, sigmas[i + 1])
             spread = (kernel.variance if variance == "posterior" else kernel.forward_variance) ** 0.5

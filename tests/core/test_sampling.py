@@ -49,12 +49,12 @@ def forbidden_share(x: Tensor) -> float:
     return float((MIXTURE.classify(x) == 0).float().mean())
 
 
-def tracking_error(steps: int, samples: int, guidance_scale: float) -> float:
+def tracking_error(steps: int, samples: int, guidance_scale: float, correction: bool = False) -> float:
     """mean |tracked - exact posterior| at the last step, from the exact posterior of the first state, in float64."""
     sigmas = ddpm_sigmas(CHAIN, steps)
     noise = start(samples, dtype=torch.float64)
     first = MIXTURE.log_posterior(noise * (1 + sigmas[0] ** 2) ** 0.5, sigmas[0], [0])
-    settings = EXACT.with_(guidance_scale=guidance_scale)
+    settings = EXACT.with_(guidance_scale=guidance_scale, divergence_correction=correction)
     guidance = NegativeGuidance([settings], CHAIN, levels=sigmas, log_priors=[first])
     ddpm_sample(predictor(), noise, sigmas, guidance, torch.Generator().manual_seed(1))
     last = guidance.trackers[0].anchors[-1]
@@ -68,6 +68,10 @@ def test_the_tracked_posterior_approaches_the_exact_one_as_steps_grow(guidance_s
     errors = [tracking_error(steps, 600, guidance_scale) for steps in (15, 60, 240)]
     assert errors[0] > 1.2 * errors[1] > 1.2**2 * errors[2]
     assert errors[2] < 0.025
+
+
+def test_the_ancestral_sampler_probes_where_the_divergence_correction_asks_for_it():
+    assert tracking_error(30, 600, 0.0, correction=True) < 0.5 * tracking_error(30, 600, 0.0)
 
 
 @pytest.mark.slow
