@@ -110,6 +110,8 @@ def train(args: argparse.Namespace) -> None:
         )
 
     record = _record(args, config, device, result) | figures
+    if args.start_from and (earlier := args.start_from.with_suffix(".json")).is_file():
+        record["started_from"] = json.loads(earlier.read_text(encoding="utf-8"))
     partial = files.record.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, files.record)

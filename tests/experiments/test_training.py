@@ -148,7 +148,9 @@ def test_training_can_go_on_from_weights(mnist_like, tmp_path, monkeypatch):
     after, _ = load_classifier(second / "mnist_classifier.safetensors")
     weights = {k: v for k, v in before.state_dict().items() if "running" not in k and "num_batches" not in k}
     assert same(weights, {k: after.state_dict()[k] for k in weights})
-    assert f"--start-from {start}" in json.loads((second / "mnist_classifier.json").read_text())["command"]
+    record = json.loads((second / "mnist_classifier.json").read_text())
+    assert f"--start-from {start}" in record["command"]
+    assert record["started_from"] == json.loads((first / "mnist_classifier.json").read_text())
 
 
 def test_a_checkpoint_started_elsewhere_is_refused(tmp_path, images, labels):
