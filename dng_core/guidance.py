@@ -209,7 +209,8 @@ class NegativeGuidance:
         for i, (negative, there) in enumerate(zip(negatives, probed_negatives, strict=True)):
             there = _finite(there, probed_reference)
             if negative is not None and there is not None:
-                self._gaps[i] = probe.covariance_gap(negative - reference, there - probed_reference)
+                gap = probe.covariance_gap(negative - reference, there - probed_reference)
+                self._gaps[i] = torch.where(gap.isfinite(), gap, torch.zeros_like(gap))
 
     def _direction(self, i: int, difference: Tensor, level: float) -> Tensor:
         if self.settings[i].method != "safe_latent_diffusion":

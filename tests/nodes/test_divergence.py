@@ -63,3 +63,22 @@ def test_the_cfg_mix_as_reference_is_refused_with_what_to_do(bench):
     concept = bench.concept(reference="cfg", divergence_correction=True)
     with pytest.raises(ValueError, match=r"divergence_correction.*`reference` to auto"):
         bench.dng(bench.model(), concept)
+
+
+def test_nan_from_a_probe_touches_no_other_image_and_no_later_step(bench):
+    """A probe that overflows in one image of the batch: that one is not corrected there, the others are as before."""
+    model, concept = bench.model(), bench.concept(divergence_correction=True)
+    broken, calls = bench.model(), []
+
+    def wrapper(apply_model, args):
+        calls.append(len(args["input"]))
+        out = apply_model(args["input"], args["timestep"], **args["c"])
+        if len(calls) == 4:  # the second probe
+            out[0] = float("nan")
+        return out
+
+    broken.set_model_unet_function_wrapper(wrapper)
+    ours, trace = bench.dng(broken, concept, sampler_name="euler", steps=10)
+    clean, _ = bench.dng(model, concept, sampler_name="euler", steps=10)
+    assert bool(trace.posterior.isfinite().all()) and bool(ours.isfinite().all())
+    assert torch.equal(ours[1:], clean[1:])
