@@ -8,6 +8,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
+from .browser import find_browser
 from .errors import HeadlessError
 from .install import CONSTRAINTS, ensure_installed, managed, pip_install, tell
 from .link import link_folder, unlink_folder
@@ -52,10 +53,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def tools_of(root: Path) -> list[str]:
-    """What the project's extra "test" asks for, this project itself left out: the tests use the checkout."""
+    """What the project's extra "test" asks for, this project itself left out: the tests use the checkout.
+
+    On a machine with a Chromium also the extra "browser"; elsewhere the browser tests are skipped anyway.
+    """
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extra: list[str] = project["optional-dependencies"]["test"]
-    return [requirement for requirement in extra if not requirement.startswith(project["name"])]
+    extras: dict[str, list[str]] = project["optional-dependencies"]
+    wanted = extras["test"] + (extras["browser"] if find_browser() else [])
+    return [requirement for requirement in wanted if not requirement.startswith(project["name"])]
 
 
 def install_tools(python: Path, requirements: list[str]) -> None:

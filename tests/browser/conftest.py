@@ -1,0 +1,105 @@
+"""The real front end in a headless Chromium, with a real ComfyUI behind it.
+
+Skipped, with the reason, where Playwright or a Chromium is missing.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dng_core.headless.browser import find_browser
+from dng_core.headless.server import PACK_NAME, Server
+
+LOAD_SECONDS = 300
+ARGUMENTS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-proxy-server",
+)
+READY = "() => window.app?.isGraphReady && window.LiteGraph?.registered_node_types.KSamplerDNG"
+LOAD = """async ([graph, name]) => {
+  await app.loadGraphData(graph, true, true, name);
+  await new Promise((resolve) => setTimeout(resolve, 500));
+}"""
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+
+
+class Frontend:
+    """A tab with ComfyUI open, what its console said, and the front end's own ways to do things."""
+
+    def __init__(self, context: Any, server: Server) -> None:
+        self.server = server
+        self.tab = context.new_page()
+        self.errors: list[str] = []
+        self.failed: list[str] = []
+        self.tab.set_default_timeout(LOAD_SECONDS * 1000)
+        self.tab.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.tab.on("console", self._heard)
+        self.tab.on("response", self._answered)
+        self.open()
+
+    def open(self) -> None:
+        """Load the page, for the first time or again, and close the template browser that greets a new user."""
+        self.tab.goto(self.server.url, wait_until="domcontentloaded")
+        self.tab.wait_for_function(READY, timeout=LOAD_SECONDS * 1000)
+        self.tab.wait_for_timeout(2000)
+        self.tab.keyboard.press("Escape")
+
+    def load(self, name: str, graph: dict[str, Any] | None = None) -> None:
+        """Open a workflow of this project, or the given graph under its name."""
+        self.tab.evaluate(LOAD, [graph or read(WORKFLOWS / f"{name}.json"), name])
+
+    def graph(self) -> dict[str, Any]:
+        """The graph as the front end would save it."""
+        return dict(self.tab.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))"))
+
+    def prompt(self) -> dict[str, Any]:
+        """The API form of the graph, as the front end would send it or export it."""
+        return dict(self.tab.evaluate("async () => JSON.parse(JSON.stringify((await app.graphToPrompt()).output))"))
+
+    def get(self, path: str) -> Any:
+        """What the server answers the page, as JSON."""
+        return self.tab.evaluate("(path) => fetch(path).then((answer) => answer.json())", path)
+
+    def _heard(self, message: Any) -> None:
+        # A request that fails is in `failed`, with its address.
+        if message.type == "error" and not message.text.startswith("Failed to load resource"):
+            self.errors.append(message.text)
+
+    def _answered(self, response: Any) -> None:
+        if response.status >= 400 and PACK_NAME in response.url:
+            self.failed.append(f"{response.status} {response.url}")
+
+
+def read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
+    executable = find_browser()
+    if executable is None:
+        pytest.skip("there is no Chromium on this machine: install one, or name one in DNG_BROWSER")
+    with api.sync_playwright() as playwright:
+        # The driver's sandbox of its own sessions must not see a proxy set for the internet.
+        environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+        chromium = playwright.chromium.launch(executable_path=executable, args=list(ARGUMENTS), env=environment)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def frontend(browser: Any, comfyui_server: Server) -> Iterator[Frontend]:
+    """A fresh browser profile with ComfyUI open in it."""
+    context = browser.new_context(viewport={"width": 1500, "height": 1000})
+    yield Frontend(context, comfyui_server)
+    context.close()

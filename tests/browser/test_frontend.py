@@ -1,0 +1,217 @@
+"""The pack in ComfyUI's own front end: it loads, its nodes and help are there, and graphs are what the files say."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dng_core.headless.server import PACK_NAME
+from dng_core.headless.workflow import load_workflow
+
+from .conftest import WORKFLOWS, Frontend, read
+
+TEMPLATES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+# Said by the front end itself while it starts, with or without this pack's script.
+ITS_OWN = ("ComfyApp graph accessed before initialization",)
+TITLE_HEIGHT = 30
+NOTES = ("MarkdownNote", "Note")
+BOXES = """() => [...document.querySelectorAll("[data-node-id]")].map((element) => {
+  const { x, y, right, bottom } = element.getBoundingClientRect();
+  return [element.dataset.nodeId, x, y, right, bottom];
+}).filter(([, x, , right]) => right > x)"""
+
+templates = pytest.mark.parametrize("name", TEMPLATES)
+
+
+@pytest.fixture(scope="module")
+def definitions(frontend: Frontend) -> dict[str, Any]:
+    """The nodes of this pack, as ComfyUI describes them to the front end."""
+    everything = frontend.get("/object_info")
+    return {name: node for name, node in everything.items() if node["python_module"].endswith(PACK_NAME)}
+
+
+def inputs_of(definition: dict[str, Any]) -> dict[str, list]:
+    return {**definition["input"].get("required", {}), **definition["input"].get("optional", {})}
+
+
+def essence(graph: dict[str, Any]) -> dict[str, Any]:
+    """A graph without what depends on who looks at it: the view, and the front end's version."""
+    extra = {k: v for k, v in graph.get("extra", {}).items() if k not in ("ds", "frontendVersion")}
+    return {**graph, "extra": extra}
+
+
+def test_the_pack_loads_without_an_error(frontend: Frontend, definitions: dict[str, Any]) -> None:
+    assert [error for error in frontend.errors if error not in ITS_OWN] == []
+    assert frontend.failed == []
+    assert {"KSamplerDNG", "KSamplerAdvancedDNG", "DNGGuider", "DynamicNegativeGuidance"} <= set(definitions)
+
+
+def test_every_node_can_be_added_and_shows_its_inputs_and_outputs(
+    frontend: Frontend, definitions: dict[str, Any]
+) -> None:
+    frontend.tab.evaluate("() => app.graph.clear()")
+    for name, definition in definitions.items():
+        slots, widgets, outputs = frontend.tab.evaluate(
+            """(name) => {
+              const node = LiteGraph.createNode(name);
+              app.graph.add(node);
+              const shown = (node.widgets ?? []).map((widget) => widget.name);
+              return [(node.inputs ?? []).map((input) => input.name), shown, (node.outputs ?? []).map((o) => o.name)];
+            }""",
+            name,
+        )
+        assert set(inputs_of(definition)) <= {*slots, *widgets}, name
+        assert outputs == definition["output_name"], name
+
+
+def test_every_input_and_output_has_a_tooltip(definitions: dict[str, Any]) -> None:
+    for name, definition in definitions.items():
+        for input_name, (_, *options) in inputs_of(definition).items():
+            assert options and options[0].get("tooltip"), f"{name}.{input_name}"
+        tooltips = definition["output_tooltips"] or [None] * len(definition["output"])
+        assert all(tooltips), name
+
+
+def test_a_tooltip_appears_where_the_mouse_rests(frontend: Frontend, definitions: dict[str, Any]) -> None:
+    x, y = frontend.tab.evaluate(
+        """async () => {
+          app.graph.clear();
+          const node = LiteGraph.createNode("KSamplerDNG");
+          app.graph.add(node);
+          node.pos = [200, 100];
+          app.canvas.ds.scale = 1;
+          app.canvas.ds.offset = [100, 100];
+          app.canvas.draw(true, true);
+          await new Promise((resolve) => setTimeout(resolve, 500));
+          const prior = node.widgets.find((widget) => widget.name === "prior");
+          const { left, top } = app.canvas.canvas.getBoundingClientRect();
+          return [left + 100 + node.pos[0] + node.size[0] / 2, top + 100 + node.pos[1] + prior.last_y + 10];
+        }"""
+    )
+    frontend.tab.mouse.move(x - 5, y)
+    frontend.tab.mouse.move(x, y, steps=3)
+    said = inputs_of(definitions["KSamplerDNG"])["prior"][1]["tooltip"]
+    frontend.tab.get_by_text(said).first.wait_for(timeout=10_000)
+
+
+def test_every_node_has_a_help_page_that_the_help_panel_shows(frontend: Frontend, definitions: dict[str, Any]) -> None:
+    for name in definitions:
+        status, text = frontend.tab.evaluate(
+            "(path) => fetch(path).then(async (answer) => [answer.status, await answer.text()])",
+            f"/extensions/{PACK_NAME}/docs/{name}.md",
+        )
+        assert status == 200, name
+        heading = text.splitlines()[0].removeprefix("#").strip()
+        assert heading == definitions[name]["display_name"]
+    frontend.tab.evaluate(
+        """() => {
+          app.graph.clear();
+          const node = LiteGraph.createNode("KSamplerDNG");
+          app.graph.add(node);
+          node.pos = [300, 200];
+          app.canvas.ds.scale = 1;
+          app.canvas.ds.offset = [100, 100];
+          app.canvas.selectNode(node);
+        }"""
+    )
+    frontend.tab.get_by_test_id("info-button").click()
+    frontend.tab.locator(".node-help-content .markdown-content").get_by_text("Swap it for a KSampler").wait_for()
+
+
+@templates
+def test_a_template_opens_from_the_template_browser_with_its_picture(frontend: Frontend, name: str) -> None:
+    tab = frontend.tab
+    tab.evaluate("() => app.graph.clear()")
+    tab.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    tab.get_by_text(PACK_NAME).last.click()
+    card = tab.get_by_test_id(f"template-workflow-{name}")
+    card.wait_for()
+    card.locator("img").first.wait_for()
+    assert card.locator("img").first.evaluate("(image) => image.decode().then(() => image.naturalWidth)") >= 600
+    card.click()
+    expected = sorted(node["type"] for node in read(WORKFLOWS / f"{name}.json")["nodes"])
+    tab.wait_for_function("(count) => app.graph.nodes.length === count", arg=len(expected))
+    assert sorted(node["type"] for node in frontend.graph()["nodes"]) == expected
+    missing = "() => app.graph.nodes.map((node) => node.type).filter((type) => !LiteGraph.registered_node_types[type])"
+    assert tab.evaluate(missing) == []
+
+
+@templates
+def test_a_graph_saved_from_the_browser_is_the_file(frontend: Frontend, name: str) -> None:
+    frontend.load(name)
+    assert essence(frontend.graph()) == essence(read(WORKFLOWS / f"{name}.json"))
+
+
+@templates
+def test_the_api_form_that_the_browser_exports_is_the_file(frontend: Frontend, name: str) -> None:
+    frontend.load(name)
+    exported = {key: node for key, node in frontend.prompt().items() if node["class_type"] not in NOTES}
+    assert exported == load_workflow(Path(WORKFLOWS / "api" / f"{name}.json"))
+
+
+@templates
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2.0"])
+def test_no_node_covers_another(frontend: Frontend, name: str, nodes_2: bool) -> None:
+    setting = "(on) => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
+    frontend.tab.evaluate(setting, nodes_2)
+    frontend.load(name)
+    if nodes_2:
+        frontend.tab.wait_for_timeout(1000)
+        boxes = frontend.tab.evaluate(BOXES)
+    else:
+        boxes = [
+            (node["id"], x, y - TITLE_HEIGHT, x + width, y + height)
+            for node in frontend.graph()["nodes"]
+            for (x, y), (width, height) in [(node["pos"], node["size"])]
+        ]
+    frontend.tab.evaluate(setting, False)
+    assert boxes
+    for index, (node, left, top, right, bottom) in enumerate(boxes):
+        for other, x0, y0, x1, y1 in boxes[index + 1 :]:
+            apart = node == other or right <= x0 or x1 <= left or bottom <= y0 or y1 <= top
+            assert apart, f"{node} and {other}"
+
+
+def test_swapping_a_ksampler_for_ksampler_dng_keeps_its_wires_and_settings(frontend: Frontend) -> None:
+    """As in the browser: the new node beside the old, each wire moved to the input of the same name."""
+    frontend.load("stable_diffusion_model_patch")
+    before = next(node for node in frontend.prompt().values() if node["class_type"] == "KSampler")
+    frontend.tab.evaluate(
+        """() => {
+          const graph = app.graph;
+          const old = graph.nodes.find((node) => node.type === "KSampler");
+          const swapped = LiteGraph.createNode("KSamplerDNG");
+          graph.add(swapped);
+          for (const input of old.inputs.filter(({ link }) => link !== null)) {
+            const link = graph.getLink(input.link);
+            const target = swapped.inputs.findIndex(({ name }) => name === input.name);
+            graph.getNodeById(link.origin_id).connect(link.origin_slot, swapped, target);
+          }
+          for (const output of old.outputs) {
+            const name = swapped.outputs.findIndex((candidate) => candidate.name === output.name);
+            for (const id of [...(output.links ?? [])]) {
+              const link = graph.getLink(id);
+              swapped.connect(name, graph.getNodeById(link.target_id), link.target_slot);
+            }
+          }
+          for (const { name, value } of old.widgets) swapped.widgets.find((w) => w.name === name).value = value;
+          graph.remove(old);
+        }"""
+    )
+    ((key, after),) = ((k, node) for k, node in frontend.prompt().items() if node["class_type"] == "KSamplerDNG")
+    assert {name: after["inputs"].get(name) for name in before["inputs"]} == before["inputs"]
+    decoder = next(node for node in frontend.prompt().values() if node["class_type"] == "VAEDecode")
+    assert decoder["inputs"]["samples"] == [key, 0]
+
+
+def test_a_file_whose_ksampler_is_renamed_keeps_its_wires_and_settings(frontend: Frontend) -> None:
+    """As in an editor: only the node's type is changed in the file."""
+    graph = read(WORKFLOWS / "stable_diffusion_model_patch.json")
+    sampler = next(node for node in graph["nodes"] if node["type"] == "KSampler")
+    frontend.load("stable_diffusion_model_patch")
+    before = frontend.prompt()[str(sampler["id"])]
+    sampler["type"] = "KSamplerDNG"
+    frontend.load("renamed", graph)
+    after = frontend.prompt()[str(sampler["id"])]
+    assert after["class_type"] == "KSamplerDNG"
+    assert {name: after["inputs"].get(name) for name in before["inputs"]} == before["inputs"]
