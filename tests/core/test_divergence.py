@@ -121,13 +121,17 @@ def test_a_step_with_all_of_the_noise_is_algorithm_2s():
     assert torch.equal(ours, posterior_increment(there, x, *pairs[0], 1.5, 2.0))
 
 
-def final_error(correction: bool, eta: float, steps: int = 30) -> float:
-    """Mean error of the posterior at the end of an unguided run that injects eta^2 of the kernel's variance."""
+def final_error(correction: bool, eta: float, steps: int = 30, top: float = 150.0, partial: bool = False) -> float:
+    """Mean error of the posterior at the end of an unguided run that injects eta^2 of the kernel's variance.
+
+    A ``partial`` run starts from noised samples with their exact posterior, as a later part of a split run does.
+    """
     settings = Settings(prior=1 / 8, guidance_scale=1e-9, divergence_correction=correction)
-    sigmas = karras_sigmas(steps, 0.01, 150.0)
-    guidance = NegativeGuidance([settings], levels=sigmas)
+    sigmas = karras_sigmas(steps, 0.01, top)
     generator = torch.Generator().manual_seed(0)
-    x = sigmas[0] * torch.randn(300, 16, generator=generator)
+    x = noisy(300, top).float() if partial else top * torch.randn(300, 16, generator=generator)
+    start = [MIXTURE.log_posterior(x, top, [0])] if partial else None
+    guidance = NegativeGuidance([settings], levels=sigmas, log_priors=start)
     for i, sigma in enumerate(sigmas):
         negative, reference = predictions(x, sigma)
         probe = guidance.probe(x, sigma)
@@ -149,3 +153,8 @@ def final_error(correction: bool, eta: float, steps: int = 30) -> float:
 def test_with_the_correction_the_tracked_posterior_is_the_exact_one_without_noise_and_with_it(eta):
     assert final_error(False, eta) > 0.05
     assert final_error(True, eta) < 0.04
+
+
+@pytest.mark.parametrize(("top", "partial"), [(4518.0, False), (2.0, True)], ids=["zero-terminal SNR", "denoise < 1"])
+def test_the_correction_holds_from_any_starting_level(top, partial):
+    assert final_error(True, 0.0, 25, top, partial) < 0.05
