@@ -118,6 +118,8 @@ class NegativeGuidance:
     ``guidance(x, sigma, base, reference, negatives, probed=(probe, probed_reference, probed_negatives))``.
     """
 
+    tracker_type = PosteriorTracker
+
     def __init__(
         self,
         settings: Sequence[Settings],
@@ -137,7 +139,7 @@ class NegativeGuidance:
         self.settings = tuple(settings)
         self.frame = frame
         self.trackers = [
-            PosteriorTracker(
+            self.tracker_type(
                 s, integrated, frame, levels, weight, None if log_priors is None else log_priors[i], noise_fraction
             )
             for i, s in enumerate(self.settings)

@@ -142,6 +142,11 @@ def offset_increment(settings: Settings, kernel: ReverseKernel, integrated: Inte
     return settings.offset * (share / integrated.total if settings.offset_form == "total" else share)
 
 
+def advance(log_posterior: Tensor, increment: Tensor, temperature: float | Tensor, offset: float | Tensor) -> Tensor:
+    """log p(c-|x') after one jump, before it is clamped: the recursion of Algorithm 2."""
+    return log_posterior + temperature * increment + offset
+
+
 @dataclass
 class Anchor:
     """A point of the tracked chain: noise level, log-posterior and guidance scale, and what the next jump needs."""
@@ -194,7 +199,7 @@ class PosteriorTracker:
         self.settings = settings
         self.frame = frame
         self.anchors: list[Anchor] = []
-        self._integrated = integrated
+        self.integrated = integrated
         self._levels = levels
         self._weight = weight
         self._log_prior = log_prior
@@ -223,8 +228,9 @@ class PosteriorTracker:
             return top.log_posterior  # at level 0 the kernel has no width, and nothing is left to guide
         increment = self._increment(top, state, level, predictions, covariance_gap)
         kernel = ReverseKernel(self.frame.sigma(top.level), self.frame.sigma(level))
-        offset = offset_increment(self.settings, kernel, self._integrated)
-        return self._clamp(top.log_posterior + self.settings.temperature * increment + offset)
+        offset = offset_increment(self.settings, kernel, self.integrated)
+        moved = advance(top.log_posterior, increment, self.settings.temperature, offset)
+        return self._clamp(moved)
 
     def anchor(
         self,

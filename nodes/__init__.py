@@ -1,6 +1,6 @@
 """The node classes of the pack."""
 
-from . import compare, concepts, oracle, patch, pixel_models, plot, sampling, trace
+from . import calibrate, compare, concepts, oracle, patch, pixel_models, plot, sampling, trace
 
 NODES = [
     *sampling.NODES,
@@ -9,6 +9,7 @@ NODES = [
     *trace.NODES,
     *plot.NODES,
     *compare.NODES,
+    *calibrate.NODES,
     *pixel_models.NODES,
     *oracle.NODES,
 ]

@@ -63,7 +63,7 @@ class Run:
     ) -> None:
         self._keys = keys
         self._reference = reference
-        self._guidance = guidance
+        self.guidance = guidance
         self._chart = chart
         self._entries: list[list[dict]] = []
         self._inner_calc: Callable[[dict], list[Tensor]] | None = None
@@ -130,13 +130,13 @@ class Run:
 
         ComfyUI evaluates one state per batch, so this is a second batch, of this pair alone.
         """
-        probe = self._guidance.probe(args["input"], self._level)
+        probe = self.guidance.probe(args["input"], self._level)
         if probe is None:
             return None
         there = {**args, "input": probe.state}
         wanted = [
             entries if settings.divergence_correction else []
-            for entries, settings in zip(self._entries, self._guidance.settings, strict=True)
+            for entries, settings in zip(self._entries, self.guidance.settings, strict=True)
         ]
         undesired = [entries for entries in wanted if entries]
         which = 0 if self._reference == "positive" or args["conds"][1] is None else 1
@@ -164,7 +164,7 @@ class Run:
             for negative, entries in zip(negatives, self._entries, strict=True)
         ]
         probed, self._probed = self._probed, None
-        guided = self._guidance(state, self._level, base, reference, present, probed)
+        guided = self.guidance(state, self._level, base, reference, present, probed)
         self._chart.update()
         return guided
 
@@ -173,7 +173,7 @@ class Run:
         self._chart.finish()
 
     def trace(self) -> Trace:
-        return self._guidance.trace(self._end)
+        return self.guidance.trace(self._end)
 
     @staticmethod
     def _calc(args: dict, conds: list) -> list[Tensor]:
@@ -192,11 +192,13 @@ def begin_run(
     denoise_mask: Tensor | None,
     previous: Trace | None = None,
     seed: int = 0,
+    guidance_type: type[NegativeGuidance] = NegativeGuidance,
 ) -> Run:
     """Set up guidance for the run that ``guider`` is about to begin; its conds must hold the undesired ones by key.
 
-    ``previous`` is the trace of the run that this one goes on from. Raises ValueError where the guider, the sampler or
-    the model cannot be tracked, or where ``previous`` is of other concepts or images.
+    ``previous`` is the trace of the run that this one goes on from. Another ``guidance_type``, such as one that only
+    observes, shows no live chart. Raises ValueError where the guider, the sampler or the model cannot be tracked, or
+    where ``previous`` is of other concepts or images.
     """
     name = type(guider).__name__
     if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
@@ -230,7 +232,7 @@ def begin_run(
         guider.conds[key] = [_area_to_mask(inputs | entry, latent_shape) for entry in guider.conds[key]]
     frame, options = _noise_frame(model_sampling), options_of(sampler, model_sampling)
     levels = tracked_levels(sampler_name, options, sigmas.tolist())
-    guidance = NegativeGuidance(
+    guidance = guidance_type(
         [concept.settings for concept in concepts],
         chain=_training_chain(model_sampling),
         frame=frame,
@@ -240,7 +242,8 @@ def begin_run(
         noise_fraction=partial(noise_fraction, sampler_name, options, frame, len(sigmas) - 1),
         seed=seed,
     )
-    chart = LiveChart(guidance, None if levels is None else len(levels), current_listener())
+    listener = current_listener() if guidance_type is NegativeGuidance else None
+    chart = LiveChart(guidance, None if levels is None else len(levels), listener)
     run = Run(keys, references.pop(), guidance, chart)
     run.install(guider)
     return run

@@ -1,0 +1,187 @@
+"""Settings proposed from a short run without guidance."""
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+from comfy_api.latest import io
+
+from ..dng_core.calibration import Evidence, Goals, Observer, explanation, propose
+from ..dng_core.settings import Settings
+from .bridge import Concept, begin_run
+from .inputs import reference_input
+from .sampling import UNCONDITIONAL_TIP, NegativeGuider
+
+DEFAULTS = Goals()
+
+
+class ObservingGuider(NegativeGuider):
+    """A NegativeGuider that leaves the samples alone; ``evidence`` is what the last run showed of each concept."""
+
+    evidence: list[Evidence]
+
+    def outer_sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+        shape = noise.shape
+        run = begin_run(self, self._concepts, self._keys, sampler, sigmas, shape, denoise_mask, guidance_type=Observer)
+        samples = comfy.samplers.CFGGuider.outer_sample(
+            self, noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs
+        )
+        observer = run.guidance
+        assert isinstance(observer, Observer)
+        self.evidence = observer.evidence()
+        return samples
+
+
+def observe(
+    model, seed, steps, cfg, sampler_name, scheduler, positive, concepts, unconditional, latent: dict
+) -> list[Evidence]:
+    """The evidence for each concept in one run without guidance; errors as those of KSampler (DNG)."""
+    guider = ObservingGuider(model, positive, concepts, unconditional, cfg)
+    image = comfy.sample.fix_empty_latent_channels(
+        model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
+    )
+    guider.sample(
+        comfy.sample.prepare_noise(image, seed, latent.get("batch_index")),
+        image,
+        comfy.samplers.sampler_object(sampler_name),
+        comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, 1.0).sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return guider.evidence
+
+
+class Calibrate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DNGCalibrate",
+            display_name="Calibrate (DNG)",
+            category="DNG",
+            description="Proposes `prior`, `temperature` and `offset` for a model and a thing to avoid, from one "
+            "short run without guidance, and explains them.",
+            search_aliases=["dng", "calibration", "auto settings", "tune", "prior", "temperature", "offset"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to calibrate for, without a DNG patch."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The random seed used for creating the noise. Noise does not depend on the guidance.",
+                ),
+                io.Int.Input("steps", default=20, min=3, max=10000, tooltip="The number of denoising steps."),
+                io.Float.Input(
+                    "cfg",
+                    default=8.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Classifier-free guidance scale. At any value other than 1, connect `unconditional`.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    default="euler_ancestral",
+                    tooltip="The sampling algorithm that you will use; lcm is refused.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    tooltip="How noise is removed over the steps.",
+                ),
+                io.Conditioning.Input("positive", tooltip="What the images should show, as in your graph."),
+                io.Conditioning.Input(
+                    "negative", tooltip="What is to be avoided, and what some of the images drawn here show."
+                ),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="The batch to draw: 8 images or more, of the size that you work with.",
+                ),
+                io.Conditioning.Input(
+                    "unrelated",
+                    optional=True,
+                    tooltip="Something that none of the images drawn here should show; guidance away from it should "
+                    "stay off. Not connected: the images that do not show `negative` stand in for it.",
+                ),
+                io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
+                io.Float.Input(
+                    "guidance_scale",
+                    optional=True,
+                    default=DEFAULTS.guidance_scale,
+                    min=0.01,
+                    max=100.0,
+                    step=0.01,
+                    round=0.001,
+                    tooltip="lambda_0, with which the settings will be used.",
+                ),
+                io.Float.Input(
+                    "on_by",
+                    optional=True,
+                    default=DEFAULTS.on_by,
+                    min=0.05,
+                    max=1.0,
+                    step=0.05,
+                    round=0.01,
+                    tooltip="By which share of the steps guidance should be on (p above 0.5) in at least half of the "
+                    "images that show `negative`.",
+                ),
+                io.Float.Input(
+                    "below_scale",
+                    optional=True,
+                    default=DEFAULTS.below_scale,
+                    min=0.01,
+                    max=1000.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="What the guidance scale should stay below for `unrelated`, in 95 % of the images.",
+                ),
+                reference_input(),
+            ],
+            outputs=[
+                io.Float.Output(display_name="prior", tooltip="The proposed prior; connect it, or type it in."),
+                io.Float.Output(display_name="temperature", tooltip="The proposed temperature."),
+                io.Float.Output(display_name="offset", tooltip="The proposed offset in nats, for offset_form total."),
+                io.String.Output(display_name="text", tooltip="The proposal and what it rests on, in Markdown."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        positive,
+        negative,
+        latent_image,
+        unrelated=None,
+        unconditional=None,
+        guidance_scale=DEFAULTS.guidance_scale,
+        on_by=DEFAULTS.on_by,
+        below_scale=DEFAULTS.below_scale,
+        reference="auto",
+    ) -> io.NodeOutput:
+        if not negative:
+            raise ValueError(
+                "`negative` is empty, so there is nothing to calibrate for; connect what is to be avoided"
+            )
+        goals = Goals(on_by, below_scale, guidance_scale)
+        concepts = [Concept(given, Settings(), reference) for given in (negative, unrelated) if given is not None]
+        evidence = observe(
+            model, seed, steps, cfg, sampler_name, scheduler, positive, concepts, unconditional, latent_image
+        )
+        proposal = propose(evidence[0], evidence[1] if len(evidence) > 1 else None, goals)
+        settings, text = proposal.settings, explanation(proposal, goals)
+        return io.NodeOutput(settings.prior, settings.temperature, settings.offset, text, ui={"text": [text]})
+
+
+NODES = [Calibrate]
