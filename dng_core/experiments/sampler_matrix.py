@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -25,7 +25,7 @@ class Choice:
     schedulers: Sequence[str]
     steps: Sequence[int]
     settings: Settings = EXACT
-    inputs: Mapping[str, Any] | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     nodes: Sequence[Node] = NODES
 
     def tasks(self) -> list[Task]:
@@ -35,7 +35,7 @@ class Choice:
 
     def run(self, node: Node, **changes: Any) -> Run:
         """A guided run with the chosen settings."""
-        return Run(node, **{"settings": self.settings, "inputs": dict(self.inputs or {})} | changes)
+        return replace(Run(node, self.settings, inputs=self.inputs), **changes)
 
 
 def matrix_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
