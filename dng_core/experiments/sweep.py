@@ -118,7 +118,7 @@ def _on_ray(tasks: Sequence[tuple[Point, str]], workers: Workers) -> Iterator[tu
         options: dict[str, Any] = {"address": workers.address} if workers.address else {"num_cpus": workers.count()}
         ray.init(
             **options,
-            runtime_env={"py_modules": [str(PACKAGE)], "env_vars": {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}},
+            runtime_env={"py_modules": [str(PACKAGE)]},
             include_dashboard=False if not workers.address else None,
             log_to_driver=False,
         )

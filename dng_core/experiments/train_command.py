@@ -1,4 +1,4 @@
-"""``dng train``: trains the models that ship with the project, on MNIST."""
+"""``dng train``: trains the models that ship with the project, and what a plan says."""
 
 import argparse
 import json
@@ -11,29 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .data import MNIST_MD5, load_mnist
-from .networks import Classifier, UNet, UNetConfig
-from .training import TrainingConfig, TrainingResult, classifier_accuracy, train_classifier, train_denoiser
+from .data import MNIST_MD5
+from .datasets import Dataset, load_dataset
+from .networks import Classifier, UNet
+from .training import PRECISIONS, TrainingResult, classifier_accuracy, train_classifier, train_denoiser
+from .training_plan import DEFAULTS, TrainingPlan, read_plan
 from .weights import ClassifierInfo, DenoiserInfo, load_classifier, load_denoiser, save_classifier, save_denoiser
 
-DIGITS = tuple("0123456789")
-DENOISER = UNetConfig(
-    image_size=28,
-    in_channels=1,
-    base_channels=64,
-    channel_multipliers=(1, 1),
-    blocks_per_level=1,
-    attention_levels=(1,),
-    num_classes=len(DIGITS),
-    patch_size=2,
-)
 CLASSIFIER_WIDTH = 32
-DEFAULTS = {
-    "denoiser": TrainingConfig(epochs=8.0),
-    "classifier": TrainingConfig(epochs=4.0, learning_rate=2e-3, ema_decay=0.99),
-}
+OPTIONS = ("epochs", "batch_size", "learning_rate", "seed", "checkpoint_every", "precision")
 
 
 @dataclass(frozen=True)
@@ -45,26 +33,28 @@ class Files:
     checkpoint: Path
 
     @classmethod
-    def of(cls, output: Path, model: str) -> "Files":
-        return cls(*(output / f"mnist_{model}{ending}" for ending in (".safetensors", ".json", ".checkpoint")))
+    def of(cls, output: Path, name: str) -> "Files":
+        return cls(*(output / f"{name}{ending}" for ending in (".safetensors", ".json", ".checkpoint")))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``dng train``."""
     parser.description = (
-        "Train one of the models that ship with DNG. A run that was stopped goes on from its checkpoint in the output "
-        "folder when the same command is given again, and ends with the same weights."
+        "Train one of the models that ship with DNG, or what a plan says. A run that was stopped goes on from its "
+        "checkpoint in the output folder when the same command is given again, and ends with the same weights."
     )
-    parser.add_argument("model", choices=tuple(DEFAULTS), help="what to train")
-    parser.add_argument("--data", type=Path, required=True, help="folder with MNIST's four IDX files (.gz or not)")
+    parser.add_argument("plan", help="denoiser, classifier, or a TOML file (see docs/experiments.md)")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data set (MNIST: its four IDX files)")
+    parser.add_argument("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data")
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights, record and checkpoint")
     parser.add_argument("--start-from", type=Path, metavar="WEIGHTS", help="weights to go on from (default: random)")
-    parser.add_argument("--epochs", type=float, help=_default("passes over the 60,000 training images", "epochs"))
+    parser.add_argument("--epochs", type=float, help=_default("passes over the training images", "epochs"))
     parser.add_argument("--batch-size", type=int, help=_default("images per step", "batch_size"))
     parser.add_argument("--learning-rate", type=float, help=_default("peak learning rate", "learning_rate"))
     parser.add_argument("--seed", type=int, help=_default("seed of the weights, batches and noise", "seed"))
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--checkpoint-every", type=int, help=_default("steps between checkpoints", "checkpoint_every"))
+    parser.add_argument("--precision", choices=PRECISIONS, help=_default("of forward passes", "precision"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,33 +73,37 @@ def train(args: argparse.Namespace) -> None:
     Raises
     ------
     OSError: if the data is not there or the output can't be written.
-    ValueError: for data that is not MNIST's, a bad option, and a checkpoint of another run.
+    ValueError: for a bad plan or option, damaged data, and a checkpoint of another run.
     FloatingPointError: if the loss is no longer finite.
     """
-    config = _config(args)
+    plan = read_plan(args.plan).with_training(**{name: getattr(args, name) for name in OPTIONS})
     device = _device(args.device)
-    initial = _initial(args.model, args.start_from) if args.start_from else None
-    images, labels = load_mnist(args.data, train=True)
+    everything = load_dataset(plan.dataset, args.data, train=True, download=args.download, size=plan.size or None)
+    data, class_names = plan.chosen(everything), plan.class_names(everything)
+    shape = data.images.shape[1:]
+    network = plan.unet(everything) if plan.model == "denoiser" else None
+    width = plan.network.get("width", CLASSIFIER_WIDTH)
+    model = UNet(network) if network else Classifier(shape[0], len(class_names), width)
+    initial = _initial(plan, model, args.start_from) if args.start_from else None
     args.output.mkdir(parents=True, exist_ok=True)
-    files = Files.of(args.output, args.model)
+    files = Files.of(args.output, plan.name)
+    name = plan.name.removesuffix(f"_{plan.model}")
 
     figures: dict[str, Any] = {}
-    if args.model == "denoiser":
-        result = train_denoiser(images, labels, DENOISER, config, files.checkpoint, device, initial)
-        info = DenoiserInfo("mnist", DENOISER, "linear", (-1.0, 1.0), DIGITS)
+    if network:
+        result = train_denoiser(data.images, data.labels, network, plan.training, files.checkpoint, device, initial)
+        info = DenoiserInfo(name, network, "linear", (-1.0, 1.0), class_names)
         save_denoiser(files.weights, result.state_dict, info)
     else:
-        result = train_classifier(images, labels, len(DIGITS), config, files.checkpoint, device, initial)
-        classifier = Classifier(1, len(DIGITS), CLASSIFIER_WIDTH)
-        classifier.load_state_dict(result.state_dict)
-        figures["test_accuracy"] = classifier_accuracy(classifier.eval(), *load_mnist(args.data, train=False))
-        save_classifier(
-            files.weights,
-            result.state_dict,
-            ClassifierInfo("mnist", 28, 1, CLASSIFIER_WIDTH, (-1.0, 1.0), DIGITS),
-        )
+        labelled = (data.images, data.labels, len(class_names))
+        result = train_classifier(*labelled, plan.training, files.checkpoint, device, initial, width)
+        model.load_state_dict(result.state_dict)
+        test = load_dataset(plan.dataset, args.data, train=False, size=plan.size or None)
+        figures["test_accuracy"] = classifier_accuracy(model.eval(), test.images, test.labels)
+        described = ClassifierInfo(name, shape[1], shape[0], width, (-1.0, 1.0), class_names)
+        save_classifier(files.weights, result.state_dict, described)
 
-    record = _record(args, config, device, result) | figures
+    record = _record(args, plan, data, device, result) | figures
     if args.start_from and (earlier := args.start_from.with_suffix(".json")).is_file():
         record["started_from"] = json.loads(earlier.read_text(encoding="utf-8"))
     partial = files.record.with_suffix(".partial")
@@ -126,32 +120,12 @@ def _default(text: str, field: str) -> str:
     return f"{text} (default: " + ", ".join(f"{v} for the {k}" for k, v in values.items()) + ")"
 
 
-def _config(args: argparse.Namespace) -> TrainingConfig:
-    base = DEFAULTS[args.model]
-
-    def chosen(name: str) -> Any:
-        value = getattr(args, name)
-        return getattr(base, name) if value is None else value
-
-    return TrainingConfig(
-        epochs=chosen("epochs"),
-        batch_size=chosen("batch_size"),
-        learning_rate=chosen("learning_rate"),
-        warmup_steps=base.warmup_steps,
-        ema_decay=base.ema_decay,
-        null_label_share=base.null_label_share,
-        seed=chosen("seed"),
-        checkpoint_every=chosen("checkpoint_every"),
-    )
-
-
-def _initial(model: str, path: Path) -> dict[str, Tensor]:
-    load = load_denoiser if model == "denoiser" else load_classifier
+def _initial(plan: TrainingPlan, model: nn.Module, path: Path) -> dict[str, Tensor]:
+    load = load_denoiser if plan.model == "denoiser" else load_classifier
     network, _ = load(path)
     state_dict = network.state_dict()
-    expected = UNet(DENOISER) if model == "denoiser" else Classifier(1, len(DIGITS), CLASSIFIER_WIDTH)
-    if {k: v.shape for k, v in state_dict.items()} != {k: v.shape for k, v in expected.state_dict().items()}:
-        raise ValueError(f"--start-from: {path} holds another network than `dng train {model}` trains")
+    if {k: v.shape for k, v in state_dict.items()} != {k: v.shape for k, v in model.state_dict().items()}:
+        raise ValueError(f"--start-from: {path} holds another network than the plan {plan.name} trains")
     return state_dict
 
 
@@ -162,21 +136,27 @@ def _device(name: str) -> torch.device:
 
 
 def _record(
-    args: argparse.Namespace, config: TrainingConfig, device: torch.device, result: TrainingResult
+    args: argparse.Namespace, plan: TrainingPlan, data: Dataset, device: torch.device, result: TrainingResult
 ) -> dict[str, Any]:
-    command = ["dng", "train", args.model, "--data", str(args.data), "--output", str(args.output)]
+    command = ["dng", "train", args.plan, "--data", str(args.data), "--output", str(args.output)]
     if args.start_from:
         command += ["--start-from", str(args.start_from)]
-    for option in ("epochs", "batch_size", "learning_rate", "seed", "checkpoint_every"):
-        command += [f"--{option.replace('_', '-')}", f"{getattr(config, option):g}"]
+    for option in OPTIONS:
+        value = getattr(plan.training, option)
+        command += [f"--{option.replace('_', '-')}", value if isinstance(value, str) else f"{value:g}"]
+    source: dict[str, Any] = {"name": data.name, "images": len(data.images), "digest": data.digest()}
+    if plan.dataset == "mnist":
+        source["md5"] = MNIST_MD5
+    if data.note:
+        source["note"] = data.note
     return {
         "command": shlex.join([*command, "--device", device.type]),
-        "seed": config.seed,
+        "seed": plan.training.seed,
         "steps": result.steps,
         "loss": result.loss,
         "seconds": round(result.seconds),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "data": {"name": "MNIST", "md5": MNIST_MD5},
+        "data": source,
     }

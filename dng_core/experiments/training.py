@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ from ..schedules import DDPMSchedule
 from .data import to_model_range
 from .networks import Classifier, UNet, UNetConfig, channels_last
 
+Precision = Literal["float32", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]  # (model, indices of the batch, generator)
 
 
@@ -31,7 +34,8 @@ LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]  # (model,
 class TrainingConfig:
     """How long and how fast to train; the learning rate warms up linearly and decays by a cosine to zero.
 
-    ``checkpoint_every`` counts steps; 0 writes a checkpoint at the end only.
+    ``checkpoint_every`` counts steps; 0 writes a checkpoint at the end only. ``precision`` "bfloat16" computes forward
+    passes in mixed precision (weights, their average and the loss stay in float32), which is for GPUs.
     """
 
     epochs: float
@@ -42,8 +46,11 @@ class TrainingConfig:
     null_label_share: float = 0.3
     seed: int = 0
     checkpoint_every: int = 250
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
         for name in ("epochs", "batch_size", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
@@ -76,8 +83,8 @@ def train_denoiser(
 ) -> TrainingResult:
     """Train the epsilon network by the simple loss of Ho et al. (eq. 14), a share of the labels dropped to null.
 
-    ``images``: (n, channels, height, width) uint8. ``initial``: weights to start from, in place of random ones.
-    Returns the exponential moving average of the weights.
+    A network without classes is trained without labels. ``images``: (n, channels, height, width) uint8. ``initial``:
+    weights to start from, in place of random ones. Returns the exponential moving average of the weights.
     """
     torch.manual_seed(config.seed)
     schedule = DDPMSchedule.named("linear")
@@ -90,8 +97,9 @@ def train_denoiser(
         timestep = (spread * len(alpha_bars)).long()
         noise = torch.randn(x0.shape, generator=generator)
         dropped = torch.rand(len(index), generator=generator) < config.null_label_share
-        label = labels[index].masked_fill(dropped, network.num_classes)
-        x0, timestep, noise, label = (v.to(device) for v in (x0, timestep, noise, label))
+        label = labels[index].masked_fill(dropped, network.num_classes) if network.num_classes else None
+        x0, timestep, noise = (v.to(device) for v in (x0, timestep, noise))
+        label = None if label is None else label.to(device)
         alpha_bar = alpha_bars[timestep][:, None, None, None]
         return F.mse_loss(model(alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, timestep, label), noise)
 
@@ -106,6 +114,7 @@ def train_classifier(
     checkpoint: Path,
     device: torch.device,
     initial: Mapping[str, Tensor] | None = None,
+    width: int = 32,
 ) -> TrainingResult:
     """Train the classifier by cross-entropy. ``images`` and ``initial`` as above.
 
@@ -113,7 +122,7 @@ def train_classifier(
     of -1 to 1), so that the remains of noise in generated images don't decide the class.
     """
     torch.manual_seed(config.seed)
-    model = Classifier(images.shape[1], num_classes)
+    model = Classifier(images.shape[1], num_classes, width)
 
     def loss(model: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
@@ -178,7 +187,8 @@ def _optimise(
             decay = 0.5 * (1 + math.cos(math.pi * step / total))
             for group in optimiser.param_groups:
                 group["lr"] = config.learning_rate * warmup * decay
-            value = loss(model, index, generator)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                value = loss(model, index, generator)
             optimiser.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -33,7 +33,7 @@ COMMANDS = (
     Command("run", "dng_core.headless.run_command", "run an API-format workflow in a real ComfyUI"),
     Command("install", "dng_core.headless.install_command", "install the pinned ComfyUI into the user's cache"),
     Command("test", "dng_core.headless.test_command", "run all tests of this checkout", passes_on=True),
-    Command("train", "dng_core.experiments.train_command", "train the shipped MNIST models", ("torch", "tqdm")),
+    Command("train", "dng_core.experiments.train_command", "train the shipped models, or your own", ("torch", "tqdm")),
     Command(
         "experiment",
         "dng_core.experiments.experiment_command",

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dng_core.experiments import data, train_command, training
 from dng_core.experiments.networks import UNet, UNetConfig
 from dng_core.experiments.training import TrainingConfig, train_classifier, train_denoiser
+from dng_core.experiments.training_plan import PLAN_FILES, read_plan
 from dng_core.experiments.weights import DenoiserInfo, load_classifier, load_denoiser, save_denoiser
 
 CPU = torch.device("cpu")
@@ -188,3 +190,97 @@ def test_damaged_data_is_refused(mnist_like, tmp_path, capsys):
     (mnist_like / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"something else"))
     assert dng_train("denoiser", "--data", mnist_like, "--output", tmp_path / "out") == 1
     assert "not MNIST's" in capsys.readouterr().err
+
+
+PLAN = """
+model = "{model}"
+dataset = "folder"
+{more}
+[network]
+{network}
+[training]
+epochs = 1.0
+batch_size = 4
+"""
+SMALL = "base_channels = 32\nchannel_multipliers = [1]\nblocks_per_level = 1\nattention_levels = []"
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """Two classes of 8x8 images, training and test."""
+    generator = torch.Generator().manual_seed(3)
+    for split in ("train", "test"):
+        for name in ("ant", "bee"):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for i in range(6):
+                pixels = torch.randint(0, 256, (8, 8, 3), generator=generator).to(torch.uint8).numpy()
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+def plan(folder: Path, name: str, model: str, more: str = "", network: str = SMALL) -> Path:
+    path = folder / f"{name}.toml"
+    path.write_text(PLAN.format(model=model, more=more, network=network))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("more", "classes", "images"),
+    [
+        ("", ("ant", "bee"), 12),
+        ('labels = "none"', (), 12),
+        ('labels = "none"\nonly = "bee"', (), 6),
+    ],
+    ids=["label-conditional", "unconditional", "class-only"],
+)
+def test_a_plan_trains_every_kind_of_denoiser(image_folder, tmp_path, more, classes, images):
+    path = plan(tmp_path, "try", "denoiser", more)
+    output = tmp_path / "out"
+    assert dng_train(path, "--data", image_folder, "--output", output, "--device", "cpu") == 0
+    model, info = load_denoiser(output / "try.safetensors")
+    assert info.class_names == classes and model.config.num_classes == len(classes)
+    assert model(torch.zeros(1, 3, 8, 8), torch.tensor([5])).shape == (1, 3, 8, 8)
+    assert json.loads((output / "try.json").read_text())["data"]["images"] == images
+
+
+def test_a_plan_trains_a_classifier_in_mixed_precision(image_folder, tmp_path):
+    path = plan(tmp_path, "bugs_classifier", "classifier", network="width = 4")
+    output = tmp_path / "out"
+    options = ("--data", image_folder, "--output", output, "--device", "cpu", "--precision", "bfloat16")
+    assert dng_train(path, *options) == 0
+    model, info = load_classifier(output / "bugs_classifier.safetensors")
+    assert (info.width, info.in_channels, info.image_size, info.class_names) == (4, 3, 8, ("ant", "bee"))
+    assert all(v.dtype == torch.float32 for v in model.state_dict().values() if v.is_floating_point())
+    assert "--precision bfloat16" in json.loads((output / "bugs_classifier.json").read_text())["command"]
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "network", "message"),
+    [
+        ("denoiser", 'labels = "none"\nonly = "wasp"', SMALL, "class 'wasp' is not one of the data set's: ant, bee"),
+        ("denoiser", 'only = "ant"', SMALL, "is for a denoiser with labels"),
+        ("painter", "", SMALL, "model must be one of denoiser, classifier"),
+        ("denoiser", "epoch = 3", SMALL, "unknown: epoch"),
+        ("denoiser", "", "channels = 3", "unknown channels"),
+        ("denoiser", 'labels = "some"', SMALL, "labels must be one of"),
+    ],
+)
+def test_bad_plans_are_refused(image_folder, tmp_path, capsys, model, more, network, message):
+    path = plan(tmp_path, "try", model, more, network)
+    assert dng_train(path, "--data", image_folder, "--output", tmp_path / "out") == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_plan_says_what_there_is(tmp_path, capsys):
+    assert dng_train("painter", "--data", tmp_path, "--output", tmp_path / "out") == 1
+    assert (
+        "give one of denoiser, classifier, cifar10_classifier, cifar10_denoiser, or a TOML file"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PLAN_FILES.glob("*.toml")))
+def test_shipped_plans_are_valid(name):
+    assert read_plan(name).name == name

@@ -1,0 +1,119 @@
+"""What `dng train` trains: a plan in a TOML file, or one of the two that the shipped MNIST models were trained by."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from .datasets import DATASETS, Dataset
+from .networks import UNetConfig
+from .training import TrainingConfig
+
+PLAN_FILES = Path(__file__).parent / "plans"
+Model = Literal["denoiser", "classifier"]
+Labels = Literal["conditional", "none"]
+SHIPPED_NETWORK = {
+    "base_channels": 64,
+    "channel_multipliers": (1, 1),
+    "blocks_per_level": 1,
+    "attention_levels": (1,),
+    "patch_size": 2,
+}
+DEFAULTS: dict[Model, TrainingConfig] = {
+    "denoiser": TrainingConfig(epochs=8.0),
+    "classifier": TrainingConfig(epochs=4.0, learning_rate=2e-3, ema_decay=0.99),
+}
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A model to train.
+
+    Parameters
+    ----------
+    name: of the files in the output folder.
+    labels: of a denoiser: "conditional" trains it on all classes with their labels (and the null label), "none"
+        without labels.
+    only: of a denoiser without labels: the one class that it is trained on; "" for all.
+    network: fields of :class:`UNetConfig` that differ from its defaults; for a classifier, ``width`` alone.
+    size: of images from a folder; 0 takes theirs.
+    """
+
+    name: str
+    model: Model
+    dataset: str = "mnist"
+    labels: Labels = "conditional"
+    only: str = ""
+    size: int = 0
+    network: Mapping[str, Any] = field(default_factory=dict)
+    training: TrainingConfig = DEFAULTS["denoiser"]
+
+    def __post_init__(self) -> None:
+        for name, known in (("model", tuple(DEFAULTS)), ("dataset", DATASETS), ("labels", ("conditional", "none"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.only and (self.model != "denoiser" or self.labels != "none"):
+            raise ValueError('only = "CLASS" is for a denoiser with labels = "none"')
+        unknown = self.network.keys() - self._network_fields()
+        if unknown:
+            raise ValueError(f"[network] has unknown {', '.join(sorted(unknown))}")
+
+    def chosen(self, data: Dataset) -> Dataset:
+        """The images to train on; ValueError for a class outside the data set, or one class where more are needed."""
+        if self.only and self.only not in data.class_names:
+            raise ValueError(f"class {self.only!r} is not one of the data set's: {', '.join(data.class_names)}")
+        return data.only(data.class_names.index(self.only)) if self.only else data
+
+    def class_names(self, data: Dataset) -> tuple[str, ...]:
+        """The classes that the trained model will know; none without labels."""
+        return () if self.model == "denoiser" and self.labels == "none" else data.class_names
+
+    def unet(self, data: Dataset) -> UNetConfig:
+        """The denoiser's network for the images of a data set."""
+        size, channels = data.images.shape[2], data.images.shape[1]
+        return UNetConfig(size, channels, num_classes=len(self.class_names(data)), **self.network)
+
+    def with_training(self, **changes: Any) -> "TrainingPlan":
+        """The plan with some training settings changed; None leaves them."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        return replace(self, training=replace(self.training, **given))
+
+    def _network_fields(self) -> set[str]:
+        if self.model == "classifier":
+            return {"width"}
+        return {f.name for f in fields(UNetConfig)} - {"image_size", "in_channels", "num_classes"}
+
+
+PLANS = {
+    "denoiser": TrainingPlan("mnist_denoiser", "denoiser", network=SHIPPED_NETWORK),
+    "classifier": TrainingPlan("mnist_classifier", "classifier", training=DEFAULTS["classifier"]),
+}
+
+
+def read_plan(name: str) -> TrainingPlan:
+    """The plan of a TOML file, of a name in ``plans``, or of a shipped model ("denoiser", "classifier").
+
+    Raises
+    ------
+    FileNotFoundError: if there is neither.
+    ValueError: if the file is no TOML, or says something unknown or invalid.
+    """
+    if name in PLANS:
+        return PLANS[name]
+    known_file = PLAN_FILES / f"{name}.toml"
+    path = known_file if known_file.is_file() else Path(name)
+    if not path.is_file():
+        known_names = ", ".join([*PLANS, *sorted(p.stem for p in PLAN_FILES.glob("*.toml"))])
+        raise FileNotFoundError(f"there is no plan {name!r}: give one of {known_names}, or a TOML file")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        known = {f.name for f in fields(TrainingPlan)}
+        if unknown := raw.keys() - known:
+            raise ValueError(f"unknown: {', '.join(sorted(unknown))} (known: {', '.join(sorted(known))})")
+        base = DEFAULTS.get(raw.get("model", ""), DEFAULTS["denoiser"])
+        raw["training"] = replace(base, **raw.get("training", {}))
+        raw["network"] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.get("network", {}).items()}
+        return TrainingPlan(**{"name": path.stem} | raw)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
