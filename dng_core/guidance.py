@@ -146,6 +146,7 @@ class NegativeGuidance:
         ]
         self._momenta: list[Tensor | None] = [None] * len(self.settings)
         self._gaps: list[Tensor | None] = [None] * len(self.settings)
+        self._ignored: Tensor | None = None
         self._prober = Prober(frame, seed, weight)
 
     def probe(self, state: Tensor, level: float) -> Probe | None:
@@ -175,6 +176,10 @@ class NegativeGuidance:
         """
         if len(negatives) != len(self.settings):
             raise ValueError(f"{len(self.settings)} concepts were set up but {len(negatives)} predictions given")
+        for negative in negatives:
+            if negative is not None:
+                bad = (~negative.isfinite()).any()
+                self._ignored = bad if self._ignored is None else self._ignored | bad
         negatives = [_finite(negative, reference) for negative in negatives]
         if probed is not None:
             self._update_gaps(reference, negatives, *probed)
@@ -223,6 +228,10 @@ class NegativeGuidance:
         sigma = self.frame.sigma(level)
         direction, self._momenta[i] = safe_latent_direction(difference, sigma, momentum, self.settings[i])
         return direction
+
+    def ignored(self) -> bool:
+        """Whether an undesired prediction held NaN or infinite values, which do not push. Waits for the device."""
+        return self._ignored is not None and bool(self._ignored)
 
     def trace(self, end: tuple[Tensor, float] | None = None) -> Trace:
         """What was tracked so far; empty if nothing was. Waits for the device: call it after the run.

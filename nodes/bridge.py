@@ -4,6 +4,7 @@ A run begins when ComfyUI calls a guider's ``outer_sample`` and dies with it. It
 ``model_options``, which ComfyUI copies for every run, so nothing is left behind on the model.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,11 @@ class Run:
             raise ValueError(
                 "sampling ended in NaN or infinite values, because the model itself predicted some; run the model in "
                 "bfloat16 or float32, or lower cfg, or the guidance scale if it only happens with guidance on"
+            )
+        if self.guidance.ignored():
+            logging.warning(
+                "Dynamic Negative Guidance: the model predicted NaN or infinite values under what is to be avoided; "
+                "they did not push. Run the model in bfloat16 or float32."
             )
         model_sampling = guider.inner_model.model_sampling
         state = model_sampling.noise_scaling(sigmas[-1], torch.zeros_like(samples), samples)

@@ -143,7 +143,7 @@ def draw(point: Point, device: str = "cpu") -> Drawn:
 
     Raises
     ------
-    FloatingPointError: if an image is not finite.
+    FloatingPointError: if an image, or a prediction on its way, is not finite.
     ValueError: if networks and point don't fit.
     """
     predict = predictor_of(point, device)
@@ -157,10 +157,10 @@ def draw(point: Point, device: str = "cpu") -> Drawn:
         noise = torch.randn((size, *shape), generator=generator).to(device)
         guidance = NegativeGuidance([point.settings], predict.chain, levels=levels) if point.settings else None
         drawn = ddpm_sample(predict, noise, levels, guidance, generator, point.variance)
-        if not bool(drawn.isfinite().all()):
+        if not bool(drawn.isfinite().all()) or (guidance is not None and guidance.ignored()):
             raise FloatingPointError(
-                f"{point.method} drew images that are not finite at {point.settings}: check the weights of "
-                f"{point.denoiser}, or lower guidance_scale and max_scale"
+                f"{point.method} predicted images that are not finite at {point.settings}: check the weights of "
+                f"{point.class_only or point.denoiser}, or lower guidance_scale and max_scale"
             )
         images.append(((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
         if guidance:

@@ -116,6 +116,6 @@ def test_shipped_weights_have_a_record_of_how_they_were_made():
         record = json.loads(file.with_suffix(".json").read_text())
         assert record["command"].startswith("dng train ")
         assert record["loss"] > 0
-        assert record["seed"] == 0
+        assert isinstance(record["seed"], int)
     accuracy = json.loads(shipped_classifiers()["mnist"].with_suffix(".json").read_text())["test_accuracy"]
     assert accuracy >= 0.99

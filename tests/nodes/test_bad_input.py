@@ -180,7 +180,7 @@ def nan_at(call: int, place: int | None) -> Any:
 
 @pytest.mark.parametrize("node", ["ksampler", "patch"])
 @pytest.mark.parametrize("call", [0, 2, 4])
-def test_nan_in_the_undesired_prediction_is_no_push(bench, node, call):
+def test_nan_in_the_undesired_prediction_is_no_push_and_a_warning(bench, node, call, caplog):
     """At cfg 1 the undesired one is in the third place; the second, the unconditional, is empty."""
     model = bench.model()
     model.set_model_unet_function_wrapper(nan_at(call, 2))
@@ -190,6 +190,7 @@ def test_nan_in_the_undesired_prediction_is_no_push(bench, node, call):
     else:
         samples = bench.sample(bench.patch(model))
     assert bool(samples.isfinite().all())
+    assert "NaN or infinite values under what is to be avoided" in caplog.text
 
 
 @pytest.mark.parametrize("node", ["ksampler", "patch", "guider"])
