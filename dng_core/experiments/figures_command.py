@@ -25,6 +25,7 @@ FIGURES = {
     "removal": "3: the oracle under the paper's CIFAR-10 settings, over step counts and schedules",
     "comfyui": "4: the oracle in a real ComfyUI, KSampler (DNG) and patch",
     "mnist": "5: MNIST in a real ComfyUI, all ten digits, against negative prompting",
+    "evidence": "whether the two predictions of the MNIST network agree: evidence for their class in its own images",
     "matrix": "every sampler and scheduler of a real ComfyUI against the oracle's exact answer, through every node",
     "predictions": "flow and v oracles against the epsilon one",
     "concepts": "two forbidden components of eight, as a list and as chained patches",
@@ -41,11 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``dng figures``."""
     parser.description = "Print figures: " + "; ".join(f"{name} ({text})" for name, text in FIGURES.items()) + "."
     parser.add_argument("figure", choices=tuple(FIGURES), help="which figure")
-    parser.add_argument("--samples", type=int, help="samples or images per point (default: 2000; mnist 512)")
+    parser.add_argument("--samples", type=int, help="samples or images per point (default: 2000; mnist, evidence 512)")
     oracle = parser.add_argument_group("the figures " + ", ".join(ORACLE_FIGURES))
     oracle.add_argument("--samplers", nargs="+", metavar="NAME", help="ComfyUI's names (most figures: all)")
     oracle.add_argument("--schedulers", nargs="+", metavar="NAME", help="ComfyUI's names (matrix: all, else karras)")
-    oracle.add_argument("--steps", type=int, nargs="+", metavar="N", help="step counts (most figures: 30)")
+    oracle.add_argument("--steps", type=int, nargs="+", metavar="N", help="step counts (most figures 30, evidence 50)")
     oracle.add_argument("--nodes", nargs="+", metavar="NAME", help="of the matrix and of off: ksampler, guider, patch")
     oracle.add_argument("--settings", choices=("exact", "cifar10"), default="exact", help="guidance (default: exact)")
     oracle.add_argument("--prediction", choices=("epsilon", "v", "flow"), default="epsilon", help="of the oracle")
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table and write it, with versions and the time taken, to FIGURE.json and FIGURE.md."""
-    samples = args.samples or (512 if args.figure == "mnist" else 2000)
+    samples = args.samples or (512 if args.figure in ("mnist", "evidence") else 2000)
     if samples < 1:
         raise HeadlessError(f"--samples must be at least 1, not {samples}.")
     args.output.mkdir(parents=True, exist_ok=True)
@@ -110,6 +111,10 @@ def rows_of(args: argparse.Namespace, samples: int) -> Iterator[dict[str, Any]]:
         yield from oracle_figures.posterior_figure(samples, args.seed)
     elif args.figure == "removal":
         yield from oracle_figures.removal_figure(samples, args.seed)
+    elif args.figure == "evidence":
+        from .evidence_figures import evidence_figure
+
+        yield from evidence_figure(samples, args.steps[0] if args.steps else 50, args.seed)
     else:
         # These need aiohttp, which the mathematics' figures do without.
         from ..headless.server import comfyui_server
