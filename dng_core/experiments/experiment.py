@@ -55,8 +55,8 @@ class MethodPlan:
         ]
 
     def sweep(self, best: Mapping[str, Any]) -> list[Settings]:
-        """The settings of the sweep, with the best of the search."""
-        return [self._settings(scale, best) for scale in self.scales]
+        """The settings of the sweep by rising scale, with the best of the search."""
+        return [self._settings(scale, best) for scale in sorted(self.scales)]
 
     def searched(self, settings: Settings) -> dict[str, Any]:
         """Of ``settings``, those that the search decides."""
@@ -81,6 +81,10 @@ class Experiment:
     classifier: a shipped classifier's name, or a file of `dng train classifier`.
     dataset: of real images to compare with (:func:`~.datasets.load_dataset`); "" for none.
     classes: names of the classes to remove, one after the other; () for all of the classifier's.
+    search_classes: names of the classes that the search for settings is done on, and whose best settings are used for
+        all; () to search for each class on its own.
+    adaptive: sweep each method from the smallest scale that the search finds safe to the first that is safe at full
+        size (:func:`~.selection.next_scale`), not over all scales.
     target_share: the forbidden share that counts as safe; settings are chosen by the least KL among safe ones.
     reference_images: the most real images that distances are measured against.
     """
@@ -92,6 +96,8 @@ class Experiment:
     dataset: str = ""
     class_only: Mapping[str, str] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    search_classes: tuple[str, ...] = ()
+    adaptive: bool = False
     images: int = 1000
     search_images: int = 128
     steps: int = 50
@@ -123,6 +129,9 @@ class Experiment:
                 raise ValueError(f"class {name!r} is not one of the data set's: {', '.join(class_names)}")
             if self.class_only and name not in self.class_only:
                 raise ValueError(f"there is no class-only network for {name!r}: name it under [class_only]")
+        for name in self.search_classes:
+            if name not in chosen:
+                raise ValueError(f"search class {name!r} is not one of the classes to remove: {', '.join(chosen)}")
         if len(class_names) < 2:
             raise ValueError("with one class only, nothing would be left: give data with at least two classes")
         return [class_names.index(name) for name in chosen]

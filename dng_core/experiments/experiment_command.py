@@ -46,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="take each method's best settings from this experiment's folder, tuned at other steps, say",
     )
+    parser.add_argument(
+        "--adaptive", action="store_true", help="at full size draw only the smallest scales that are safe, not all"
+    )
+    parser.add_argument("--search-classes", help="search for settings on these classes alone, with commas")
     parser.add_argument("--jobs", type=int, default=0, help="points drawn at once (default: one per GPU or two cores)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--engine", choices=ENGINES, default="local", help="what runs the points (default: local)")
@@ -112,8 +116,11 @@ def changed(experiment: Experiment, args: argparse.Namespace) -> Experiment:
         for name in ("images", "search_images", "steps", "batch", "seed")
         if getattr(args, name) is not None
     }
-    if args.classes:
-        changes["classes"] = tuple(args.classes.split(","))
+    for name in ("classes", "search_classes"):
+        if getattr(args, name):
+            changes[name] = tuple(getattr(args, name).split(","))
+    if args.adaptive:
+        changes["adaptive"] = True
     if args.methods:
         names = args.methods.split(",")
         if unknown := set(names) - METHOD_OF.keys():

@@ -1,5 +1,7 @@
 """Runs an experiment: the search, then the sweep, each point from the cache where it is there."""
 
+import itertools
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,10 +13,10 @@ import torch
 from tqdm import tqdm
 
 from .class_removal import METHOD_NAMES, Point, draw, keep_traces, weights_digest
-from .experiment import Experiment
+from .experiment import Experiment, MethodPlan
 from .measuring import Measurer
 from .runs_cache import RunsCache, write_json
-from .selection import best
+from .selection import best, mean_measures, next_scale, safe
 from .sweep import Workers, draw_all
 
 MANIFEST = "experiment.json"
@@ -67,28 +69,32 @@ class Runner:
         ------
         OSError: if the folder cannot be written (a full disk). What was done stays.
         """
-        baselines = [self._entry("baseline", label, None) for label in self.labels]
-        searched = [
-            self._entry("search", label, settings)
-            for label in self.labels
-            for plan in self.experiment.methods
-            for settings in plan.candidates()
-            if (self.class_names[label], METHOD_NAMES[plan.method]) not in self.settings_of
-        ]
-        self._write_manifest([*baselines, *searched])
-        done = self._complete([*baselines, *searched])
-        swept = self._sweep_entries(done)
-        entries = [*baselines, *searched, *swept]
+        entries = [*self._baselines(), *self._searched()]
         self._write_manifest(entries)
-        self._complete(swept)
-        return len(self.errors)
+        done = self._complete(entries)
+        found = {(k, p.method): self._found(k, p, done) for k in self.labels for p in self.experiment.methods}
+        while True:
+            following = [e for k in self.labels for p in self.experiment.methods
+                         for e in self._following(k, p, found[k, p.method], entries, done)]  # fmt: skip
+            wanted = [entry for entry in following if entry not in entries]  # what failed is not tried again
+            if not wanted:
+                return len(self.errors)
+            entries += wanted
+            self._write_manifest(entries)
+            done |= self._complete(wanted)
 
     def estimate(self) -> str:
         """What a run would cost, by one timed batch: an order of magnitude."""
-        entries = [self._entry("baseline", label, None) for label in self.labels]
-        plans = self.experiment.methods
-        entries += [self._entry("search", n, s) for n in self.labels for plan in plans for s in plan.candidates()]
-        entries += [self._entry("sweep", n, s) for n in self.labels for plan in plans for s in plan.sweep({})]
+        entries = [*self._baselines(), *self._searched()]
+        for label, plan in itertools.product(self.labels, self.experiment.methods):
+            swept = plan.sweep({})
+            if (self.class_names[label], METHOD_NAMES[plan.method]) in self.settings_of:
+                swept = swept[:1]
+            elif self.experiment.adaptive:
+                halvings = math.ceil(math.log2(len(swept)))
+                entries += [self._entry("search", label, settings) for settings in swept[:halvings]]
+                swept = swept[:1]
+            entries += [self._entry("sweep", label, settings) for settings in swept]
         waiting = {e.point.key(): e.point for e in entries if not self.cache.has(e.point)}
         evaluations = sum(point.evaluations for point in waiting.values())
         if not waiting:
@@ -100,25 +106,65 @@ class Runner:
         began = time.monotonic()
         draw(trial, device)
         seconds = evaluations * (time.monotonic() - began) / trial.evaluations
+        rest = "; more where a first full point is not safe" if self.experiment.adaptive else ""
         return (
             f"{len(waiting)} points, {evaluations:,} network evaluations of single images: about {_duration(seconds)} "
-            f"one after the other on {device} ({torch.get_num_threads()} threads)"
+            f"one after the other on {device} ({torch.get_num_threads()} threads){rest}"
         )
 
-    def _sweep_entries(self, done: Mapping[str, dict[str, Any]]) -> list[Entry]:
-        entries = []
-        for label in self.labels:
-            name = self.class_names[label]
-            for plan in self.experiment.methods:
-                given = self.settings_of.get((name, METHOD_NAMES[plan.method]))
-                if given is not None:
-                    entries.append(self._entry("sweep", label, given))
-                    continue
-                tried = [(s, self._entry("search", label, s).point.key()) for s in plan.candidates()]
-                measured = [(s, done[key]["by_class"][name]) for s, key in tried if key in done]
-                found = plan.searched(best(measured, self.experiment.target_share)) if measured else {}
-                entries += [self._entry("sweep", label, settings) for settings in plan.sweep(found)]
-        return entries
+    def _baselines(self) -> list[Entry]:
+        return [self._entry("baseline", label, None) for label in self.labels]
+
+    def _searched(self) -> list[Entry]:
+        """The search for settings, of methods and classes whose settings are not given."""
+        return list(
+            dict.fromkeys(
+                self._entry("search", searched, settings)
+                for label in self.labels
+                for plan in self.experiment.methods
+                if (self.class_names[label], METHOD_NAMES[plan.method]) not in self.settings_of
+                for searched in self._searched_for(label)
+                for settings in plan.candidates()
+            )
+        )
+
+    def _searched_for(self, label: int) -> list[int]:
+        """The classes whose search decides the settings of a class."""
+        return [self.class_names.index(name) for name in self.experiment.search_classes] or [label]
+
+    def _found(self, label: int, plan: MethodPlan, done: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        """The best settings of the search."""
+        measured = []
+        for settings in plan.candidates():
+            tried = [self._entry("search", k, settings) for k in self._searched_for(label)]
+            if all(entry.point.key() in done for entry in tried):
+                measures = mean_measures([done[e.point.key()]["by_class"][e.name] for e in tried])
+                measured.append((settings, measures))
+        return plan.searched(best(measured, self.experiment.target_share)) if measured else {}
+
+    def _following(
+        self,
+        label: int,
+        plan: MethodPlan,
+        found: Mapping[str, Any],
+        entries: Sequence[Entry],
+        done: Mapping[str, dict[str, Any]],
+    ) -> list[Entry]:
+        """What is to be drawn of a method's sweep, after ``entries``: all of it, or the next scale alone."""
+        given = self.settings_of.get((self.class_names[label], METHOD_NAMES[plan.method]))
+        if given is not None:
+            return [self._entry("sweep", label, given)]
+        swept = {settings.guidance_scale: settings for settings in plan.sweep(found)}
+        if not self.experiment.adaptive:
+            return [self._entry("sweep", label, settings) for settings in swept.values()]
+        safe_at: dict[str, dict[float, bool]] = {"search": {}, "sweep": {}}
+        for (role, known), (scale, settings) in itertools.product(safe_at.items(), swept.items()):
+            entry = self._entry(role, label, settings)
+            if entry in entries and entry.point.key() in done:
+                measures = done[entry.point.key()]["by_class"][entry.name]
+                known[scale] = safe(measures, self.experiment.target_share)
+        following = next_scale(list(swept), safe_at["search"], safe_at["sweep"])
+        return [] if following is None else [self._entry(following[0], label, swept[following[1]])]
 
     def _entry(self, role: str, label: int, settings: Any) -> Entry:
         images = self.experiment.search_images if role == "search" else self.experiment.images

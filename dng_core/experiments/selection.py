@@ -1,7 +1,8 @@
-"""Which settings are best: the least imbalance among those that are safe."""
+"""Which settings are best, the least imbalance among those that are safe, and which to try next."""
 
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean
+from typing import Any, Literal, TypeVar
 
 Key = TypeVar("Key")
 
@@ -29,3 +30,39 @@ def best(measured: Iterable[tuple[Key, dict[str, Any]]], target: float, quality:
         return not is_safe, 0.0 if is_safe else measures["forbidden_share"]["value"], value
 
     return min(pairs, key=cost)[0]
+
+
+def mean_measures(measured: Sequence[dict[str, Any]], quality: str = "kl_renormalised") -> dict[str, Any]:
+    """What :func:`best` looks at, averaged over several classes; a quality that one of them lacks is lacking."""
+    qualities = [m.get(quality, {}).get("value") for m in measured]
+    return {
+        "forbidden_share": {"value": mean(m["forbidden_share"]["value"] for m in measured)},
+        quality: {"value": None if None in qualities else mean(qualities)},
+    }
+
+
+def next_scale(
+    scales: Sequence[float], searched: Mapping[float, bool], swept: Mapping[float, bool]
+) -> tuple[Literal["search", "sweep"], float] | None:
+    """What an adaptive sweep draws next: a scale with few images ("search") or with all ("sweep"); None at its end.
+
+    The smallest safe scale is looked for by bisection with few images, as if less were left at every larger scale.
+    There the sweep begins, and it goes up until a scale is safe with all images.
+
+    Parameters
+    ----------
+    scales: in rising order.
+    searched, swept: scale -> whether it was safe, of what was drawn with few and with all images.
+    """
+    low, high = 0, len(scales) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if scales[middle] not in searched:
+            return "search", scales[middle]
+        low, high = (low, middle) if searched[scales[middle]] else (middle + 1, high)
+    for scale in scales[low:]:
+        if scale not in swept:
+            return "sweep", scale
+        if swept[scale]:
+            break
+    return None
