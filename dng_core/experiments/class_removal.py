@@ -158,9 +158,11 @@ def draw(point: Point, device: str = "cpu") -> Drawn:
         guidance = NegativeGuidance([point.settings], predict.chain, levels=levels) if point.settings else None
         drawn = ddpm_sample(predict, noise, levels, guidance, generator, point.variance)
         if not bool(drawn.isfinite().all()) or (guidance is not None and guidance.ignored()):
+            at = f" at {point.settings}" if point.settings else ""
+            lower = ", or lower guidance_scale and max_scale" if point.settings else ""
             raise FloatingPointError(
-                f"{point.method} predicted images that are not finite at {point.settings}: check the weights of "
-                f"{point.class_only or point.denoiser}, or lower guidance_scale and max_scale"
+                f"{point.class_only or point.denoiser} predicted images that are not finite{at}: check its "
+                f"weights{lower}"
             )
         images.append(((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
         if guidance:

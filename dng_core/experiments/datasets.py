@@ -82,6 +82,8 @@ def load_dataset(name: str, folder: Path, train: bool, download: bool = False, s
     ValueError: if they are damaged, of another data set, or there is one class only.
     """
     if name == "mnist":
+        if (folder / "MNIST" / "raw").is_dir():  # where torchvision puts it
+            folder = folder / "MNIST" / "raw"
         if download and not any((folder / f"{file}{end}").is_file() for file in MNIST_MD5 for end in ("", ".gz")):
             folder = _download("MNIST", folder)
         return Dataset("MNIST", *load_mnist(folder, train), DIGITS)

@@ -13,6 +13,7 @@ import torch
 from .. import __version__
 from .datasets import Dataset, load_dataset
 from .experiment import METHOD_OF, Experiment, read_experiment
+from .features import require_inception
 from .measuring import Measurer
 from .networks import channels_last
 from .runner import Runner
@@ -66,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
             print(runner.estimate())
             return 0
         failed = runner.run()
+        if failed:
+            print(f"dng experiment: {failed} points failed:", *runner.errors, sep="\n  ", file=sys.stderr)
         from .report_command import write_reports
 
         for path in write_reports(runner.folder):
@@ -77,8 +80,6 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"dng experiment: {error}", file=sys.stderr)
         return 1
-    if failed:
-        print(f"dng experiment: {failed} points failed:", *runner.errors, sep="\n  ", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -98,7 +99,11 @@ def prepare(args: argparse.Namespace) -> Runner:
         real = load_dataset(experiment.dataset, args.data, train=True, download=args.download, size=info.image_size)
         real = real.sample(experiment.reference_images)
         note = f"distances to {len(real.images)} training images of {real.name}" + (f": {real.note}" * bool(real.note))
-    measurer = Measurer(classifier, info, real, folder / "fid" if args.fid and real is not None else None)
+    if args.fid:
+        if real is None:
+            raise ValueError("--fid compares with real images: give --data")
+        require_inception()
+    measurer = Measurer(classifier, info, real, folder / "fid" if args.fid else None)
     about = {
         "command": shlex.join(["dng", *sys.argv[1:]]),
         "versions": {"dng": __version__, "torch": torch.__version__, "python": platform.python_version()},

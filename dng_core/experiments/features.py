@@ -74,34 +74,40 @@ def classified(classifier: Classifier, images: np.ndarray, batch: int = 500) -> 
     return everything, classifier.head(everything.to(device)).argmax(dim=1).cpu()
 
 
-def inception_fid(images: np.ndarray, reference: np.ndarray, name: str, cache: Path, cuda: bool) -> float | None:
-    """FID with Inception-V3, by torch-fidelity; None where its weights cannot be had.
+def require_inception() -> None:
+    """Fetch what FID needs, or find it there; ValueError if torch-fidelity or Inception-V3's weights cannot be had."""
+    try:
+        from torch_fidelity.utils import create_feature_extractor
+    except ModuleNotFoundError as error:
+        raise ValueError("FID needs torch-fidelity: pip install torch-fidelity, or leave out --fid") from error
+    try:
+        create_feature_extractor("inception-v3-compat", ["2048"], cuda=False, verbose=False)
+    except OSError as error:  # urllib's errors: no connection to the weights
+        raise ValueError(
+            f"FID needs Inception-V3's weights, which torch-fidelity could not fetch ({error}): try again where there "
+            f"is internet, or leave out --fid (the Fréchet distance in the classifier's features needs none)"
+        ) from error
+
+
+def inception_fid(images: np.ndarray, reference: np.ndarray, name: str, cache: Path, cuda: bool) -> float:
+    """FID with Inception-V3, by torch-fidelity, after :func:`require_inception`.
 
     Parameters
     ----------
     images, reference: drawn and real ones, (n, channels, height, width) uint8.
     name: under which the reference's statistics are kept in ``cache``.
-
-    Raises
-    ------
-    ValueError: if torch-fidelity is not installed.
     """
-    try:
-        import torch_fidelity
-    except ModuleNotFoundError as error:
-        raise ValueError("FID needs torch-fidelity: pip install torch-fidelity, or leave out --fid") from error
-    try:
-        figures: dict[str, Any] = torch_fidelity.calculate_metrics(
-            input1=_Images(images),
-            input2=_Images(reference),
-            input2_cache_name=name,
-            cache_root=str(cache),
-            cuda=cuda,
-            fid=True,
-            verbose=False,
-        )
-    except OSError:  # urllib's errors: no connection to the weights
-        return None
+    import torch_fidelity
+
+    figures: dict[str, Any] = torch_fidelity.calculate_metrics(
+        input1=_Images(images),
+        input2=_Images(reference),
+        input2_cache_name=name,
+        cache_root=str(cache),
+        cuda=cuda,
+        fid=True,
+        verbose=False,
+    )
     return float(figures["frechet_inception_distance"])
 
 

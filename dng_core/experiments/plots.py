@@ -37,7 +37,7 @@ def pareto(results: Results, removed: str) -> Figure:
         axes.set_xlabel(f"images that still show {removed}, %  (dashed: what counts as safe)")
         axes.set_ylabel(AXES[measure])
         axes.set_xlim(left=0)
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.set_ylim(bottom=min([0.0, *(1.1 * y for r in rows if (y := r.value(measure)) is not None)]))
         axes.grid(alpha=0.25)
         if i == 0 and axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
@@ -46,7 +46,8 @@ def pareto(results: Results, removed: str) -> Figure:
 
 
 def _front(axes: Axes, rows: Sequence[Result], measure: str, method: str) -> None:
-    points = [(r, x, y) for r in rows if (x := r.value("forbidden_share")) is not None and (y := r.value(measure))]
+    values = ((r, r.value("forbidden_share"), r.value(measure)) for r in rows)
+    points = [(r, x, y) for r, x, y in values if x is not None and y is not None]
     if not points:
         return
     xs, ys = np.array([100 * x for _, x, _ in points]), np.array([y for _, _, y in points])

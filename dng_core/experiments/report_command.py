@@ -155,9 +155,10 @@ def verdict(results: Results, quality: str) -> str:
         return f"{COLUMNS[quality]}: not yet measured."
     text = (
         f"{COLUMNS[quality]}: at a forbidden share of {results.target:.1%} or less, DNG's best point is lower than "
-        f"that of every other method for {better} of {decided} classes (one that never gets there counts as beaten)."
+        f"that of every other method for {better} of {decided} classes, each method at its best by this measure (one "
+        "that never gets there counts as beaten)."
     )
-    return text + (f" DNG itself does not get there for {', '.join(unsafe)}." if unsafe else "")
+    return text + (f" DNG itself does not get there for: {', '.join(unsafe)}." if unsafe else "")
 
 
 def _introduction(results: Results) -> list[str]:
@@ -168,12 +169,13 @@ def _introduction(results: Results) -> list[str]:
         f"{m['note'][0].upper()}{m['note'][1:]}. Fréchet distances are in the features of the classifier "
         f"{e['classifier']!r}, and not FID. Each method stands at the settings with the least KL among its points "
         f"with at most {results.target:.1%} left (else at its safest), chosen and shown on the same images. "
-        "Intervals: 95 %, Wilson's for shares, basic bootstrap otherwise.",
+        "Intervals: 95 %, Wilson's for shares; otherwise basic bootstrap, of what many images would give: with few, a "
+        "divergence or distance lies above its own.",
         verdict(results, "kl_renormalised"),
         verdict(results, "frechet_without"),
     ]
     if results.missing:
-        lines.append(f"{results.missing} points are not there yet: give the command again to complete them.")
+        lines.append(f"Points that are not there yet: {results.missing}. Give the command again to complete them.")
     return lines
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .class_removal import Drawn, Point
+from .class_removal import METHOD_NAMES, Drawn, Point
 from .metrics import Change, change_from_baseline
 from .runner import MANIFEST
 from .runs_cache import RunsCache
@@ -87,7 +87,11 @@ class Results:
         by_method: dict[str, list[Result]] = {}
         for result in self.of(removed, "sweep"):
             by_method.setdefault(result.method, []).append(result)
-        return {m: best([(r, r.measures) for r in found], self.target, quality) for m, found in by_method.items()}
+        return {
+            method: best([(r, r.measures) for r in by_method[method]], self.target, quality)
+            for method in METHOD_NAMES.values()
+            if method in by_method
+        }
 
     def is_safe(self, result: Result) -> bool:
         return safe(result.measures, self.target)

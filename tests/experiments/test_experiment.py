@@ -316,7 +316,7 @@ def test_a_network_that_draws_nan_fails_its_points_with_a_message(files, capsys)
     save_denoiser(files / "denoiser.safetensors", state, DenoiserInfo("t", NETWORK, "linear", (-1.0, 1.0), NAMES))
     assert dng_experiment(files, "--methods", "NP") == 1
     message = capsys.readouterr().err
-    assert "not finite" in message and "check the weights" in message
+    assert "not finite" in message and "check its weights" in message
     assert {r.role for r in read_results(files / "out").results} == {"baseline"}
 
 
@@ -459,7 +459,8 @@ def test_an_adaptive_sweep_gives_up_a_point_that_cannot_be_drawn(files, monkeypa
     experiment(files, lambda t: t.replace("[0.0, 2.0]", "[1.0, 2.0, 3.0]"))
     monkeypatch.setattr(runner, "draw_all", lambda points, workers: ((p, RuntimeError("no")) for p in points))
     assert dng_experiment(files, "--methods", "NP", "--adaptive") == 1
-    assert "nothing of the experiment" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "2 points failed" in message and "NP on ant: no" in message and "nothing of the experiment" in message
 
 
 def test_a_shared_search_takes_the_mean_over_its_classes():

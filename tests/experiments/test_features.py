@@ -3,12 +3,13 @@
 import math
 import sys
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 
-from dng_core.experiments.features import Gaussian, frechet_distance, inception_fid, inside_manifold
+from dng_core.experiments.features import Gaussian, frechet_distance, inception_fid, inside_manifold, require_inception
 from dng_core.experiments.metrics import balance_kl_renormalised, balance_kl_unbiased, bootstrap_interval
 
 
@@ -82,7 +83,7 @@ def test_the_bootstrap_interval_of_a_mean_covers_it_as_often_as_it_says():
     assert 0.88 <= covered / 200 <= 0.99
 
 
-def test_fid_is_asked_of_torch_fidelity_and_absent_weights_leave_it_out(tmp_path, monkeypatch):
+def test_fid_is_asked_of_torch_fidelity(tmp_path, monkeypatch):
     images = np.zeros((2, 1, 4, 4), np.uint8)
     asked = {}
 
@@ -95,11 +96,31 @@ def test_fid_is_asked_of_torch_fidelity_and_absent_weights_leave_it_out(tmp_path
     assert asked["fid"] and asked["input2_cache_name"] == "real"
     assert asked["input1"][0].shape == (3, 4, 4) and asked["input1"][0].dtype == torch.uint8
 
-    def offline(**options: object) -> dict[str, float]:
-        raise OSError("no connection")
 
-    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace(calculate_metrics=offline))
-    assert inception_fid(images, images, "real", tmp_path, cuda=False) is None
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ValueError, match="pip install torch-fidelity"):
-        inception_fid(images, images, "real", tmp_path, cuda=False)
+@pytest.mark.parametrize("found", ["weights", "no connection", "no torch-fidelity"])
+def test_what_fid_needs_is_asked_for_before_anything_is_drawn(monkeypatch, found):
+    """torch-fidelity itself needs Inception's weights from the network: a stand-in for it."""
+
+    def create(name: str, features: list[str], **options: object) -> None:
+        assert (name, features) == ("inception-v3-compat", ["2048"])
+        if found == "no connection":
+            raise URLError("Name or service not known")
+
+    utils = SimpleNamespace(create_feature_extractor=create) if found != "no torch-fidelity" else None
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace(utils=utils))
+    monkeypatch.setitem(sys.modules, "torch_fidelity.utils", utils)
+    if found == "weights":
+        require_inception()
+        return
+    remedy = "could not fetch .*internet, or leave out --fid" if found == "no connection" else "pip install"
+    with pytest.raises(ValueError, match=remedy):
+        require_inception()
+
+
+def test_the_frechet_distance_is_torch_fidelitys_formula():
+    """FID as torch-fidelity computes it, from features that we give it, is our Fréchet distance."""
+    fidelity = pytest.importorskip("torch_fidelity.metric_fid")
+    a, b = (torch.randn(60, 8, generator=torch.Generator().manual_seed(i)) * (1 + i) for i in range(2))
+    statistics = [fidelity.fid_features_to_statistics(x) for x in (a, b)]
+    theirs = fidelity.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(Gaussian.of(a), Gaussian.of(b)) == pytest.approx(theirs, rel=1e-6)
