@@ -21,7 +21,7 @@ AXES = {
     "frechet_without": "Fréchet distance, classifier features",
     "fid_without": "FID",
 }
-SHEET_IMAGES = 64
+SHEET_IMAGES = 36
 
 
 def pareto(results: Results, removed: str) -> Figure:

@@ -5,10 +5,12 @@ import base64
 import html
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from .class_removal import METHOD_NAMES
 from .report_data import Result, Results, read_results, table, to_csv
 from .runs_cache import write_json, write_whole
 
@@ -28,6 +30,7 @@ COLUMNS = {
     "fid_without": "FID, without the class",
     "fid_all": "FID, all data",
 }
+CODE = re.compile("`([^`]*)`")
 SHARES = ("forbidden_share", "precision", "recall")
 
 
@@ -92,7 +95,9 @@ def write_reports(folder: Path) -> list[Path]:
 
 def markdown(results: Results) -> str:
     """The report as Markdown, plots by their file names."""
-    lines = [f"# {_title(results)}", "", *_introduction(results), ""]
+    lines = [f"# {_title(results)}", "", *(f"{paragraph}\n" for paragraph in _introduction(results))]
+    head, rows = overview_table(results)
+    lines += [_row(head), _row(["---"] * len(head)), *(_row(r) for r in rows), ""]
     for removed in results.removed:
         head, rows = best_table(results, removed)
         lines += [f"## {removed} removed", "", _row(head), _row(["---"] * len(head)), *(_row(r) for r in rows), ""]
@@ -106,7 +111,8 @@ def markdown(results: Results) -> str:
 def page(results: Results, pictures: dict[str, dict[str, bytes]]) -> str:
     """The report as one self-contained HTML page."""
     body = [f"<h1>{html.escape(_title(results))}</h1>"]
-    body += [f"<p>{html.escape(line)}</p>" for line in _introduction(results) if line]
+    body += [f"<p>{CODE.sub(_code, html.escape(line))}</p>" for line in _introduction(results)]
+    body.append(_html_table(*overview_table(results)))
     for removed in results.removed:
         body.append(f"<h2>{html.escape(removed)} removed</h2>")
         body.append(_html_table(*best_table(results, removed)))
@@ -123,10 +129,25 @@ def page(results: Results, pictures: dict[str, dict[str, bytes]]) -> str:
     )
 
 
+def overview_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: by class, what is left, and balance and distance of each method at its best."""
+    measures = {"forbidden_share": "left", "kl_renormalised": "KL", "frechet_without": "Fréchet"}
+    by_class = {name: _unguided_and_best(results, name) for name in results.removed}
+    methods = [m for m in METHOD_NAMES.values() if any(m in (r.method for r in rows) for rows in by_class.values())]
+    shown = {
+        k: v for k, v in measures.items() if any(r.value(k) is not None for rows in by_class.values() for r in rows)
+    }
+    body = []
+    for name, rows in by_class.items():
+        of = {r.method: r for r in rows}
+        cells = [_number(of[m], k) if m in of else "–" for k in shown for m in methods]
+        body.append([name, *cells])
+    return ["removed", *(f"{label}, {m}" for label in shown.values() for m in methods)], body
+
+
 def best_table(results: Results, removed: str) -> tuple[list[str], list[list[str]]]:
     """Head and rows: the unguided model, and each method at its best."""
-    rows = [*results.of(removed, "baseline"), *results.best(removed).values()]
-    return _cells(results, rows)
+    return _cells(results, _unguided_and_best(results, removed))
 
 
 def every_table(results: Results, removed: str) -> tuple[list[str], list[list[str]]]:
@@ -192,13 +213,28 @@ def _cells(results: Results, rows: list[Result]) -> tuple[list[str], list[list[s
     return head, body
 
 
+def _unguided_and_best(results: Results, removed: str) -> list[Result]:
+    return [*results.of(removed, "baseline"), *results.best(removed).values()]
+
+
 def _figure(result: Result, name: str) -> str:
-    value, (low, high) = result.value(name), result.interval(name)
-    if value is None:
-        return "–"
-    form = "{:.1%}" if name in SHARES else "{:.3f}"
-    spread = "" if low is None or high is None else f" ({form.format(low)} .. {form.format(high)})"
-    return form.format(value) + spread
+    low, high = result.interval(name)
+    if low is None or high is None:
+        return _number(result, name)
+    return f"{_number(result, name)} ({_form(low, name)} .. {_form(high, name)})"
+
+
+def _number(result: Result, name: str) -> str:
+    value = result.value(name)
+    return "–" if value is None else _form(value, name)
+
+
+def _form(value: float, name: str) -> str:
+    return f"{value:.1%}" if name in SHARES else f"{value:.3f}"
+
+
+def _code(found: re.Match[str]) -> str:
+    return f"<code>{found[1]}</code>"
 
 
 def _settings(result: Result) -> str:
