@@ -158,7 +158,7 @@ def draw(point: Point, device: str = "cpu") -> Drawn:
         guidance = NegativeGuidance([point.settings], predict.chain, levels=levels) if point.settings else None
         drawn = ddpm_sample(predict, noise, levels, guidance, generator, point.variance)
         if not bool(drawn.isfinite().all()) or (guidance is not None and guidance.ignored()):
-            at = f" at {point.settings}" if point.settings else ""
+            at = f" by {point.method} at scale {point.settings.guidance_scale:g}" if point.settings else ""
             lower = ", or lower guidance_scale and max_scale" if point.settings else ""
             raise FloatingPointError(
                 f"{point.class_only or point.denoiser} predicted images that are not finite{at}: check its "

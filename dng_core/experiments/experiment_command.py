@@ -66,6 +66,10 @@ def run(args: argparse.Namespace) -> int:
         if args.estimate:
             print(runner.estimate())
             return 0
+    except (OSError, ValueError, FloatingPointError) as error:
+        print(f"dng experiment: {error}", file=sys.stderr)
+        return 1
+    try:
         failed = runner.run()
         if failed:
             print(f"dng experiment: {failed} points failed:", *runner.errors, sep="\n  ", file=sys.stderr)
