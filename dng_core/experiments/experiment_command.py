@@ -1,6 +1,7 @@
 """``dng experiment``: removes classes by every method, measures what is left, and reports."""
 
 import argparse
+import errno
 import platform
 import shlex
 import sys
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         for path in write_reports(runner.folder):
             print(path)
     except OSError as error:
-        remedy = "free some space and give the same command again" if error.errno == 28 else "give the command again"
+        remedy = "free some space and " * (error.errno == errno.ENOSPC) + "give the same command again"
         print(f"dng experiment: {error}; what was computed is kept: {remedy}", file=sys.stderr)
         return 1
     except ValueError as error:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .class_removal import METHOD_NAMES
+from .files import write_json, write_whole
 from .report_data import Result, Results, read_results, table, to_csv
-from .runs_cache import write_json, write_whole
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;font-size:13px;margin:1rem 0}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from .class_removal import METHOD_NAMES, Point, draw, keep_traces, weights_digest
 from .experiment import Experiment, MethodPlan
+from .files import write_json
 from .measuring import Measurer
-from .runs_cache import RunsCache, write_json
+from .runs_cache import RunsCache
 from .selection import best, mean_measures, next_scale, safe
 from .sweep import Workers, draw_all
 

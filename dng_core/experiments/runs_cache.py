@@ -5,7 +5,6 @@ A file appears whole or not at all, so a run that was stopped, or whose disk was
 
 import io
 import json
-import os
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .class_removal import Drawn, Point
+from .files import write_json, write_whole
 
 
 class RunsCache:
@@ -62,23 +62,3 @@ class RunsCache:
 
     def _record(self, point: Point) -> Path:
         return self.folder / f"{point.key()}.json"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all; NaN, which JSON does not know, is refused."""
-    write_whole(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; OSError (a full disk) leaves no remains."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -1,8 +1,8 @@
 """``dng train``: trains the models that ship with the project, and what a plan says."""
 
 import argparse
+import errno
 import json
-import os
 import platform
 import shlex
 import sys
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .data import MNIST_MD5
 from .datasets import Dataset, load_dataset
+from .files import write_json
 from .networks import Classifier, UNet
 from .training import PRECISIONS, TrainingResult, classifier_accuracy, train_classifier, train_denoiser
 from .training_plan import DEFAULTS, TrainingPlan, read_plan
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         train(args)
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"dng train: {error}", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            print("The last checkpoint is kept: free some space and give the same command again.", file=sys.stderr)
         return 1
     return 0
 
@@ -106,9 +109,7 @@ def train(args: argparse.Namespace) -> None:
     record = _record(args, plan, data, device, result) | figures
     if args.start_from and (earlier := args.start_from.with_suffix(".json")).is_file():
         record["started_from"] = json.loads(earlier.read_text(encoding="utf-8"))
-    partial = files.record.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, files.record)
+    write_json(files.record, record)
     print(f"loss {result.loss:.5f}" + "".join(f", {k.replace('_', ' ')} {v:.4f}" for k, v in figures.items()))
     print(f"weights: {files.weights}\nrecord: {files.record}\n{files.checkpoint} is no longer needed")
 

@@ -7,7 +7,6 @@ was stopped and resumed from its checkpoint gives the same weights as one that w
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,12 +16,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..schedules import DDPMSchedule
 from .data import to_model_range
+from .files import write_whole
 from .networks import Classifier, UNet, UNetConfig, channels_last
 
 Precision = Literal["float32", "bfloat16"]
@@ -229,9 +229,7 @@ def _save_checkpoint(
         tensors |= {f"optimiser.{i}.{k}": v for k, v in state.items()}
     tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"identity": identity, "step": str(step), "seconds": f"{seconds:.1f}"})
-    os.replace(partial, path)
+    write_whole(path, save(tensors, metadata={"identity": identity, "step": str(step), "seconds": f"{seconds:.1f}"}))
 
 
 def _load_checkpoint(

@@ -4,7 +4,6 @@ Only safetensors is read: it holds tensors and text, and nothing that could run.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .files import write_whole
 from .networks import Classifier, UNet, UNetConfig
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
@@ -117,9 +117,7 @@ def _save(path: Path, state_dict: Mapping[str, Tensor], kind: str, info: Denoise
         k: (v.float() if v.is_floating_point() else v).detach().cpu().contiguous().clone()
         for k, v in state_dict.items()
     }
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(save(tensors, metadata={"kind": kind, "info": json.dumps(asdict(info))}))
-    os.replace(partial, path)
+    write_whole(path, save(tensors, metadata={"kind": kind, "info": json.dumps(asdict(info))}))
 
 
 def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

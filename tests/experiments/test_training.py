@@ -1,9 +1,11 @@
 """Training: a seed gives the same weights, stopped and resumed or not; bad checkpoints and options are refused."""
 
 import argparse
+import errno
 import gzip
 import hashlib
 import json
+import os
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +162,26 @@ def test_a_checkpoint_started_elsewhere_is_refused(tmp_path, images, labels):
     zeros = {k: torch.zeros_like(v) for k, v in UNet(NETWORK).state_dict().items()}
     with pytest.raises(ValueError, match="other settings"):
         train_denoiser(images, labels, NETWORK, CONFIG, tmp_path / "c", CPU, zeros)
+
+
+def test_a_full_disk_keeps_the_checkpoint_and_leaves_no_half_file(mnist_like, tmp_path, monkeypatch, capsys):
+    """The checkpoint is written, the weights find no space; with space, the same command goes on from there."""
+    command = ("classifier", "--data", mnist_like, "--output", tmp_path / "out", "--epochs", 1, "--batch-size", 32)
+    real, written = os.fsync, []
+
+    def fsync(number: int) -> None:
+        written.append(number)
+        if len(written) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert dng_train(*command) == 1
+    assert "free some space and give the same command again" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mnist_classifier.checkpoint"]
+    assert dng_train(*command) == 0
+    load_classifier(tmp_path / "out" / "mnist_classifier.safetensors")
 
 
 def test_weights_of_another_network_are_no_start(mnist_like, tmp_path, capsys):

@@ -116,6 +116,9 @@ def test_the_pins_cover_what_the_install_asks_for() -> None:
     pins = (ROOT / "dng_core/headless/constraints.txt").read_text().splitlines()
     assert all("==" in line for line in pins)
     assert set(TORCH) <= set(pins)
+    tools = [entry for entry in PROJECT["project"]["optional-dependencies"]["test"] if "[" not in entry]
+    pinned = {pin.split("==")[0].lower() for pin in pins}
+    assert {re.split(r"[ <>=;]", tool)[0].lower() for tool in tools} <= pinned
 
 
 def test_the_root_of_the_pack_is_not_importable() -> None:
