@@ -144,16 +144,15 @@ class LiveChart:
                 "start": start,
                 "steps": self._steps,
                 "images": images,
-                "posterior": rounded(posterior),
-                "scale": rounded(scale),
+                "posterior": rounded(posterior.tolist()),
+                "scale": rounded(scale.tolist()),
                 "done": done,
             }
         )
 
 
-def rounded(values: Tensor) -> list | float | None:
-    """Nested lists of four significant digits; None for what JSON does not know (NaN, infinity)."""
-    if values.ndim:
-        return [rounded(row) for row in values]
-    value = float(values)
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+def rounded(values: list | float) -> list | float | None:
+    """Nested lists in four significant digits; None for what JSON does not know (NaN, infinity)."""
+    if isinstance(values, list):
+        return [rounded(inner) for inner in values]
+    return float(f"{values:.4g}") if math.isfinite(values) else None
