@@ -33,8 +33,11 @@ FIGURES = {
     "references": "what is left under CFG, by what the undesired prediction is compared with",
     "off": "whether guidance scale 0 is the stock sampler, bit for bit, per sampler",
     "unrelated": "a related and an unrelated concept, against a constant negative prompt",
+    "start": "what the pack adds to ComfyUI's start",
+    "live-chart": "what the live chart adds to a 30-step MNIST run",
 }
 ORACLE_FIGURES = ("matrix", "predictions", "concepts", "step-counts", "references", "off", "unrelated")
+DEFAULT_SAMPLES = {"mnist": 512, "evidence": 512, "live-chart": 16}
 WORKFLOW = Path("workflows", "api", "mnist_class_removal.json")
 
 
@@ -42,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``dng figures``."""
     parser.description = "Print figures: " + "; ".join(f"{name} ({text})" for name, text in FIGURES.items()) + "."
     parser.add_argument("figure", choices=tuple(FIGURES), help="which figure")
-    parser.add_argument("--samples", type=int, help="samples or images per point (default: 2000; mnist, evidence 512)")
+    parser.add_argument(
+        "--samples", type=int, help="samples or images per point (default: 2000; mnist, evidence 512; live-chart 16)"
+    )
+    parser.add_argument("--repeats", type=int, default=10, help="of start and live-chart: turns (default: 10)")
     oracle = parser.add_argument_group("the figures " + ", ".join(ORACLE_FIGURES))
     oracle.add_argument("--samplers", nargs="+", metavar="NAME", help="ComfyUI's names (most figures: all)")
     oracle.add_argument("--schedulers", nargs="+", metavar="NAME", help="ComfyUI's names (matrix: all, else karras)")
@@ -62,9 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table and write it, with versions and the time taken, to FIGURE.json and FIGURE.md."""
-    samples = args.samples or (512 if args.figure in ("mnist", "evidence") else 2000)
+    samples = args.samples or DEFAULT_SAMPLES.get(args.figure, 2000)
     if samples < 1:
         raise HeadlessError(f"--samples must be at least 1, not {samples}.")
+    if args.repeats < 1:
+        raise HeadlessError(f"--repeats must be at least 1, not {args.repeats}.")
     args.output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     table: list[dict[str, Any]] = []
@@ -118,7 +126,7 @@ def rows_of(args: argparse.Namespace, samples: int) -> Iterator[dict[str, Any]]:
     else:
         # These need aiohttp, which the mathematics' figures do without.
         from ..headless.server import comfyui_server
-        from . import comfyui_figures
+        from . import comfyui_figures, cost_figures
         from .oracle_choice import oracle_rows
         from .oracle_runs import OracleRuns
 
@@ -126,7 +134,13 @@ def rows_of(args: argparse.Namespace, samples: int) -> Iterator[dict[str, Any]]:
         pack = checkout()
         if pack is None:
             raise HeadlessError("This figure needs the node pack: run it in a checkout of the project.")
+        if args.figure == "start":
+            yield from cost_figures.start_figure(location, pack, args.repeats)
+            return
         with comfyui_server(location, pack, log=args.output / "comfyui.log") as server:
+            if args.figure == "live-chart":
+                yield from cost_figures.live_chart_figure(server, samples, args.repeats)
+                return
             cache = args.output / f"{args.figure}.cache.json"
             if args.figure == "mnist":
                 yield from comfyui_figures.mnist_figure(server, pack / WORKFLOW, samples, cache)
