@@ -183,8 +183,9 @@ def test_comfyui_takes_a_prompt_but_for_a_missing_checkpoint(path: Path, comfyui
             assert absent in objection
         return
 
+    calibrates = any(node["class_type"] == "DNGCalibrate" for node in prompt.values())  # on images of every class
     for key, node in prompt.items():
-        small = {"batch_size": 2, "steps": 2}
+        small = {"batch_size": 16, "steps": 12} if calibrates else {"batch_size": 2, "steps": 2}
         set_inputs(prompt, [f"{key}.{name}={value}" for name, value in small.items() if name in node["inputs"]])
     result = run_workflow(comfyui_server, prompt, timeout=300)
     savers = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"]
