@@ -5,6 +5,7 @@ are loaded by their paths instead.
 """
 
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -76,10 +77,21 @@ def comfyui_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def comfyui_server(comfyui_location: Location, comfyui_log: Path) -> Iterator[headless_server.Server]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder, empty at first, in which the session's server looks for checkpoints too."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="session")
+def comfyui_server(
+    comfyui_location: Location, comfyui_log: Path, checkpoints: Path
+) -> Iterator[headless_server.Server]:
     """A real ComfyUI server with this pack loaded, started once for the whole session.
 
     Run a workflow on it with `dng_core.headless.client.run_workflow(comfyui_server, prompt)`.
     """
-    with headless_server.comfyui_server(comfyui_location, ROOT, log=comfyui_log) as server:
+    paths = checkpoints / "extra_model_paths.yaml"
+    paths.write_text(json.dumps({"tests": {"checkpoints": str(checkpoints)}}), encoding="utf-8")  # JSON is YAML
+    options = ["--extra-model-paths-config", str(paths)]
+    with headless_server.comfyui_server(comfyui_location, ROOT, log=comfyui_log, options=options) as server:
         yield server

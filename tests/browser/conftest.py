@@ -1,6 +1,7 @@
 """The real front end in a headless Chromium, with a real ComfyUI behind it.
 
-Skipped, with the reason, where Playwright or a Chromium is missing.
+Skipped, with the reason, where Playwright or a Chromium is missing. DNG_SCREENSHOTS names a folder to keep screenshots
+in; those of docs/in-the-browser.md come from there.
 """
 
 import json
@@ -15,6 +16,7 @@ from dng_core.headless.browser import find_browser
 from dng_core.headless.server import PACK_NAME, Server
 
 LOAD_SECONDS = 300
+VIEWPORT = {"width": 1500, "height": 1000}
 ARGUMENTS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -28,6 +30,18 @@ READY = "() => window.app?.isGraphReady && window.LiteGraph?.registered_node_typ
 LOAD = """async ([graph, name]) => {
   await app.loadGraphData(graph, true, true, name);
   await new Promise((resolve) => setTimeout(resolve, 500));
+}"""
+RUN = """() => new Promise((resolve) => {
+  for (const status of ["execution_success", "execution_error"])
+    app.api.addEventListener(status, ({ detail }) => resolve([status, detail]), { once: true });
+  app.queuePrompt(0);
+})"""
+LOOK_AT = """([kinds, scale]) => {
+  const nodes = app.graph.nodes.filter(({ type }) => kinds.includes(type));
+  const [x, y] = [0, 1].map((axis) => Math.min(...nodes.map(({ pos }) => pos[axis])));
+  app.canvas.ds.scale = scale;
+  app.canvas.ds.offset = [150 / scale - x, 120 / scale - y];
+  app.canvas.draw(true, true);
 }"""
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 
@@ -69,6 +83,21 @@ class Frontend:
         """What the server answers the page, as JSON."""
         return self.tab.evaluate("(path) => fetch(path).then((answer) => answer.json())", path)
 
+    def run(self) -> None:
+        """Queue the graph, and wait until it has run without an error."""
+        status, detail = self.tab.evaluate(RUN)
+        assert status == "execution_success", detail
+
+    def picture(self, name: str) -> None:
+        """Keep a screenshot, where they are asked for."""
+        if folder := os.environ.get("DNG_SCREENSHOTS"):
+            self.tab.screenshot(path=Path(folder) / f"{name}.png")
+
+    def look_at(self, *kinds: str, scale: float = 1.0) -> None:
+        """Bring the nodes of these types into view, the first at the top left: what is out of sight is not drawn."""
+        self.tab.evaluate(LOOK_AT, [list(kinds), scale])
+        self.tab.wait_for_timeout(500)
+
     def _heard(self, message: Any) -> None:
         # A request that fails is in `failed`, with its address.
         if message.type == "error" and not message.text.startswith("Failed to load resource"):
@@ -101,6 +130,6 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def frontend(browser: Any, comfyui_server: Server) -> Iterator[Frontend]:
     """A fresh browser profile with ComfyUI open in it."""
-    context = browser.new_context(viewport={"width": 1500, "height": 1000})
+    context = browser.new_context(viewport=VIEWPORT)
     yield Frontend(context, comfyui_server)
     context.close()

@@ -11,14 +11,26 @@ from dng_core.headless.workflow import load_workflow
 from .conftest import WORKFLOWS, Frontend, read
 
 TEMPLATES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
-# Said by the front end itself while it starts, with or without this pack's script.
-ITS_OWN = ("ComfyApp graph accessed before initialization",)
+# Said by the front end itself while it starts, with or without this pack's script: the latter where it opens its
+# default workflow, whose models it may not look up.
+ITS_OWN = ("ComfyApp graph accessed before initialization", "https://huggingface.co")
 TITLE_HEIGHT = 30
 NOTES = ("MarkdownNote", "Note")
 BOXES = """() => [...document.querySelectorAll("[data-node-id]")].map((element) => {
   const { x, y, right, bottom } = element.getBoundingClientRect();
   return [element.dataset.nodeId, x, y, right, bottom];
 }).filter(([, x, , right]) => right > x)"""
+
+HELP = ".node-help-content .markdown-content"
+ALONE = """(name) => {
+  app.graph.clear();
+  const node = LiteGraph.createNode(name);
+  app.graph.add(node);
+  node.pos = [300, 200];
+  app.canvas.ds.scale = 1;
+  app.canvas.ds.offset = [100, 100];
+  app.canvas.selectNode(node);
+}"""
 
 templates = pytest.mark.parametrize("name", TEMPLATES)
 
@@ -41,7 +53,7 @@ def essence(graph: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_pack_loads_without_an_error(frontend: Frontend, definitions: dict[str, Any]) -> None:
-    assert [error for error in frontend.errors if error not in ITS_OWN] == []
+    assert [error for error in frontend.errors if not any(own in error for own in ITS_OWN)] == []
     assert frontend.failed == []
     assert {"KSamplerDNG", "KSamplerAdvancedDNG", "DNGGuider", "DynamicNegativeGuidance"} <= set(definitions)
 
@@ -91,31 +103,23 @@ def test_a_tooltip_appears_where_the_mouse_rests(frontend: Frontend, definitions
     frontend.tab.mouse.move(x - 5, y)
     frontend.tab.mouse.move(x, y, steps=3)
     said = inputs_of(definitions["KSamplerDNG"])["prior"][1]["tooltip"]
-    frontend.tab.get_by_text(said).first.wait_for(timeout=10_000)
+    frontend.tab.get_by_text(said).first.wait_for(timeout=60_000)
+    frontend.picture("tooltip")
 
 
 def test_every_node_has_a_help_page_that_the_help_panel_shows(frontend: Frontend, definitions: dict[str, Any]) -> None:
-    for name in definitions:
-        status, text = frontend.tab.evaluate(
-            "(path) => fetch(path).then(async (answer) => [answer.status, await answer.text()])",
-            f"/extensions/{PACK_NAME}/docs/{name}.md",
-        )
-        assert status == 200, name
-        heading = text.splitlines()[0].removeprefix("#").strip()
-        assert heading == definitions[name]["display_name"]
-    frontend.tab.evaluate(
-        """() => {
-          app.graph.clear();
-          const node = LiteGraph.createNode("KSamplerDNG");
-          app.graph.add(node);
-          node.pos = [300, 200];
-          app.canvas.ds.scale = 1;
-          app.canvas.ds.offset = [100, 100];
-          app.canvas.selectNode(node);
-        }"""
-    )
-    frontend.tab.get_by_test_id("info-button").click()
-    frontend.tab.locator(".node-help-content .markdown-content").get_by_text("Swap it for a KSampler").wait_for()
+    """Opened once, the panel follows what is selected."""
+    tab = frontend.tab
+    tab.evaluate(ALONE, "KSamplerDNG")
+    tab.get_by_test_id("info-button").click()
+    tab.locator(f"{HELP} h1").wait_for()
+    tab.wait_for_timeout(1000)
+    frontend.picture("help")
+    for name, definition in definitions.items():
+        tab.evaluate(ALONE, name)
+        tab.locator(f"{HELP} h1").get_by_text(definition["display_name"], exact=True).wait_for()
+        for picture in tab.locator(f"{HELP} img").all():
+            assert picture.evaluate("(image) => image.decode().then(() => image.naturalWidth)") > 100, name
 
 
 @templates
@@ -128,6 +132,7 @@ def test_a_template_opens_from_the_template_browser_with_its_picture(frontend: F
     card.wait_for()
     card.locator("img").first.wait_for()
     assert card.locator("img").first.evaluate("(image) => image.decode().then(() => image.naturalWidth)") >= 600
+    frontend.picture("template_browser")
     card.click()
     expected = sorted(node["type"] for node in read(WORKFLOWS / f"{name}.json")["nodes"])
     tab.wait_for_function("(count) => app.graph.nodes.length === count", arg=len(expected))

@@ -50,19 +50,12 @@ def run(frontend: Frontend) -> Run:
     frontend.tab.wait_for_function("() => window.watched.status", timeout=RUN_SECONDS * 1000)
     frontend.tab.wait_for_timeout(1000)
     watched = frontend.tab.evaluate("() => window.watched")
+    frontend.picture("live_chart")
     return Run(frontend, watched["status"], watched["drawn"])
 
 
 def show(frontend: Frontend) -> None:
-    """Bring KSampler (DNG) into view: what is out of sight is not drawn."""
-    frontend.tab.evaluate(
-        """() => {
-          const node = app.graph.nodes.find(({ type }) => type === "KSamplerDNG");
-          app.canvas.ds.scale = 1;
-          app.canvas.ds.offset = [200 - node.pos[0], 80 - node.pos[1]];
-          app.canvas.setDirty(true, true);
-        }"""
-    )
+    frontend.look_at("KSamplerDNG")
 
 
 def test_the_template_finishes_and_its_outputs_appear(run: Run) -> None:
