@@ -111,7 +111,7 @@ class NegativeGuidance:
     levels: the sampler's schedule, falling; None for adaptive samplers.
     weight: broadcastable to the state, 0 where elements do not follow the chain (outside an inpainting mask).
     log_priors: (batch,) start values for each concept, in place of their priors.
-    noise_fraction: see :class:`~dng_core.posterior.PosteriorTracker`.
+    noise_fraction, trial_points: see :class:`~dng_core.posterior.PosteriorTracker`.
     seed: of the probes of concepts with ``divergence_correction``.
 
     With a divergence correction, a sampler asks :meth:`probe` before each call and hands over what it evaluated there:
@@ -129,6 +129,7 @@ class NegativeGuidance:
         weight: Tensor | None = None,
         log_priors: Sequence[Tensor] | Tensor | None = None,
         noise_fraction: NoiseFraction | None = None,
+        trial_points: bool = False,
         seed: int = 0,
     ) -> None:
         if not settings:
@@ -140,7 +141,14 @@ class NegativeGuidance:
         self.frame = frame
         self.trackers = [
             self.tracker_type(
-                s, integrated, frame, levels, weight, None if log_priors is None else log_priors[i], noise_fraction
+                s,
+                integrated,
+                frame,
+                levels,
+                weight,
+                log_prior=None if log_priors is None else log_priors[i],
+                noise_fraction=noise_fraction,
+                trial_points=trial_points,
             )
             for i, s in enumerate(self.settings)
         ]
@@ -203,7 +211,11 @@ class NegativeGuidance:
             tracker.anchor(state, level, negative, reference.clone(), log_posteriors[i], scale, self._gaps[i])
             directions.append(self._direction(i, negative - reference, level))
             scales.append(scale)
-        return combine(base, directions, scales)
+        guided = combine(base, directions, scales)
+        kept = at_least_float32(guided).clone()
+        for tracker in self.trackers:
+            tracker.moves_towards(kept)
+        return guided
 
     def _update_gaps(
         self,

@@ -26,7 +26,7 @@ for their midpoint (``dpmpp_2s_ancestral``), a few units of rounding off."""
 
 
 LEAST_NOISE_FRACTION = 0.4
-"""Below this share of the exact kernel's noise, a step's own noise says too little about the term that it misses."""
+"""Below this share of the exact kernel's noise, a step's own noise says too little about the divergence."""
 
 NoiseFraction = Callable[[float, float], float]
 """(sigma, sigma') -> variance that the sampler injects over that step, as a share of the exact kernel's."""
@@ -106,28 +106,37 @@ def path_increment(
     return (ends[0] + ends[1]) / 2 - covariance_gap * (1 - kernel.ratio) / (2 * kernel.next_sigma**2)
 
 
-def partly_stochastic_increment(
+def gap_of_step(
     next_state: Tensor,
     state: Tensor,
     predictions: tuple[Tensor, Tensor],
     next_predictions: tuple[Tensor, Tensor],
+    guided: Tensor,
     noise_fraction: float,
     next_level: float,
     level: float,
     frame: NoiseFrame = VE,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """The increment for a step whose noise has ``noise_fraction`` (above 0) times the exact kernel's variance.
+    """The covariance gap of :func:`path_increment`, (batch,), as the step's own noise shows it.
 
-    Algorithm 2 then misses (1 - f) times the divergence term. Half the difference between the increments by the
-    predictions after the step and before it is, on average, f times that term: the noise is its own probe. Nothing
-    is added at f = 1.
+    A sampler that moved towards the estimate ``guided`` drew n = x' - r x - (1 - r) ``guided``, of ``noise_fraction``
+    f (above 0) times the exact kernel's variance. That noise is a probe of the divergence: on average
+
+        < Delta(x') - Delta(x), n > = f (1 - r) G
+
+    At f = 1, :func:`path_increment` with it is Algorithm 2, but for how the predictions change along the step's drift.
+    The noise is weighed by Delta before the step, as in Algorithm 2, the drift by the mean of both ends: that takes
+    most of the bias of large steps away.
     """
-    start, end = (
-        posterior_increment(next_state, state, *pair, next_level, level, frame, weight)
-        for pair in (predictions, next_predictions)
-    )
-    return start - (1 / noise_fraction - 1) * (end - start) / 2
+    kernel = ReverseKernel(frame.sigma(level), frame.sigma(next_level))
+    before, after = (at_least_float32(pair[0]) - at_least_float32(pair[1]) for pair in (predictions, next_predictions))
+    noise = frame.scale(next_level) * at_least_float32(next_state)
+    noise = noise - frame.carry(level, next_level) * at_least_float32(state) - (1 - kernel.ratio) * guided
+    product = (after - before) * noise
+    if weight is not None:
+        product = product * weight
+    return product.flatten(1).sum(dim=1) / (noise_fraction * (1 - kernel.ratio))
 
 
 def offset_increment(settings: Settings, kernel: ReverseKernel, integrated: IntegratedOffset) -> float:
@@ -182,8 +191,10 @@ class PosteriorTracker:
     levels: the sampler's schedule; None for adaptive samplers, where every call is an anchor.
     weight: see :func:`posterior_increment`.
     log_prior: (batch,) start values of log p in place of ``settings.prior``.
-    noise_fraction: how the sampler's steps between scheduled levels compare with the exact kernel in noise; None where
-        that is as much, or not known.
+    noise_fraction: how the sampler's steps between scheduled levels compare with the exact kernel in noise, for the
+        rule of :func:`gap_of_step`; None for Algorithm 2 as it is.
+    trial_points: whether the sampler reaches each level first by a trial step without noise, whose evidence says
+        little: such a point keeps the posterior of the one before it.
     """
 
     def __init__(
@@ -195,6 +206,7 @@ class PosteriorTracker:
         weight: Tensor | None = None,
         log_prior: Tensor | None = None,
         noise_fraction: NoiseFraction | None = None,
+        trial_points: bool = False,
     ) -> None:
         self.settings = settings
         self.frame = frame
@@ -204,6 +216,9 @@ class PosteriorTracker:
         self._weight = weight
         self._log_prior = log_prior
         self._noise_fraction = noise_fraction
+        self._trial_points = trial_points
+        self._tried = math.inf
+        self._guided: Tensor | None = None
 
     def log_posterior(
         self,
@@ -226,6 +241,8 @@ class PosteriorTracker:
         top = self.anchors[-1]
         if top.state is None or top.predictions is None or level == 0:
             return top.log_posterior  # at level 0 the kernel has no width, and nothing is left to guide
+        if predictions is not None and covariance_gap is None and self._is_trial(level):
+            return top.log_posterior
         increment = self._increment(top, state, level, predictions, covariance_gap)
         kernel = ReverseKernel(self.frame.sigma(top.level), self.frame.sigma(level))
         offset = offset_increment(self.settings, kernel, self.integrated)
@@ -254,6 +271,10 @@ class PosteriorTracker:
             old = self.anchors[-1 - MAX_ANCHOR_STATES]
             old.state = old.negative = old.reference = old.covariance_gap = None
 
+    def moves_towards(self, guided: Tensor) -> None:
+        """The sampler was given the denoised estimate ``guided`` (batch, ...) at the call that was tracked last."""
+        self._guided = guided
+
     def _increment(
         self,
         top: Anchor,
@@ -265,16 +286,18 @@ class PosteriorTracker:
         """log p at ``state`` less that at the anchor, by the best rule for what is known at both ends."""
         assert top.state is not None and top.predictions is not None
         ends, frame, weight = (level, top.level), self.frame, self._weight
-        fraction = 1.0
+        fraction, known = 1.0, False
         if self._noise_fraction is not None and self._on_schedule(level):
-            fraction = self._noise_fraction(frame.sigma(top.level), frame.sigma(level))
+            fraction, known = self._noise_fraction(frame.sigma(top.level), frame.sigma(level)), True
         if predictions is not None and covariance_gap is not None:
             earlier = covariance_gap if top.covariance_gap is None else top.covariance_gap
             gap = (earlier + covariance_gap) / 2
             return path_increment(state, top.state, top.predictions, predictions, gap, *ends, frame, weight)
-        if predictions is not None and LEAST_NOISE_FRACTION <= fraction != 1:
-            pairs = top.predictions, predictions
-            return partly_stochastic_increment(state, top.state, *pairs, fraction, *ends, frame, weight)
+        noisy = known and fraction >= LEAST_NOISE_FRACTION
+        if noisy and predictions is not None and self._guided is not None:
+            step = state, top.state, top.predictions, predictions
+            gap = gap_of_step(*step, self._guided, fraction, *ends, frame, weight)
+            return path_increment(*step, gap, *ends, frame, weight)
         increment = posterior_increment(state, top.state, *top.predictions, *ends, frame=frame, weight=weight)
         if predictions is None and top.covariance_gap is not None:  # the run ends here, without another evaluation
             kernel = ReverseKernel(frame.sigma(top.level), frame.sigma(level))
@@ -282,6 +305,13 @@ class PosteriorTracker:
                 2 * kernel.next_sigma**2
             )
         return increment
+
+    def _is_trial(self, level: float) -> bool:
+        """Whether this is the first of the two calls at a level."""
+        if not self._trial_points or math.isclose(level, self._tried, rel_tol=SAME_LEVEL):
+            return False
+        self._tried = level
+        return True
 
     def _prior(self, state: Tensor) -> Tensor:
         if self._log_prior is not None:

@@ -24,7 +24,7 @@ from ..dng_core.kernels import NoiseFrame
 from ..dng_core.schedules import DDPMSchedule
 from ..dng_core.settings import Settings
 from .live import LiveChart, current_listener
-from .sampler_kernels import check_sampler, name_of, noise_fraction, options_of, tracked_levels
+from .sampler_kernels import check_sampler, has_trial_points, name_of, noise_fraction, options_of, tracked_levels
 
 Reference = Literal["auto", "positive", "cfg"]
 REFERENCES: tuple[Reference, ...] = ("auto", "positive", "cfg")
@@ -71,6 +71,7 @@ class Run:
         self._raw: tuple[Tensor, Tensor | None, list[Tensor | None]] | None = None
         self._probed: tuple[Probe, Tensor, list[Tensor | None]] | None = None
         self._level = 0.0
+        self._finite: list[tuple[float, Tensor]] = []
         self._end: tuple[Tensor, float] | None = None
 
     def install(self, guider: comfy.samplers.CFGGuider) -> None:
@@ -89,9 +90,11 @@ class Run:
         """
         samples = executor(guider, sigmas, *args, **kwargs)
         if not bool(torch.isfinite(samples).all()):
+            broken = [level for level, finite in self._finite if not bool(finite)]
+            why = f"because the model predicted some, first at sigma {broken[0]:.4g}" if broken else "in the sampler"
             raise ValueError(
-                "sampling ended in NaN or infinite values, because the model itself predicted some; run the model in "
-                "bfloat16 or float32, or lower cfg, or the guidance scale if it only happens with guidance on"
+                f"sampling ended in NaN or infinite values, {why}; run the model in bfloat16 or float32, or lower "
+                "cfg, or the guidance scale if it only happens with guidance on"
             )
         if self.guidance.ignored():
             logging.warning(
@@ -159,6 +162,7 @@ class Run:
         positive, unconditional, negatives = self._raw
         self._raw = None
         base, state = args["denoised"], args["input"]
+        self._finite.append((self._level, base.isfinite().all()))
         if self._reference == "cfg":
             reference = base
         elif self._reference == "positive" or unconditional is None:
@@ -246,6 +250,7 @@ def begin_run(
         weight=denoise_mask,
         log_priors=start,
         noise_fraction=partial(noise_fraction, sampler_name, options, frame, len(sigmas) - 1),
+        trial_points=has_trial_points(sampler_name, options, frame),
         seed=seed,
     )
     listener = current_listener() if guidance_type is NegativeGuidance else None

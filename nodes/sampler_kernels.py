@@ -48,6 +48,8 @@ UNSCALED = frozenset(
     ["res_multistep_ancestral", "res_multistep_ancestral_cfg_pp", "dpmpp_2s_ancestral_cfg_pp", "ddpm"]
 )
 """Ancestral samplers that on flow models take t for sigma."""
+TRIES = frozenset(["dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp"])
+"""Ancestral samplers whose midpoint, reached without noise, lies on the next level at eta 1."""
 SDE = frozenset(
     [
         "dpmpp_2m_sde",
@@ -104,6 +106,14 @@ def tracked_levels(name: str, options: dict[str, Any], sigmas: Sequence[float]) 
     if name in CHURNING and options.get("s_churn", 0.0) > 0:
         levels = [level * _churn(options, level, len(sigmas) - 1) for level in levels]
     return levels
+
+
+def has_trial_points(name: str, options: dict[str, Any], frame: NoiseFrame) -> bool:
+    """Whether a sampler reaches each level first by a trial step without noise, then by the step itself.
+
+    Their midpoint is at sqrt(sigma sigma_down), and sigma_down is sigma'^2 / sigma at eta 1.
+    """
+    return name in TRIES and frame.kind != "flow" and float(options.get("eta", 1.0)) == 1
 
 
 def noise_fraction(

@@ -220,6 +220,27 @@ def test_a_corrected_point_replaces_its_trial():
     torch.testing.assert_close(visit(tracker, c, 1.0), expected, rtol=1e-10, atol=0)
 
 
+def test_a_trial_point_without_noise_keeps_the_posterior_of_its_step():
+    """dpm_2_ancestral: at every level a trial first, then the step itself, whose evidence counts."""
+    chain = Chain()
+    tracker = PosteriorTracker(WIDE, OFFSET, VE, [4.0, 2.0, 1.0], trial_points=True)
+    a, trial, b, other_trial = (chain.point() for _ in range(4))
+    at_a = guided_visit(tracker, a, 4.0)
+    assert torch.equal(guided_visit(tracker, trial, 2.0 * (1 + 3e-6)), at_a)
+    at_b = guided_visit(tracker, b, 2.0)
+    torch.testing.assert_close(at_b, at_a + chain.jump(a, b[0], 2.0, 4.0), rtol=1e-10, atol=0)
+    assert torch.equal(guided_visit(tracker, other_trial, 1.0), at_b)
+    assert not torch.equal(tracker.log_posterior(chain.point()[0], 0.5), at_b)  # the run ends here, no trial
+
+
+def guided_visit(tracker: PosteriorTracker, point: tuple[Tensor, Tensor, Tensor], level: float) -> Tensor:
+    """A call that knows the predictions at its own state, as all of a sampler's are."""
+    state, negative, reference = point
+    log_posterior = tracker.log_posterior(state, level, (negative, reference))
+    tracker.anchor(state, level, negative, reference, log_posterior, torch.ones(len(state)))
+    return log_posterior
+
+
 @pytest.mark.parametrize("rounding", [1 + 3e-6, 1 - 3e-6])
 def test_a_trial_a_few_units_of_rounding_off_its_level_is_replaced_too(rounding):
     """dpmpp_2s_ancestral reaches the next level's sigma as its midpoint, by another formula."""

@@ -32,11 +32,24 @@ def test_every_sampler_leaves_less_of_the_undesired_keeps_the_balance_and_the_di
             model, latent=bench.latent(SAMPLES), steps=STEPS, sampler_name=name, unconditional=bench.cond()
         )
         report = bench.report(samples)
-        most = 0.1 if name in TRACKED_AS_DRAWN else SHARE - 0.01
+        most = 0.06 if name in TRACKED_AS_DRAWN else SHARE - 0.01
         ratio = report.median_distance / usual.median_distance if report.finite else 0.0
         if report.forbidden_share > most or report.kl_renormalised > 0.06 or not 0.5 < ratio < 2:
             bad[name] = (report.forbidden_share, report.kl_renormalised, ratio)
         assert len(trace.sigmas) >= 2, name
+    assert bad == {}
+
+
+def test_at_eight_steps_every_sampler_stays_finite_and_as_near_to_the_means_as_the_stock_one(bench):
+    """Single samples may be pushed far by so few steps (see `max_scale` in the docs), but not the batch."""
+    model, bad = bench.model(), {}
+    options = {"steps": 8, "latent": bench.latent(100)}
+    for name in names(bench):
+        stock = bench.report(bench.sample(model, sampler_name=name, **options))
+        samples, _ = bench.dng(model, sampler_name=name, unconditional=bench.cond(), **options)
+        report, largest = bench.report(samples), float(samples.abs().max())
+        if not report.finite or largest > 100 or not 0.7 < report.median_distance / stock.median_distance < 1.3:
+            bad[name] = (largest, report.median_distance, stock.median_distance)
     assert bad == {}
 
 

@@ -202,9 +202,8 @@ def test_the_trace_is_near_the_exact_posterior_of_the_visited_states(bench, monk
 def test_outside_an_inpainting_mask_nothing_counts_for_the_posterior(bench, monkeypatch):
     seen = record_guidance(bench, monkeypatch)
     content = bench.mixture.means[:1].expand(6, -1, -1, -1).clone()
-    _, trace = bench.dng(
-        bench.model(), bench.concept("0", p_min=1e-12), {"samples": content, "noise_mask": bench.left_half()}
-    )
+    latent = {"samples": content, "noise_mask": bench.left_half()}
+    _, trace = bench.dng(bench.model(), bench.concept("0", p_min=1e-12), latent, sampler_name="euler")
     inside = [[x[..., :2] for x in (s, n[0], r)] for s, _, _, r, n, _ in seen]
     log_p = torch.full((6,), 1 / 8).log()
     for (start, negative, reference), (end, _, _), high, low in zip(
@@ -269,6 +268,26 @@ def test_without_added_noise_the_run_starts_from_the_latent(bench, monkeypatch):
     latent = {"samples": torch.full((2, 1, 4, 4), 3.0)}
     bench.dng(bench.model(), latent=latent, disable_noise=True)
     torch.testing.assert_close(seen[0][0], latent["samples"])
+
+
+def test_without_added_noise_guidance_goes_on_from_a_latent_that_is_noisy_already(bench):
+    """Noise added outside and none by KSampler Advanced (DNG): samples and posterior are those of KSampler (DNG)."""
+    model = bench.model()
+    sigmas = bench.comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "karras", 20)
+    plain, trace = bench.dng(model, latent=bench.latent(300), steps=20, sampler_name="dpmpp_2m")
+    noise = bench.comfy.sample.prepare_noise(bench.latent(300)["samples"], 1, None)
+    noisy = {"samples": noise * (1 + sigmas[0] ** 2) ** 0.5}
+    common = (model, "disable", 1, 20, 1.0, "dpmpp_2m", "karras", bench.cond())
+    out, again = bench.sampling.KSamplerAdvancedDNG.execute(
+        *common, bench.cond("0"), noisy, 0, 10000, "disable", **bench.inputs()
+    ).args
+    torch.testing.assert_close(out["samples"], plain, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(again.posterior, trace.posterior, rtol=1e-2, atol=1e-3)
+    (unguided,) = bench.stock.KSamplerAdvanced().sample(*common, bench.cond(), noisy, 0, 10000, "disable")
+    off, _ = bench.sampling.KSamplerAdvancedDNG.execute(
+        *common, bench.cond("0"), noisy, 0, 10000, "disable", **bench.inputs(guidance_scale=0.0)
+    ).args
+    assert torch.equal(off["samples"], unguided["samples"])
 
 
 def test_batch_index_chooses_the_noise(bench):
