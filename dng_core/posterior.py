@@ -293,7 +293,7 @@ class PosteriorTracker:
             earlier = covariance_gap if top.covariance_gap is None else top.covariance_gap
             gap = (earlier + covariance_gap) / 2
             return path_increment(state, top.state, top.predictions, predictions, gap, *ends, frame, weight)
-        noisy = known and fraction >= LEAST_NOISE_FRACTION
+        noisy = known and fraction >= LEAST_NOISE_FRACTION and not math.isinf(frame.sigma(top.level))
         if noisy and predictions is not None and self._guided is not None:
             step = state, top.state, top.predictions, predictions
             gap = gap_of_step(*step, self._guided, fraction, *ends, frame, weight)
