@@ -143,6 +143,17 @@ def test_nodes_and_notes_do_not_overlap(path: Path) -> None:
 
 
 @graphs
+def test_every_node_lies_within_a_group(path: Path) -> None:
+    graph = read(path)
+    for node in nodes_of(graph):
+        (x, y), (width, height) = node["pos"], node["size"]
+        assert any(
+            left <= x and top <= y - TITLE_HEIGHT and x + width <= left + wide and y + height <= top + tall
+            for left, top, wide, tall in (group["bounding"] for group in graph["groups"])
+        ), f"{node['type']} {node['id']}"
+
+
+@graphs
 def test_a_graph_is_explained_by_groups_and_a_note(path: Path) -> None:
     graph = read(path)
     assert all(group["title"] for group in graph["groups"])
