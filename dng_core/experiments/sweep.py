@@ -58,7 +58,7 @@ def draw_all(points: Sequence[Point], workers: Workers) -> Iterator[tuple[Point,
 
     Raises
     ------
-    ValueError: if joblib or Ray is needed and not installed.
+    ValueError: if joblib or Ray is needed and not installed, or Ray does not start.
     """
     devices = workers.devices()
     tasks = [(point, devices[i % len(devices)]) for i, point in enumerate(points)]
@@ -116,12 +116,17 @@ def _on_ray(tasks: Sequence[tuple[Point, str]], workers: Workers) -> Iterator[tu
     ours = not ray.is_initialized()
     if ours:
         options: dict[str, Any] = {"address": workers.address} if workers.address else {"num_cpus": workers.count()}
-        ray.init(
-            **options,
-            runtime_env={"py_modules": [str(PACKAGE)]},
-            include_dashboard=False if not workers.address else None,
-            log_to_driver=False,
-        )
+        try:
+            ray.init(
+                **options,
+                runtime_env={"py_modules": [str(PACKAGE)]},
+                include_dashboard=False if not workers.address else None,
+                log_to_driver=False,
+            )
+        except Exception as error:  # Ray raises that very class where its processes don't answer in time
+            ray.shutdown()
+            where = f"reached at {workers.address}" if workers.address else "started on this machine"
+            raise ValueError(f"Ray could not be {where} ({error}): try again, or leave out --engine ray") from error
     try:
         gpus = 1 if workers.devices() != ["cpu"] else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RAY_RETRIES)(draw_one)

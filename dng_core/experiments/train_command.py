@@ -65,7 +65,10 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"dng train: {error}", file=sys.stderr)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            print("The last checkpoint is kept: free some space and give the same command again.", file=sys.stderr)
+            print(
+                "What the last checkpoint holds is kept: free some space and give the command again.",
+                file=sys.stderr,
+            )
         return 1
     return 0
 

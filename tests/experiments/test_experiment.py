@@ -310,6 +310,25 @@ def test_ray_and_joblib_are_asked_for_where_they_are_missing(files, monkeypatch)
         list(draw_all([point(files), point(files, seed=1)], Workers(jobs=2, device="cpu")))
 
 
+def test_a_cluster_that_does_not_start_is_a_message(files, monkeypatch, capsys):
+    class Silent:
+        @staticmethod
+        def is_initialized() -> bool:
+            return False
+
+        @staticmethod
+        def init(**options: object) -> None:
+            raise Exception("The current node timed out during startup.")
+
+        @staticmethod
+        def shutdown() -> None:
+            pass
+
+    monkeypatch.setitem(__import__("sys").modules, "ray", Silent)
+    assert dng_experiment(files, "--engine", "ray") == 1
+    assert "Ray could not be started on this machine (The current node timed out" in capsys.readouterr().err
+
+
 def test_a_network_that_draws_nan_fails_its_points_with_a_message(files, capsys):
     network = UNet(NETWORK)
     state = network.state_dict()

@@ -178,7 +178,7 @@ def test_a_full_disk_keeps_the_checkpoint_and_leaves_no_half_file(mnist_like, tm
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         assert dng_train(*command) == 1
-    assert "free some space and give the same command again" in capsys.readouterr().err
+    assert "free some space and give the command again" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mnist_classifier.checkpoint"]
     assert dng_train(*command) == 0
     load_classifier(tmp_path / "out" / "mnist_classifier.safetensors")
