@@ -166,6 +166,25 @@ def test_a_guider_can_be_used_twice(bench):
     assert torch.equal(custom(bench, guider, latent), custom(bench, guider, latent))
 
 
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpm_2_ancestral"])
+def test_sigmas_of_ones_own_are_followed_and_at_scale_0_the_stock_guiders(bench, sampler):
+    """No scheduler's: uneven, and starting below the model's largest. Less than half of the undesired is left."""
+    model, latent = bench.model(), bench.latent(400)["samples"]
+    sigmas = torch.tensor([120.0, 40, 20, 12, 9, 6, 5, 4, 3, 2.6, 2, 1.7, 1.3, 1, 0.8, 0.7, 0.5, 0.3, 0.1, 0.02, 0])
+    noise = bench.comfy.sample.prepare_noise(latent, 1, None)
+    stock = bench.comfy.samplers.CFGGuider(model)
+    stock.set_conds(bench.cond(), bench.cond())
+    stock.set_cfg(1.0)
+    guiders = stock, dng_guider(bench, model, guidance_scale=0.0), dng_guider(bench, model)
+    unguided, off, guided = (
+        guider.sample(noise, latent, bench.comfy.samplers.sampler_object(sampler), sigmas, disable_pbar=True, seed=1)
+        for guider in guiders
+    )
+    assert torch.equal(off, unguided)
+    assert bench.report(guided).forbidden_share < bench.report(unguided).forbidden_share / 2
+    torch.testing.assert_close(guiders[2].trace.sigmas, sigmas[:-1])
+
+
 def test_a_guider_given_a_single_sigma_takes_no_step(bench):
     """What SplitSigmas at step 0 hands on."""
     guider = dng_guider(bench, bench.model())
