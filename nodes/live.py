@@ -79,6 +79,8 @@ class LiveChart:
         self._listener = listener
         self._sent: list[Anchor] = []
         self._due = 0.0
+        self._began = 0.0
+        self._seconds = 0.0
         self._buffer: Tensor | None = None
         self._copy: tuple[int, Tensor, torch.cuda.Event] | None = None
 
@@ -86,6 +88,11 @@ class LiveChart:
         """Send what is new and has arrived, and start copying what is newer. Called after each model call."""
         if self._listener is None:
             return
+        self._began = time.perf_counter()
+        self._update(self._listener)
+        self._seconds += time.perf_counter() - self._began
+
+    def _update(self, listener: Listener) -> None:
         if self._copy is not None:
             start, values, event = self._copy
             if not event.query():
@@ -93,7 +100,7 @@ class LiveChart:
             self._copy = None
             self._send(start, values)
         now = time.monotonic()
-        if now < self._due or not self._listener.connected:
+        if now < self._due or not listener.connected:
             return
         self._due = now + INTERVAL
         start, values = self._new_steps()
@@ -112,6 +119,7 @@ class LiveChart:
         """Send the whole chart once more, as it is at the end of the run. Waits for the device."""
         if self._listener is None or not self._listener.connected:
             return
+        self._began = time.perf_counter()
         trace = self._guidance.trace()
         self._send(0, torch.stack([trace.posterior, trace.scale], dim=1), done=True)
 
@@ -147,6 +155,7 @@ class LiveChart:
                 "posterior": rounded(posterior.tolist()),
                 "scale": rounded(scale.tolist()),
                 "done": done,
+                "seconds": self._seconds + time.perf_counter() - self._began,  # that the run spent here
             }
         )
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import os
 import re
 import statistics
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
 import psutil
+from scipy.stats import t
 
 from ..headless.errors import HeadlessError
 from ..headless.locate import Location, has_accelerator
@@ -31,11 +34,14 @@ RUN_SECONDS = 600
 
 @dataclass(frozen=True)
 class Cost:
-    """What a start or a run takes: seconds by the clock, seconds of the processor, and something counted beside."""
+    """What a start or a run takes: seconds by the clock, seconds of the processor, and of the first the pack's own.
+
+    ``own``: the pack's import, by ComfyUI's log, or what the run spent in the live chart, by the chart's last message.
+    """
 
     seconds: float
     cpu_seconds: float
-    count: float
+    own: float
 
 
 def start_figure(location: Location, pack: Path, repeats: int) -> Iterator[dict[str, Any]]:
@@ -46,7 +52,7 @@ def start_figure(location: Location, pack: Path, repeats: int) -> Iterator[dict[
         for name, given in zip(costs, (None, pack), strict=True):
             cost = _start(location, given, device)
             costs[name] += [cost] if turn else []
-    yield from _rows("start of ComfyUI", costs, "import by ComfyUI's log (s)")
+    yield from _rows("start of ComfyUI", costs, "import, by ComfyUI's log")
 
 
 def _start(location: Location, pack: Path | None, device: list[str]) -> Cost:
@@ -80,7 +86,7 @@ def live_chart_figure(server: Server, images: int, repeats: int) -> Iterator[dic
     a chart. The time is what ComfyUI notes between the start and the end of the run.
     """
     costs = asyncio.run(_live_chart_runs(server, images, repeats))
-    yield from _rows("30-step run", costs, "charts sent")
+    yield from _rows("30-step run", costs, "in the chart")
 
 
 async def _live_chart_runs(server: Server, images: int, repeats: int) -> dict[str, list[Cost]]:
@@ -95,16 +101,16 @@ async def _live_chart_runs(server: Server, images: int, repeats: int) -> dict[st
 
 
 async def _run(server: Server, session: aiohttp.ClientSession, prompt: dict[str, Any], ours: bool) -> Cost:
-    """What the run takes from its start to its end, and how many messages for the chart came meanwhile."""
+    """What the run takes from its start to its end, and of that in the chart."""
     if server.process is None:
         raise ValueError("only a server that was started here tells what it takes")
     process = psutil.Process(server.process.pid)
-    charts = []
+    in_chart = [0.0]
 
     async def listen(socket: aiohttp.ClientWebSocketResponse) -> None:
         async for message in socket:
-            if message.type == aiohttp.WSMsgType.TEXT and json.loads(message.data)["type"] == CHART_EVENT:
-                charts.append(message)
+            if message.type == aiohttp.WSMsgType.TEXT and (event := json.loads(message.data))["type"] == CHART_EVENT:
+                in_chart.append(event["data"]["seconds"])
 
     async with session.ws_connect(f"/ws?clientId={CLIENT}", max_msg_size=0) as socket:
         listener = asyncio.create_task(listen(socket))
@@ -124,7 +130,7 @@ async def _run(server: Server, session: aiohttp.ClientSession, prompt: dict[str,
     if entry["status"]["status_str"] != "success":
         raise HeadlessError(f"The run failed: {entry['status']['messages']}")
     at = {event: data["timestamp"] / 1000 for event, data in entry["status"]["messages"]}
-    return Cost(at["execution_success"] - at["execution_start"], cpu, len(charts))
+    return Cost(at["execution_success"] - at["execution_start"], cpu, in_chart[-1])
 
 
 def mnist_prompt(seed: int, images: int) -> dict[str, Any]:
@@ -142,19 +148,26 @@ def mnist_prompt(seed: int, images: int) -> dict[str, Any]:
     }
 
 
-def _rows(what: str, costs: dict[str, list[Cost]], count: str) -> Iterator[dict[str, Any]]:
-    """A row for each, and what it adds to the first: by the fastest of each, which other programs slowed the least."""
+def _rows(what: str, costs: dict[str, list[Cost]], own: str) -> Iterator[dict[str, Any]]:
+    """A row for each, and what it adds to the first: by difference within a turn, and by what took itself the time."""
     first = next(iter(costs.values()))
     for name, taken in costs.items():
-        seconds, before = (min(cost.seconds for cost in given) for given in (taken, first))
-        cpu, cpu_before = (min(cost.cpu_seconds for cost in given) for given in (taken, first))
-        yield {
-            what: name,
-            "repeats": len(taken),
-            "seconds (median)": statistics.median(cost.seconds for cost in taken),
-            "fastest": seconds,
-            "added": f"{seconds - before:+.2f} s, {seconds / before - 1:+.1%}",
-            "CPU seconds (fewest)": cpu,
-            "added CPU": f"{cpu - cpu_before:+.2f} s, {cpu / cpu_before - 1:+.1%}",
-            count: min(cost.count for cost in taken),
-        }
+        row: dict[str, Any] = {what: name, "turns": len(taken)}
+        row["seconds (median)"] = seconds = statistics.median(cost.seconds for cost in taken)
+        pairs = list(zip(taken, first, strict=True))
+        added = taken is not first
+        row["added, s"] = _added([(cost.seconds, before.seconds) for cost, before in pairs]) if added else ""
+        row["added CPU, s"] = (
+            _added([(cost.cpu_seconds, before.cpu_seconds) for cost, before in pairs]) if added else ""
+        )
+        spent = statistics.median(cost.own for cost in taken)
+        yield row | {own: f"{spent:.4f} s ({100 * spent / seconds:.2f} %)" if added else ""}
+
+
+def _added(pairs: list[tuple[float, float]]) -> str:
+    """The mean difference over the turns with its 95 % interval (Student's t), and the same in percent."""
+    differences = np.array([taken - before for taken, before in pairs])
+    mean = differences.mean()
+    half = t.ppf(0.975, len(pairs) - 1) * differences.std(ddof=1) / len(pairs) ** 0.5 if len(pairs) > 1 else math.nan
+    percent = 100 / float(np.mean([before for _, before in pairs]))
+    return f"{mean:+.3f} ± {half:.3f} ({mean * percent:+.1f} ± {half * percent:.1f} %)"
