@@ -6,13 +6,14 @@ A :class:`Point` says everything that decides the images; its :meth:`~Point.key`
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from ..guidance import NegativeGuidance
+from ..kernels import ReverseKernel
 from ..sampling import ddpm_sample
 from ..schedules import ChainName, DDPMSchedule, ddpm_sigmas, karras_sigmas
 from ..settings import Settings
@@ -155,7 +156,10 @@ def draw(point: Point, device: str = "cpu") -> Drawn:
         size = min(point.batch, point.images - start)
         generator = torch.Generator().manual_seed(point.seed * 1_000_003 + start)
         noise = torch.randn((size, *shape), generator=generator).to(device)
-        guidance = NegativeGuidance([point.settings], predict.chain, levels=levels) if point.settings else None
+        guidance = None
+        if point.settings:
+            fraction = partial(noise_fraction, point.variance)
+            guidance = NegativeGuidance([point.settings], predict.chain, levels=levels, noise_fraction=fraction)
         drawn = ddpm_sample(predict, noise, levels, guidance, generator, point.variance)
         if not bool(drawn.isfinite().all()) or (guidance is not None and guidance.ignored()):
             at = f" by {point.method} at scale {point.settings.guidance_scale:g}" if point.settings else ""
@@ -177,6 +181,12 @@ def draw(point: Point, device: str = "cpu") -> Drawn:
         posterior=(torch.cat(posteriors, 1) if posteriors else nothing).numpy(),
         scale=(torch.cat(scales, 1) if scales else nothing).numpy(),
     )
+
+
+def noise_fraction(variance: Variance, sigma: float, next_sigma: float) -> float:
+    """The variance that a DDPM step adds, as a share of the exact kernel's."""
+    kernel = ReverseKernel(sigma, next_sigma)
+    return kernel.forward_variance / kernel.variance if variance == "forward" else 1.0
 
 
 def keep_traces(drawn: Drawn, forbidden: np.ndarray) -> Drawn:

@@ -10,7 +10,7 @@ from dng_core.divergence import PROBE_SPACING, Prober
 from dng_core.guidance import NegativeGuidance
 from dng_core.kernels import VE, VP, NoiseFrame, ReverseKernel
 from dng_core.oracle import GaussianMixture
-from dng_core.posterior import gap_of_step, path_increment, posterior_increment
+from dng_core.posterior import NoiseFraction, gap_of_step, path_increment, posterior_increment
 from dng_core.schedules import karras_sigmas
 from dng_core.settings import Settings
 
@@ -150,7 +150,14 @@ def test_elements_of_weight_0_do_not_count_in_the_gap_of_a_step():
     torch.testing.assert_close(parts, gap_of_step(*step))
 
 
-def final_error(correction: bool, eta: float, steps: int = 30, top: float = 150.0, partial: bool = False) -> float:
+def final_error(
+    correction: bool,
+    eta: float,
+    steps: int = 30,
+    top: float = 150.0,
+    partial: bool = False,
+    noise_fraction: NoiseFraction | None = None,
+) -> float:
     """Mean error of the posterior at the end of an unguided run that injects eta^2 of the kernel's variance.
 
     A ``partial`` run starts from noised samples with their exact posterior, as a later part of a split run does.
@@ -160,7 +167,7 @@ def final_error(correction: bool, eta: float, steps: int = 30, top: float = 150.
     generator = torch.Generator().manual_seed(0)
     x = noisy(300, top).float() if partial else top * torch.randn(300, 16, generator=generator)
     start = [MIXTURE.log_posterior(x, top, [0])] if partial else None
-    guidance = NegativeGuidance([settings], levels=sigmas, log_priors=start)
+    guidance = NegativeGuidance([settings], levels=sigmas, log_priors=start, noise_fraction=noise_fraction)
     for i, sigma in enumerate(sigmas):
         negative, reference = predictions(x, sigma)
         probe = guidance.probe(x, sigma)
@@ -187,3 +194,30 @@ def test_with_the_correction_the_tracked_posterior_is_the_exact_one_without_nois
 @pytest.mark.parametrize(("top", "partial"), [(4518.0, False), (2.0, True)], ids=["zero-terminal SNR", "denoise < 1"])
 def test_the_correction_holds_from_any_starting_level(top, partial):
     assert final_error(True, 0.0, 25, top, partial) < 0.05
+
+
+def test_the_gap_averaged_over_the_steps_before_brings_the_posterior_nearer_to_the_exact_one(monkeypatch):
+    algorithm_2, averaged = final_error(False, 1.0), final_error(False, 1.0, noise_fraction=lambda *levels: 1.0)
+    monkeypatch.setattr("dng_core.posterior.GAP_MEMORY", math.inf)
+    of_one_step = final_error(False, 1.0, noise_fraction=lambda *levels: 1.0)
+    assert averaged < of_one_step / 1.5 < algorithm_2 / 1.5, (averaged, of_one_step, algorithm_2)
+
+
+def test_an_averaged_gap_follows_the_steps_that_a_sampler_keeps():
+    """A trial point that is replaced leaves nothing behind in the average."""
+
+    def last(trial: bool) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        guidance = NegativeGuidance([Settings()], levels=[2.0, 1.7, 1.4], noise_fraction=lambda *levels: 1.0)
+        before = torch.zeros(16, 16)
+        for sigma in (2.0, 1.7, 1.4):
+            x = noisy(16, sigma) + 0.1 * torch.randn(16, 16, generator=generator, dtype=torch.float64)
+            for state in (-x, x) if trial and sigma == 1.7 else (x,):
+                negative, reference = predictions(state, sigma)
+                guided = guidance(state, sigma, reference, reference, [negative])
+                if state is not x:  # the step is taken again as it was
+                    guidance.trackers[0].moves_towards(before)
+            before = guided
+        return guidance.trace().posterior[-1, 0]
+
+    torch.testing.assert_close(last(True), last(False))

@@ -24,6 +24,8 @@ from dng_core.experiments.report_data import read_results
 from dng_core.experiments.selection import best, mean_measures, next_scale
 from dng_core.experiments.sweep import Workers, draw_all
 from dng_core.experiments.weights import ClassifierInfo, DenoiserInfo, save_classifier, save_denoiser
+from dng_core.kernels import ReverseKernel
+from dng_core.sampling import ddpm_sample
 from dng_core.schedules import DDPMSchedule
 from dng_core.settings import Settings
 
@@ -152,6 +154,22 @@ def test_all_methods_start_from_the_same_noise(files):
     assert not np.array_equal(pushed.images, unguided.images)
     assert unguided.images.shape == (6, 1, 8, 8) and unguided.posterior.size == 0
     assert pushed.posterior.shape == (8, 6) and (pushed.scale == 3).all()
+
+
+@pytest.mark.parametrize("variance", ["posterior", "forward"])
+def test_guidance_is_told_how_much_noise_a_step_adds(variance):
+    """The step of the sampler itself, from one prediction with many draws of noise, against what guidance is told."""
+    levels = [2.0, 1.0]
+    generator = torch.Generator().manual_seed(0)
+    seen = []
+
+    def predict(x: torch.Tensor, sigma: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        seen.append(x)
+        return torch.zeros_like(x), [torch.zeros_like(x)]
+
+    ddpm_sample(predict, torch.zeros(1, 100_000), levels, None, generator, variance)
+    told = class_removal.noise_fraction(variance, *levels)
+    assert float(seen[1].var()) / ReverseKernel(*levels).variance == pytest.approx(told, rel=0.02)
 
 
 def test_a_points_key_is_everything_that_decides_its_images(files):
