@@ -103,8 +103,8 @@ def step_counts_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
 def references_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
     """What is left under CFG by reference, where the undesired is a special case of the positive and where it is not.
 
-    Priors are the true ones: the undesired's share of everything for the unconditional reference (and the CFG mix),
-    of what the positive asks for where it is compared with the positive, as "auto" does at a CFG of 1.
+    Priors are the undesired's share of what the positive asks for, as users can know it. For "auto", also its share of
+    everything, with which the posterior is the exact one of the image alone wherever the reference is unconditional.
     """
     cases = {
         "positive: half, undesired: one of it": (
@@ -133,10 +133,11 @@ def references_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
 
         wanted = {
             "unguided": Run("stock"),
-            "auto / alone": guided(alone, of_positive if cfg == 1 else of_all, "auto"),
+            "auto / alone": guided(alone, of_positive, "auto"),
+            "auto / alone, prior of everything": guided(alone, of_all, "auto"),
             "positive / alone": guided(alone, of_positive, "positive"),
             "positive / joint": guided(joint, joint_prior, "positive"),
-            "CFG mix / alone": guided(alone, of_all, "cfg"),
+            "CFG mix / alone": guided(alone, of_positive, "cfg"),
         }
         reports = runs.reports(task, wanted)
         row: Row = {"case": name, "sampler": task.sampler, "steps": task.steps, "cfg": cfg, "samples": task.samples}

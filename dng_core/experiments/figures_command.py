@@ -26,6 +26,7 @@ FIGURES = {
     "comfyui": "4: the oracle in a real ComfyUI, KSampler (DNG) and patch",
     "mnist": "5: MNIST in a real ComfyUI, all ten digits, against negative prompting",
     "evidence": "whether the two predictions of the MNIST network agree: evidence for their class in its own images",
+    "rules": "how well the posterior's rules foretell the classes of the MNIST network's images",
     "matrix": "every sampler and scheduler of a real ComfyUI against the oracle's exact answer, through every node",
     "predictions": "flow and v oracles against the epsilon one",
     "concepts": "two forbidden components of eight, as a list and as chained patches",
@@ -37,7 +38,7 @@ FIGURES = {
     "live-chart": "what the live chart adds to a 30-step MNIST run",
 }
 ORACLE_FIGURES = ("matrix", "predictions", "concepts", "step-counts", "references", "off", "unrelated")
-DEFAULT_SAMPLES = {"mnist": 512, "evidence": 512, "live-chart": 16}
+DEFAULT_SAMPLES = {"mnist": 512, "evidence": 512, "rules": 512, "live-chart": 16}
 WORKFLOW = Path("workflows", "api", "mnist_class_removal.json")
 
 
@@ -46,13 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Print figures: " + "; ".join(f"{name} ({text})" for name, text in FIGURES.items()) + "."
     parser.add_argument("figure", choices=tuple(FIGURES), help="which figure")
     parser.add_argument(
-        "--samples", type=int, help="samples or images per point (default: 2000; mnist, evidence 512; live-chart 16)"
+        "--samples",
+        type=int,
+        help="samples or images per point (default: 2000; mnist, evidence, rules 512; live-chart 16)",
     )
     parser.add_argument("--repeats", type=int, default=10, help="of start and live-chart: turns (default: 10)")
     oracle = parser.add_argument_group("the figures " + ", ".join(ORACLE_FIGURES))
     oracle.add_argument("--samplers", nargs="+", metavar="NAME", help="ComfyUI's names (most figures: all)")
     oracle.add_argument("--schedulers", nargs="+", metavar="NAME", help="ComfyUI's names (matrix: all, else karras)")
-    oracle.add_argument("--steps", type=int, nargs="+", metavar="N", help="step counts (most figures 30, evidence 50)")
+    oracle.add_argument(
+        "--steps", type=int, nargs="+", metavar="N", help="step counts (most figures 30, evidence, rules 50)"
+    )
     oracle.add_argument("--nodes", nargs="+", metavar="NAME", help="of the matrix and of off: ksampler, guider, patch")
     oracle.add_argument("--settings", choices=("exact", "cifar10"), default="exact", help="guidance (default: exact)")
     oracle.add_argument("--prediction", choices=("epsilon", "v", "flow"), default="epsilon", help="of the oracle")
@@ -119,10 +124,11 @@ def rows_of(args: argparse.Namespace, samples: int) -> Iterator[dict[str, Any]]:
         yield from oracle_figures.posterior_figure(samples, args.seed)
     elif args.figure == "removal":
         yield from oracle_figures.removal_figure(samples, args.seed)
-    elif args.figure == "evidence":
-        from .evidence_figures import evidence_figure
+    elif args.figure in ("evidence", "rules"):
+        from .evidence_figures import evidence_figure, rules_figure
 
-        yield from evidence_figure(samples, args.steps[0] if args.steps else 50, args.seed)
+        figure = evidence_figure if args.figure == "evidence" else rules_figure
+        yield from figure(samples, args.steps[0] if args.steps else 50, args.seed)
     else:
         # These need aiohttp, which the mathematics' figures do without.
         from ..headless.server import comfyui_server

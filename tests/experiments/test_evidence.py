@@ -1,10 +1,11 @@
-"""The evidence that images bring for their class: what is summed up, and that the shipped network's is finite."""
+"""The evidence that images bring for their class, and how well posteriors foretell it: on numbers, and the network."""
 
 import math
 
+import pytest
 import torch
 
-from dng_core.experiments.evidence_figures import evidence_figure, summed
+from dng_core.experiments.evidence_figures import evidence_figure, foretold, rules_figure, summed
 
 
 def test_evidence_is_summed_by_noise_level_over_the_images_of_the_class_alone():
@@ -29,3 +30,21 @@ def test_the_shipped_network_draws_images_whose_evidence_can_be_measured():
     row = next(evidence_figure(images=16, steps=4, seed=0))
     assert row["class"] == "0" and row["images"] == 16
     assert 0 <= row["of the class"] < 16
+
+
+def test_foretold_scores_each_class_and_step():
+    truth = torch.tensor([[True, False, False], [False, True, True]])
+    first = torch.full((2, 3), 0.5)
+    last = torch.tensor([[0.9, 0.1, 0.1], [0.9, 0.1, 0.9]])
+    scores = foretold(torch.stack([first, last]), truth)
+    at_end = -(4 * math.log(0.9) + 2 * math.log(0.1)) / 6
+    assert scores["end"] == scores["middle"] == pytest.approx(at_end)
+    assert scores["cross entropy, mean"] == pytest.approx((at_end + math.log(2)) / 2)
+    assert scores["ROC area, end"] == pytest.approx((1 + (0 + 0.5) / 2) / 2)
+
+
+def test_every_rule_is_scored_on_the_same_images():
+    rows = list(rules_figure(images=16, steps=10, seed=0))
+    assert [row["rule"] for row in rows] == ["Algorithm 2", "as shipped"]
+    assert rows[0]["middle"] != rows[1]["middle"]
+    assert all(0 < row["cross entropy, mean"] < 1 for row in rows)
