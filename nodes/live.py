@@ -16,7 +16,7 @@ from ..dng_core.guidance import NegativeGuidance
 from ..dng_core.posterior import Anchor
 
 EVENT = "dynamic_negative_guidance.chart"
-INTERVAL = 0.1
+INTERVAL = 0.2
 """Seconds from one update to the next."""
 
 MAX_LINES = 16
@@ -60,7 +60,7 @@ def current_listener() -> Listener | None:
 
 
 class LiveChart:
-    """Sends the posterior and scale of one run, at most ten times a second.
+    """Sends the posterior and scale of one run, at most five times a second.
 
     No update waits for the device. On a GPU each update starts a copy into pinned memory, and a later one sends what
     has arrived; on the CPU there is nothing to wait for; on other devices, which do not tell when a copy is done, the
