@@ -32,6 +32,9 @@ GAP_MEMORY = 4.0
 """How fast estimates of the covariance gap by earlier steps fade: as this power of sigma. Exact predictions would bear
 2.5; the posteriors of the MNIST network are best at 4."""
 
+LONGEST_MEMORY = 0.8
+"""What is left of earlier estimates after a step at most, however short: small steps come back to Algorithm 2."""
+
 NoiseFraction = Callable[[float, float], float]
 """(sigma, sigma') -> variance that the sampler injects over that step, as a share of the exact kernel's."""
 
@@ -307,7 +310,8 @@ class PosteriorTracker:
             step = state, top.state, top.predictions, predictions
             gap = gap_of_step(*step, self._guided, fraction, *ends, frame, weight)
             if top.noise_gap is not None:
-                gap = torch.lerp(gap, top.noise_gap, (frame.sigma(level) / frame.sigma(top.level)) ** GAP_MEMORY)
+                memory = min((frame.sigma(level) / frame.sigma(top.level)) ** GAP_MEMORY, LONGEST_MEMORY)
+                gap = torch.lerp(gap, top.noise_gap, memory)
             self._noise_gap = gap
             return path_increment(*step, gap, *ends, frame, weight)
         increment = posterior_increment(state, top.state, *top.predictions, *ends, frame=frame, weight=weight)

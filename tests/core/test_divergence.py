@@ -203,6 +203,15 @@ def test_the_gap_averaged_over_the_steps_before_brings_the_posterior_nearer_to_t
     assert averaged < of_one_step / 1.5 < algorithm_2 / 1.5, (averaged, of_one_step, algorithm_2)
 
 
+def test_the_refined_posterior_is_near_the_exact_one_at_many_steps_too(monkeypatch):
+    """However long the run: an average over ever more, ever smaller steps would lag behind."""
+    algorithm_2, refined = (
+        final_error(False, 1.0, 300),
+        final_error(False, 1.0, 300, noise_fraction=lambda *levels: 1.0),
+    )
+    assert refined <= algorithm_2 < 0.03, (refined, algorithm_2)
+
+
 def test_an_averaged_gap_follows_the_steps_that_a_sampler_keeps():
     """A trial point that is replaced leaves nothing behind in the average."""
 
