@@ -15,7 +15,7 @@ def test_only_the_runs_with_the_chart_are_sent_one(comfyui_server: Server, monke
     assert without["in the chart"] == without["added, s"] == ""
     seconds, percent = map(float, re.fullmatch(r"([\d.]+) s \(([\d.]+) %\)", with_chart["in the chart"]).groups())
     assert 0 < seconds < with_chart["seconds (median)"]
-    assert percent == pytest.approx(100 * seconds / with_chart["seconds (median)"], abs=0.02)
+    assert percent == pytest.approx(100 * seconds / with_chart["seconds (median)"], rel=0.1, abs=0.01)
     assert min(row["seconds (median)"] for row in (without, with_chart)) > 0
 
 
