@@ -64,8 +64,8 @@ class Observer(NegativeGuidance):
     """Stands where guidance would be: it leaves the samples as they are and records the evidence for each concept.
 
     Takes what :class:`NegativeGuidance` takes; of the settings only their number counts. The evidence is that of
-    Algorithm 2, whatever ``noise_fraction``: the averaged gap of :class:`PosteriorTracker` lags, and overshoots by a nat
-    or so in images that show the concept, where a guided run has reached p_max already.
+    Algorithm 2, whatever ``noise_fraction``: the tracker's average lags, and overshoots by a nat or so in images that
+    show the concept, where a guided run has reached p_max already.
     """
 
     tracker_type = UnboundedTracker
