@@ -69,12 +69,22 @@ def posterior_increment(
     """
     kernel = ReverseKernel(frame.sigma(level), frame.sigma(next_level))
     negative, reference = at_least_float32(negative), at_least_float32(reference)
-    moved = frame.scale(next_level) * at_least_float32(next_state)
-    moved = moved - frame.carry(level, next_level) * at_least_float32(state)
+    moved = _moved(next_state, state, next_level, level, frame)
     product = (negative - reference) * (moved - (1 - kernel.ratio) / 2 * (negative + reference))
+    return _weighted_sum(product, weight) / kernel.next_sigma**2
+
+
+def _moved(next_state: Tensor, state: Tensor, next_level: float, level: float, frame: NoiseFrame) -> Tensor:
+    """x' - r x in the VE frame, (batch, ...)."""
+    moved = frame.scale(next_level) * at_least_float32(next_state)
+    return moved - frame.carry(level, next_level) * at_least_float32(state)
+
+
+def _weighted_sum(product: Tensor, weight: Tensor | None) -> Tensor:
+    """Sum over the elements that count, (batch,)."""
     if weight is not None:
         product = product * weight
-    return product.flatten(1).sum(dim=1) / kernel.next_sigma**2
+    return product.flatten(1).sum(dim=1)
 
 
 def path_increment(
@@ -138,12 +148,8 @@ def gap_of_step(
     """
     kernel = ReverseKernel(frame.sigma(level), frame.sigma(next_level))
     before, after = (at_least_float32(pair[0]) - at_least_float32(pair[1]) for pair in (predictions, next_predictions))
-    noise = frame.scale(next_level) * at_least_float32(next_state)
-    noise = noise - frame.carry(level, next_level) * at_least_float32(state) - (1 - kernel.ratio) * guided
-    product = (after - before) * noise
-    if weight is not None:
-        product = product * weight
-    return product.flatten(1).sum(dim=1) / (noise_fraction * (1 - kernel.ratio))
+    noise = _moved(next_state, state, next_level, level, frame) - (1 - kernel.ratio) * guided
+    return _weighted_sum((after - before) * noise, weight) / (noise_fraction * (1 - kernel.ratio))
 
 
 def offset_increment(settings: Settings, kernel: ReverseKernel, integrated: IntegratedOffset) -> float:

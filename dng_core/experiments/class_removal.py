@@ -5,12 +5,14 @@ A :class:`Point` says everything that decides the images; its :meth:`~Point.key`
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..guidance import NegativeGuidance
 from ..kernels import ReverseKernel
@@ -149,13 +151,11 @@ def draw(point: Point, device: str = "cpu") -> Drawn:
     """
     predict = predictor_of(point, device)
     reference = predict.network if isinstance(predict, LabelConditional) else predict.reference
-    shape = (reference.config.in_channels, reference.config.image_size, reference.config.image_size)
+    shape = image_shape(reference)
     levels = noise_levels(predict.chain, point.spacing, point.steps)
     images, posteriors, scales = [], [], []
-    for start in range(0, point.images, point.batch):
-        size = min(point.batch, point.images - start)
-        generator = torch.Generator().manual_seed(point.seed * 1_000_003 + start)
-        noise = torch.randn((size, *shape), generator=generator).to(device)
+    for noise, generator in starting_noise(point.images, point.batch, point.seed, shape):
+        noise = noise.to(device)
         guidance = None
         if point.settings:
             fraction = partial(noise_fraction, point.variance)
@@ -181,6 +181,20 @@ def draw(point: Point, device: str = "cpu") -> Drawn:
         posterior=(torch.cat(posteriors, 1) if posteriors else nothing).numpy(),
         scale=(torch.cat(scales, 1) if scales else nothing).numpy(),
     )
+
+
+def image_shape(network: UNet) -> tuple[int, int, int]:
+    """(channels, height, width) of what a network draws."""
+    return network.config.in_channels, network.config.image_size, network.config.image_size
+
+
+def starting_noise(
+    images: int, batch: int, seed: int, shape: Sequence[int]
+) -> Iterator[tuple[Tensor, torch.Generator]]:
+    """Standard normal noise for so many images, a batch at a time, with the generator that goes on with each."""
+    for start in range(0, images, batch):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
+        yield torch.randn((min(batch, images - start), *shape), generator=generator), generator
 
 
 def noise_fraction(variance: Variance, sigma: float, next_sigma: float) -> float:

@@ -22,7 +22,7 @@ from scipy.stats import t
 from ..headless.errors import HeadlessError
 from ..headless.locate import Location, has_accelerator
 from ..headless.process import run_helper
-from ..headless.server import PACK_NAME, Server, server_options, visible_pack
+from ..headless.server import LOG_TAIL_LINES, PACK_NAME, Server, server_options, visible_pack
 
 CHART_EVENT = "dynamic_negative_guidance.chart"
 CLIENT = "dng-figures"
@@ -69,7 +69,7 @@ def _start(location: Location, pack: Path | None, device: list[str]) -> Cost:
             taken, cpu = time.perf_counter() - began, _children_seconds() - cpu
     found = next(filter(None, map(IMPORT_SECONDS.search, lines)), None)
     if status or (pack is not None and found is None):
-        raise HeadlessError("ComfyUI did not start with the pack. Its log:\n" + "\n".join(lines[-25:]))
+        raise HeadlessError("ComfyUI did not start with the pack. Its log:\n" + "\n".join(lines[-LOG_TAIL_LINES:]))
     return Cost(taken, cpu, float(found[1]) if found else 0.0)
 
 

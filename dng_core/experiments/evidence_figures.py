@@ -19,7 +19,7 @@ from ..guidance import NegativeGuidance
 from ..sampling import Predictor, ddpm_sample
 from ..schedules import DDPMSchedule, ddpm_sigmas
 from ..settings import Settings
-from .class_removal import chain_name
+from .class_removal import chain_name, image_shape, starting_noise
 from .networks import Classifier, UNet, channels_last
 from .predictors import LabelConditional, denoised
 from .weights import load_classifier, load_denoiser, shipped_classifiers, shipped_denoisers
@@ -36,7 +36,7 @@ def evidence_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, An
     for digit, name in enumerate(names):
         predict = LabelConditional(network, chain, digit)
         shown, increments = [], []
-        for noise, generator in batches(images, seed, network.config.image_size):
+        for noise, generator in starting_noise(images, BATCH, seed, image_shape(network)):
             observer = Observer([Settings()], chain, levels=levels)
             drawn = ddpm_sample(predict, noise, levels, observer, generator)
             shown.append(classifier(drawn).argmax(dim=1) == digit)
@@ -64,7 +64,7 @@ def rules_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, Any]]
         reference, *undesired = (denoised(network, chain, x, sigma, label) for label in labels)
         return reference, undesired
 
-    for noise, generator in batches(images, seed, network.config.image_size):
+    for noise, generator in starting_noise(images, BATCH, seed, image_shape(network)):
         trackers = [NegativeGuidance(concepts, chain, levels=levels, noise_fraction=rule) for rule in rules.values()]
         drawn = ddpm_sample(partial(_seen_by, predict, trackers), noise, levels, generator=generator)
         shown.append(classifier(drawn).argmax(dim=1))
@@ -112,13 +112,6 @@ def shipped_mnist() -> tuple[UNet, Classifier, DDPMSchedule, Sequence[str]]:
     network, info = load_denoiser(shipped_denoisers()["mnist"])
     classifier, _ = load_classifier(shipped_classifiers()["mnist"])
     return channels_last(network), classifier, DDPMSchedule.named(chain_name(info)), info.class_names
-
-
-def batches(images: int, seed: int, size: int) -> Iterator[tuple[Tensor, torch.Generator]]:
-    """Starting noise for so many images, a batch at a time, with the generator that goes on with each."""
-    for start in range(0, images, BATCH):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
-        yield torch.randn((min(BATCH, images - start), 1, size, size), generator=generator), generator
 
 
 def summed(increments: Tensor, shown: Tensor, levels: list[float]) -> dict[str, Any]:

@@ -1,6 +1,9 @@
-"""Networks in the layouts of others, with random weights."""
+"""Networks in the layouts of others, with random weights, and a disk that is full."""
 
-from collections.abc import Callable
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -63,3 +66,24 @@ def class_only_state() -> Callable[[torch.nn.Module, UNetConfig], dict[str, Tens
         return state
 
     return rename
+
+
+@pytest.fixture
+def disk_full_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """Within the context, so many files can be written; the next finds no space."""
+
+    @contextlib.contextmanager
+    def full(files: int) -> Iterator[None]:
+        real, written = os.fsync, []
+
+        def fsync(number: int) -> None:
+            written.append(number)
+            if len(written) > files:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(number)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            yield
+
+    return full

@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import errno
 import json
 import os
 from collections.abc import Callable
@@ -358,18 +357,8 @@ def test_a_network_that_draws_nan_fails_its_points_with_a_message(files, capsys)
     assert {r.role for r in read_results(files / "out").results} == {"baseline"}
 
 
-def test_a_full_disk_keeps_what_was_done_and_leaves_no_half_files(files, monkeypatch, capsys):
-    written = []
-    real = os.fsync
-
-    def fsync(number: int) -> None:
-        written.append(number)
-        if len(written) > 6:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fsync)
+def test_a_full_disk_keeps_what_was_done_and_leaves_no_half_files(files, disk_full_after, capsys):
+    with disk_full_after(6):
         assert dng_experiment(files, "--methods", "NP") == 1
     assert "free some space" in capsys.readouterr().err
     kept = runs(files)

@@ -1,11 +1,9 @@
 """Training: a seed gives the same weights, stopped and resumed or not; bad checkpoints and options are refused."""
 
 import argparse
-import errno
 import gzip
 import hashlib
 import json
-import os
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -164,19 +162,10 @@ def test_a_checkpoint_started_elsewhere_is_refused(tmp_path, images, labels):
         train_denoiser(images, labels, NETWORK, CONFIG, tmp_path / "c", CPU, zeros)
 
 
-def test_a_full_disk_keeps_the_checkpoint_and_leaves_no_half_file(mnist_like, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_keeps_the_checkpoint_and_leaves_no_half_file(mnist_like, tmp_path, disk_full_after, capsys):
     """The checkpoint is written, the weights find no space; with space, the same command goes on from there."""
     command = ("classifier", "--data", mnist_like, "--output", tmp_path / "out", "--epochs", 1, "--batch-size", 32)
-    real, written = os.fsync, []
-
-    def fsync(number: int) -> None:
-        written.append(number)
-        if len(written) > 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fsync)
+    with disk_full_after(1):
         assert dng_train(*command) == 1
     assert "free some space and give the command again" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mnist_classifier.checkpoint"]
