@@ -5,7 +5,7 @@ A :class:`Point` says everything that decides the images; its :meth:`~Point.key`
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -73,7 +73,11 @@ class Point:
     @property
     def evaluations(self) -> int:
         """Network evaluations of single images: what the point costs."""
-        return self.steps * self.images * (1 if self.settings is None else 2)
+        return sum(batch.evaluations for batch in self.batches())
+
+    def batches(self) -> list["Batch"]:
+        """What is drawn at once, one after the other or side by side."""
+        return [Batch(self, start) for start in range(0, self.images, self.batch)]
 
     def key(self) -> str:
         """A hash of everything that decides the images."""
@@ -90,8 +94,25 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """The images of a point from ``start`` on that are drawn at once."""
+
+    point: Point
+    start: int
+
+    @property
+    def images(self) -> int:
+        return min(self.point.batch, self.point.images - self.start)
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of single images: what the batch costs."""
+        return self.point.steps * self.images * (1 if self.point.settings is None else 2)
+
+
+@dataclass(frozen=True)
 class Drawn:
-    """The images of a point, (n, channels, height, width) uint8, and traces of some of them.
+    """The images of a point or batch, (n, channels, height, width) uint8, and traces of some of them.
 
     ``traced``: (k,) indices of images; ``sigmas``: (steps,); ``posterior``, ``scale``: (steps, k); empty unguided.
     """
@@ -140,46 +161,57 @@ def noise_levels(chain: DDPMSchedule, spacing: Spacing, steps: int) -> list[floa
     return ddpm_sigmas(chain, steps)
 
 
-@torch.no_grad()
 def draw(point: Point, device: str = "cpu") -> Drawn:
-    """Draw a point's images by DDPM ancestral sampling.
+    """Draw all of a point's images, one batch after the other; raises what :func:`draw_batch` raises."""
+    return joined([draw_batch(batch, device) for batch in point.batches()])
+
+
+@torch.no_grad()
+def draw_batch(batch: Batch, device: str = "cpu") -> Drawn:
+    """Draw a batch of images by DDPM ancestral sampling.
 
     Raises
     ------
     FloatingPointError: if an image, or a prediction on its way, is not finite.
     ValueError: if networks and point don't fit.
     """
+    point = batch.point
     predict = predictor_of(point, device)
     reference = predict.network if isinstance(predict, LabelConditional) else predict.reference
-    shape = image_shape(reference)
     levels = noise_levels(predict.chain, point.spacing, point.steps)
-    images, posteriors, scales = [], [], []
-    for noise, generator in starting_noise(point.images, point.batch, point.seed, shape):
-        noise = noise.to(device)
-        guidance = None
-        if point.settings:
-            fraction = partial(noise_fraction, point.variance)
-            guidance = NegativeGuidance([point.settings], predict.chain, levels=levels, noise_fraction=fraction)
-        drawn = ddpm_sample(predict, noise, levels, guidance, generator, point.variance)
-        if not bool(drawn.isfinite().all()) or (guidance is not None and guidance.ignored()):
-            at = f" by {point.method} at scale {point.settings.guidance_scale:g}" if point.settings else ""
-            lower = ", or lower guidance_scale and max_scale" if point.settings else ""
-            raise FloatingPointError(
-                f"{point.class_only or point.denoiser} predicted images that are not finite{at}: check its "
-                f"weights{lower}"
-            )
-        images.append(((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
-        if guidance:
-            trace = guidance.trace()
-            posteriors.append(trace.posterior[:, 0])
-            scales.append(trace.scale[:, 0])
-    nothing = torch.zeros(0, 0)
+    noise, generator = starting_noise(batch.start, batch.images, point.seed, image_shape(reference))
+    guidance = None
+    if point.settings:
+        fraction = partial(noise_fraction, point.variance)
+        guidance = NegativeGuidance([point.settings], predict.chain, levels=levels, noise_fraction=fraction)
+    drawn = ddpm_sample(predict, noise.to(device), levels, guidance, generator, point.variance)
+    if not bool(drawn.isfinite().all()) or (guidance is not None and guidance.ignored()):
+        at = f" by {point.method} at scale {point.settings.guidance_scale:g}" if point.settings else ""
+        lower = ", or lower guidance_scale and max_scale" if point.settings else ""
+        raise FloatingPointError(
+            f"{point.class_only or point.denoiser} predicted images that are not finite{at}: check its weights{lower}"
+        )
+    trace = guidance.trace() if guidance else None
+    nothing = np.zeros((0, 0), dtype=np.float32)
     return Drawn(
-        images=torch.cat(images).numpy(),
-        traced=np.arange(point.images if posteriors else 0),
+        images=((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy(),
+        traced=np.arange(batch.images if trace else 0),
         sigmas=np.array(levels),
-        posterior=(torch.cat(posteriors, 1) if posteriors else nothing).numpy(),
-        scale=(torch.cat(scales, 1) if scales else nothing).numpy(),
+        posterior=trace.posterior[:, 0].numpy() if trace else nothing,
+        scale=trace.scale[:, 0].numpy() if trace else nothing,
+    )
+
+
+def joined(parts: Sequence[Drawn]) -> Drawn:
+    """The batches of a point, in their order, as one; all of their images are traced, or none."""
+    images = np.concatenate([part.images for part in parts])
+    return Drawn(
+        images=images,
+        traced=np.arange(len(images) if len(parts[0].traced) else 0),
+        sigmas=parts[0].sigmas,
+        posterior=np.concatenate([part.posterior for part in parts], axis=1),
+        scale=np.concatenate([part.scale for part in parts], axis=1),
+        seconds=sum(part.seconds for part in parts),
     )
 
 
@@ -188,13 +220,10 @@ def image_shape(network: UNet) -> tuple[int, int, int]:
     return network.config.in_channels, network.config.image_size, network.config.image_size
 
 
-def starting_noise(
-    images: int, batch: int, seed: int, shape: Sequence[int]
-) -> Iterator[tuple[Tensor, torch.Generator]]:
-    """Standard normal noise for so many images, a batch at a time, with the generator that goes on with each."""
-    for start in range(0, images, batch):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
-        yield torch.randn((min(batch, images - start), *shape), generator=generator), generator
+def starting_noise(start: int, count: int, seed: int, shape: Sequence[int]) -> tuple[Tensor, torch.Generator]:
+    """Standard normal noise for ``count`` images from number ``start`` on, and the generator that goes on with it."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
+    return torch.randn((count, *shape), generator=generator), generator
 
 
 def noise_fraction(variance: Variance, sigma: float, next_sigma: float) -> float:

@@ -36,7 +36,8 @@ def evidence_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, An
     for digit, name in enumerate(names):
         predict = LabelConditional(network, chain, digit)
         shown, increments = [], []
-        for noise, generator in starting_noise(images, BATCH, seed, image_shape(network)):
+        for start in range(0, images, BATCH):
+            noise, generator = starting_noise(start, min(BATCH, images - start), seed, image_shape(network))
             observer = Observer([Settings()], chain, levels=levels)
             drawn = ddpm_sample(predict, noise, levels, observer, generator)
             shown.append(classifier(drawn).argmax(dim=1) == digit)
@@ -64,7 +65,8 @@ def rules_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, Any]]
         reference, *undesired = (denoised(network, chain, x, sigma, label) for label in labels)
         return reference, undesired
 
-    for noise, generator in starting_noise(images, BATCH, seed, image_shape(network)):
+    for start in range(0, images, BATCH):
+        noise, generator = starting_noise(start, min(BATCH, images - start), seed, image_shape(network))
         trackers = [NegativeGuidance(concepts, chain, levels=levels, noise_fraction=rule) for rule in rules.values()]
         drawn = ddpm_sample(partial(_seen_by, predict, trackers), noise, levels, generator=generator)
         shown.append(classifier(drawn).argmax(dim=1))

@@ -190,20 +190,22 @@ class Runner:
                 result[key] = self._measure(point, labels)
             else:
                 missing.append(point)
-        total = sum(point.evaluations for point in missing)
+        waiting = [batch for point in missing for batch in point.batches() if not self.cache.has_batch(batch)]
+        total = sum(batch.evaluations for batch in waiting)
         if len(missing) < len(wanted):
             print(f"{len(wanted) - len(missing)} of {len(wanted)} points are there already", file=self.out)
         with tqdm(total=total, unit="eval", unit_scale=True, desc="drawing", file=self.out, disable=not total) as bar:
-            for point, drawn in draw_all(missing, self.workers):
+            for batch, drawn in draw_all(waiting, self.workers):
+                point = batch.point
                 if isinstance(drawn, Exception):
                     self.errors.append(f"{point.method} on {self._name(point)}: {drawn}")
                     tqdm.write(self.errors[-1], file=self.out)
-                else:
-                    forbidden = self.measurer.classes(drawn.images).numpy() == point.forbidden
-                    self.cache.store(point, keep_traces(drawn, forbidden))
+                elif whole := self.cache.add(batch, drawn):
+                    forbidden = self.measurer.classes(whole.images).numpy() == point.forbidden
+                    self.cache.store(point, keep_traces(whole, forbidden))
                     result[point.key()] = self._measure(point, wanted[point.key()][1])
                 bar.set_postfix_str(f"{point.method} on {self._name(point)}", refresh=False)
-                bar.update(point.evaluations)
+                bar.update(batch.evaluations)
         return result
 
     def _measure(self, point: Point, labels: set[int]) -> dict[str, Any]:

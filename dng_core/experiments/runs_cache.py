@@ -1,5 +1,6 @@
 """The runs of an experiment in a folder: for each point its images (.npz) and, written last, its measures (.json).
 
+The batches of a point that is not whole yet have files of their own.
 A file appears whole or not at all, so a run that was stopped, or whose disk was full, loses nothing that was done.
 """
 
@@ -12,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from .class_removal import Drawn, Point
+from .class_removal import Batch, Drawn, Point, joined
 from .files import write_json, write_whole
 
 
 class RunsCache:
-    """``folder``/runs/KEY.npz and KEY.json, for :meth:`Point.key`."""
+    """``folder``/runs/KEY.npz and KEY.json, for :meth:`Point.key`; KEY.START.npz for a batch."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "runs"
@@ -28,20 +29,25 @@ class RunsCache:
 
     def load(self, point: Point) -> Drawn:
         """The images of a point; ValueError if the file is damaged (then it is to be removed and drawn again)."""
-        path = self._images(point)
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            seconds = float(arrays.pop("seconds"))
-            return Drawn(**arrays, seconds=seconds)
-        except (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError) as error:
-            raise ValueError(f"{path} is damaged ({error}): remove it, and give the same command again") from error
+        return _load(self._images(point))
 
     def store(self, point: Point, drawn: Drawn) -> None:
-        """Keep a point's images."""
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **asdict(drawn))
-        write_whole(self._images(point), buffer.getvalue())
+        """Keep a point's images, in place of those of its batches."""
+        _store(self._images(point), drawn)
+        for batch in point.batches():
+            self._batch(batch).unlink(missing_ok=True)
+
+    def has_batch(self, batch: Batch) -> bool:
+        """Whether the images of this batch are there, of a point that is not whole yet."""
+        return self._batch(batch).is_file()
+
+    def add(self, batch: Batch, drawn: Drawn) -> Drawn | None:
+        """The whole point, if this batch was its last; else None, and the batch is kept."""
+        others = [other for other in batch.point.batches() if other != batch]
+        if not all(self.has_batch(other) for other in others):
+            _store(self._batch(batch), drawn)
+            return None
+        return joined([drawn if b == batch else _load(self._batch(b)) for b in batch.point.batches()])
 
     def measures(self, point: Point, measured_with: str) -> dict[str, Any] | None:
         """What :meth:`Measurer.measure` made of a point, if it was ``measured_with`` this classifier and data."""
@@ -60,5 +66,24 @@ class RunsCache:
     def _images(self, point: Point) -> Path:
         return self.folder / f"{point.key()}.npz"
 
+    def _batch(self, batch: Batch) -> Path:
+        return self.folder / f"{batch.point.key()}.{batch.start}.npz"
+
     def _record(self, point: Point) -> Path:
         return self.folder / f"{point.key()}.json"
+
+
+def _load(path: Path) -> Drawn:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        seconds = float(arrays.pop("seconds"))
+        return Drawn(**arrays, seconds=seconds)
+    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and give the same command again") from error
+
+
+def _store(path: Path, drawn: Drawn) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **asdict(drawn))
+    write_whole(path, buffer.getvalue())

@@ -1,4 +1,4 @@
-"""Draws many points: in this process, over this machine's cores and GPUs, or on a Ray cluster.
+"""Draws many batches of images: in this process, over this machine's cores and GPUs, or on a Ray cluster.
 
 Workers only draw. What they draw comes back to the caller, who alone writes to the cache.
 """
@@ -7,19 +7,19 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from .class_removal import Drawn, Point, draw
+from .class_removal import Batch, Drawn, Point, draw_batch
 
 EngineName = Literal["local", "ray"]
 ENGINES: tuple[EngineName, ...] = ("local", "ray")
 PACKAGE = Path(__file__).resolve().parents[1]
-RAY_RETRIES = 3  # of a point whose worker died
+RAY_RETRIES = 3  # of a batch whose worker died
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Workers:
     Parameters
     ----------
     engine: "local" for joblib's processes, "ray" for a cluster.
-    jobs: processes (local), or points in flight (ray); 0 for one per GPU, else one per two cores.
+    jobs: processes (local), or batches in flight (ray); 0 for one per GPU, else one per two cores.
     device: "auto", "cpu" or "cuda"; several GPUs are taken in turn.
     address: of the Ray cluster; None starts one on this machine.
     """
@@ -40,11 +40,11 @@ class Workers:
     address: str | None = None
 
     def count(self) -> int:
-        """How many points are drawn at once."""
+        """How many batches are drawn side by side."""
         return self.jobs or self._gpus() or max(1, (os.cpu_count() or 2) // 2)
 
     def devices(self) -> list[str]:
-        """The devices that points are drawn on, in turn."""
+        """The devices that batches are drawn on, in turn."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
         return [f"cuda:{i}" for i in range(self._gpus())] or ["cpu"]
@@ -53,49 +53,57 @@ class Workers:
         return torch.cuda.device_count() if self.device != "cpu" and torch.cuda.is_available() else 0
 
 
-def draw_all(points: Sequence[Point], workers: Workers) -> Iterator[tuple[Point, Drawn | Exception]]:
-    """Draw points, in the order in which they are done; a point that cannot be drawn comes with its error.
+def draw_all(batches: Sequence[Batch], workers: Workers) -> Iterator[tuple[Batch, Drawn | Exception]]:
+    """Draw batches, in the order in which they are done.
+
+    A batch that cannot be drawn comes with its error, once a point; the point's other batches are left out.
 
     Raises
     ------
     ValueError: if joblib or Ray is needed and not installed, or Ray does not start.
     """
     devices = workers.devices()
-    tasks = [(point, devices[i % len(devices)]) for i, point in enumerate(points)]
+    jobs = min(workers.count(), len(batches))
+    failed: set[Point] = set()
+    tasks = ((b, devices[i % len(devices)]) for i, b in enumerate(batches) if b.point not in failed)
     if workers.engine == "ray":
-        yield from _on_ray(tasks, workers)
-    elif min(workers.count(), len(points)) <= 1:
-        for point, device in tasks:
-            yield point, draw_one(point, device, None)
+        drawing = _on_ray(tasks, workers)
+    elif jobs <= 1:
+        drawing = ((batch, draw_one(batch, device, None)) for batch, device in tasks)
     else:
-        yield from _on_processes(tasks, min(workers.count(), len(points)))
+        drawing = _on_processes(tasks, jobs)
+    for batch, drawn in drawing:
+        if batch.point in failed:
+            continue
+        if isinstance(drawn, Exception):
+            failed.add(batch.point)
+        yield batch, drawn
 
 
-def draw_one(point: Point, device: str, threads: int | None) -> Drawn | Exception:
-    """Draw one point with so many CPU threads; errors are returned, so that other points go on."""
+def draw_one(batch: Batch, device: str, threads: int | None) -> Drawn | Exception:
+    """Draw one batch with so many CPU threads; errors are returned, so that others go on."""
     if threads:
         torch.set_num_threads(threads)
     began = time.monotonic()
     try:
-        return replace(draw(point, device), seconds=time.monotonic() - began)
+        return replace(draw_batch(batch, device), seconds=time.monotonic() - began)
     except (ValueError, FloatingPointError, FileNotFoundError, RuntimeError) as error:
         return error
 
 
-def _on_processes(tasks: Sequence[tuple[Point, str]], jobs: int) -> Iterator[tuple[Point, Drawn | Exception]]:
+def _on_processes(tasks: Iterable[tuple[Batch, str]], jobs: int) -> Iterator[tuple[Batch, Drawn | Exception]]:
     try:
         from joblib import Parallel, delayed
     except ModuleNotFoundError as error:
         raise ValueError("several jobs need joblib: pip install joblib, or use --jobs 1") from error
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with _importable():
-        calls = (delayed(_draw_indexed)(i, point, device, threads) for i, (point, device) in enumerate(tasks))
-        for i, drawn in Parallel(n_jobs=jobs, return_as="generator_unordered")(calls):
-            yield tasks[i][0], drawn
+        calls = (delayed(_draw_named)(batch, device, threads) for batch, device in tasks)
+        yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
 
 
-def _draw_indexed(index: int, point: Point, device: str, threads: int) -> tuple[int, Drawn | Exception]:
-    return index, draw_one(point, device, threads)
+def _draw_named(batch: Batch, device: str, threads: int) -> tuple[Batch, Drawn | Exception]:
+    return batch, draw_one(batch, device, threads)
 
 
 @contextlib.contextmanager
@@ -108,7 +116,7 @@ def _importable() -> Iterator[None]:
         sys.path.remove(str(PACKAGE.parent))
 
 
-def _on_ray(tasks: Sequence[tuple[Point, str]], workers: Workers) -> Iterator[tuple[Point, Drawn | Exception]]:
+def _on_ray(tasks: Iterable[tuple[Batch, str]], workers: Workers) -> Iterator[tuple[Batch, Drawn | Exception]]:
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -131,15 +139,15 @@ def _on_ray(tasks: Sequence[tuple[Point, str]], workers: Workers) -> Iterator[tu
         gpus = 1 if workers.devices() != ["cpu"] else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RAY_RETRIES)(draw_one)
         # A worker sees only the GPU that Ray gave it, as its first.
-        waiting = {remote.remote(p, "cuda:0" if gpus else "cpu", None if gpus else 1): p for p, _ in tasks}
+        waiting = {remote.remote(b, "cuda:0" if gpus else "cpu", None if gpus else 1): b for b, _ in tasks}
         while waiting:
             done, _ = ray.wait(list(waiting), num_returns=1)
             for reference in done:
-                point = waiting.pop(reference)
+                batch = waiting.pop(reference)
                 try:
-                    yield point, ray.get(reference)
+                    yield batch, ray.get(reference)
                 except ray.exceptions.RayError as error:
-                    yield point, RuntimeError(f"Ray gave this point up: {error}")
+                    yield batch, RuntimeError(f"Ray gave this batch up: {error}")
     finally:
         if ours:
             ray.shutdown()

@@ -4,7 +4,7 @@ import argparse
 import csv
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from dng_core.experiments import class_removal, experiment_command, report_command, runner, sweep
 from dng_core.experiments.checkpoints import open_denoiser
-from dng_core.experiments.class_removal import NONE, Point, draw, weights_digest
+from dng_core.experiments.class_removal import NONE, Batch, Drawn, Point, draw, joined, weights_digest
 from dng_core.experiments.experiment import PRESETS, read_experiment
 from dng_core.experiments.networks import Classifier, UNet, UNetConfig
 from dng_core.experiments.predictors import LabelConditional, NetworkPair
@@ -213,7 +213,7 @@ def test_a_finished_experiment_draws_nothing_again_and_changed_settings_only_wha
     first = runs(files)
     drawn: list[Point] = []
     original = runner.draw_all
-    monkeypatch.setattr(runner, "draw_all", lambda p, w: drawn.extend(p) or original(p, w))
+    monkeypatch.setattr(runner, "draw_all", lambda b, w: drawn.extend({x.point: 0 for x in b}) or original(b, w))
     assert dng_experiment(files, "--methods", "NP,SLD") == 0
     assert drawn == []
     experiment(files, lambda text: text.replace("[0.0, 2.0]", "[0.0, 4.0]"))
@@ -289,11 +289,34 @@ def test_the_cifar_10_path_runs_on_tiny_random_weights(files, monkeypatch, layou
 def test_points_over_two_processes_are_those_of_one(files):
     pytest.importorskip("joblib")
     points = [point(files), point(files, seed=1)]
-    drawn = dict(draw_all(points, Workers(jobs=2, device="cpu")))
+    drawn = dict(draw_all([batch for p in points for batch in p.batches()], Workers(jobs=2, device="cpu")))
     for p in points:
-        found = drawn[p]
-        assert not isinstance(found, Exception), found
+        found = joined([drawn[batch] for batch in p.batches()])
         assert np.abs(found.images.astype(int) - draw(p).images.astype(int)).max() <= 1
+
+
+def test_a_run_stopped_within_a_point_goes_on_with_the_next_batch(files, monkeypatch):
+    experiment(files, lambda text: text.replace("batch = 8", "batch = 3"))
+    original, count = runner.draw_all, 5
+    drawn: list[Batch] = []
+
+    def stopped_after(batches: Sequence[Batch], workers: Workers) -> Iterator[tuple[Batch, Drawn | Exception]]:
+        for batch, images in original(batches, workers):
+            if len(drawn) == count:
+                raise KeyboardInterrupt
+            drawn.append(batch)
+            yield batch, images
+
+    monkeypatch.setattr(runner, "draw_all", stopped_after)
+    with pytest.raises(KeyboardInterrupt):
+        dng_experiment(files, "--methods", "NP")
+    assert len(drawn) == count and len([name for name in runs(files) if name.count(".") == 2]) == 2
+    count = 1000
+    assert dng_experiment(files, "--methods", "NP") == 0
+    assert len(drawn) == len(set(drawn))
+    assert all(name.count(".") == 1 for name in runs(files))
+    for result in read_results(files / "out").results:
+        assert np.array_equal(read_results(files / "out").drawn(result).images, draw(result.point).images)
 
 
 @pytest.mark.slow
@@ -301,30 +324,30 @@ def test_a_ray_worker_that_dies_midway_costs_nothing_but_time(files, monkeypatch
     """A cluster of two workers on this machine; one is killed while it draws. Its point is drawn by another."""
     ray, psutil = pytest.importorskip("ray"), pytest.importorskip("psutil")
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")  # a busy machine
-    points = [point(files, seed=seed, steps=300) for seed in range(6)]
+    batches = [b for seed in range(3) for b in point(files, seed=seed, steps=300).batches()]
     killed: list[int] = []
     drawn = {}
-    for p, found in draw_all(points, Workers("ray", jobs=2, device="cpu")):
-        drawn[p] = found
+    for batch, found in draw_all(batches, Workers("ray", jobs=2, device="cpu")):
+        drawn[batch] = found
         if not killed:
             children = psutil.Process().children(recursive=True)
             busy = [child for child in children if "ray::draw_one" in " ".join(child.cmdline())]
             killed.append(busy[0].pid)
             os.kill(killed[0], 9)
     assert killed and not ray.is_initialized()
-    assert set(drawn) == set(points)
-    for p in points:
-        assert not isinstance(drawn[p], Exception), drawn[p]
-        assert drawn[p].images.shape == (6, 1, 8, 8)
+    assert set(drawn) == set(batches)
+    for batch in batches:
+        assert not isinstance(drawn[batch], Exception), drawn[batch]
+        assert drawn[batch].images.shape == (batch.images, 1, 8, 8)
 
 
 def test_ray_and_joblib_are_asked_for_where_they_are_missing(files, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     monkeypatch.setitem(__import__("sys").modules, "joblib", None)
     with pytest.raises(ValueError, match="pip install ray"):
-        list(draw_all([point(files)], Workers("ray", device="cpu")))
+        list(draw_all(point(files).batches(), Workers("ray", device="cpu")))
     with pytest.raises(ValueError, match="pip install joblib"):
-        list(draw_all([point(files), point(files, seed=1)], Workers(jobs=2, device="cpu")))
+        list(draw_all(point(files).batches(), Workers(jobs=2, device="cpu")))
 
 
 def test_a_cluster_that_does_not_start_is_a_message(files, monkeypatch, capsys):
@@ -484,7 +507,7 @@ def test_an_adaptive_experiment_draws_few_points_and_shares_a_search(files, monk
 
 def test_an_adaptive_sweep_gives_up_a_point_that_cannot_be_drawn(files, monkeypatch, capsys):
     experiment(files, lambda t: t.replace("[0.0, 2.0]", "[1.0, 2.0, 3.0]"))
-    monkeypatch.setattr(runner, "draw_all", lambda points, workers: ((p, RuntimeError("no")) for p in points))
+    monkeypatch.setattr(runner, "draw_all", lambda batches, _: ((b, RuntimeError("no")) for b in batches[:1]))
     assert dng_experiment(files, "--methods", "NP", "--adaptive") == 1
     message = capsys.readouterr().err
     assert "2 points failed" in message and "NP on ant: no" in message and "nothing of the experiment" in message
