@@ -20,7 +20,7 @@ from ..sampling import ddpm_sample
 from ..schedules import ChainName, DDPMSchedule, ddpm_sigmas, karras_sigmas
 from ..settings import Settings
 from .checkpoints import CIFAR10_NETWORK, open_denoiser
-from .networks import UNet, channels_last
+from .networks import UNet
 from .predictors import LabelConditional, NetworkPair
 from .weights import DenoiserInfo
 
@@ -127,9 +127,9 @@ class Drawn:
 
 @lru_cache(maxsize=4)
 def network(source: str, device: str) -> tuple[UNet, DenoiserInfo]:
-    """A denoiser on its device, laid out for speed; kept, as a sweep asks for it again and again."""
+    """A denoiser on its device; kept, as a sweep asks for it again and again."""
     unet, info = open_denoiser(source, CIFAR10_NETWORK)
-    return channels_last(unet.to(device)), info
+    return unet.to(device), info
 
 
 def predictor_of(point: Point, device: str) -> LabelConditional | NetworkPair:

@@ -20,7 +20,7 @@ from ..sampling import Predictor, ddpm_sample
 from ..schedules import DDPMSchedule, ddpm_sigmas
 from ..settings import Settings
 from .class_removal import chain_name, image_shape, starting_noise
-from .networks import Classifier, UNet, channels_last
+from .networks import Classifier, UNet
 from .predictors import LabelConditional, denoised
 from .weights import load_classifier, load_denoiser, shipped_classifiers, shipped_denoisers
 
@@ -113,7 +113,7 @@ def shipped_mnist() -> tuple[UNet, Classifier, DDPMSchedule, Sequence[str]]:
     """The shipped denoiser, its classifier, its chain and the names of its classes."""
     network, info = load_denoiser(shipped_denoisers()["mnist"])
     classifier, _ = load_classifier(shipped_classifiers()["mnist"])
-    return channels_last(network), classifier, DDPMSchedule.named(chain_name(info)), info.class_names
+    return network, classifier, DDPMSchedule.named(chain_name(info)), info.class_names
 
 
 def summed(increments: Tensor, shown: Tensor, levels: list[float]) -> dict[str, Any]:

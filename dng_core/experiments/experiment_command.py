@@ -16,7 +16,6 @@ from .datasets import Dataset, load_dataset
 from .experiment import METHOD_OF, Experiment, read_experiment
 from .features import require_inception
 from .measuring import Measurer
-from .networks import channels_last
 from .runner import Runner
 from .sweep import ENGINES, Workers
 from .weights import load_classifier, shipped_classifiers
@@ -52,9 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adaptive", action="store_true", help="at full size draw only the smallest scales that are safe, not all"
     )
     parser.add_argument("--search-classes", help="search for settings on these classes alone, with commas")
-    parser.add_argument("--jobs", type=int, default=0, help="points drawn at once (default: one per GPU or two cores)")
+    parser.add_argument(
+        "--jobs", type=int, default=0, help="batches drawn side by side (default: one per GPU or two cores)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    parser.add_argument("--engine", choices=ENGINES, default="local", help="what runs the points (default: local)")
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="what draws the batches (default: local)")
     parser.add_argument("--ray-address", help="of a running Ray cluster (default: one on this machine)")
     parser.add_argument("--fid", action="store_true", help="measure FID too, by torch-fidelity")
     parser.add_argument("--estimate", action="store_true", help="only say how long it would take")
@@ -94,7 +95,7 @@ def prepare(args: argparse.Namespace) -> Runner:
     classifier_file = shipped_classifiers().get(experiment.classifier, Path(experiment.classifier))
     classifier, info = load_classifier(classifier_file)
     workers = Workers(args.engine, args.jobs, args.device, args.ray_address)
-    classifier = channels_last(classifier.to(workers.devices()[0]))
+    classifier = classifier.to(workers.devices()[0])
     folder = args.output or Path("output", experiment.name)
     real: Dataset | None = None
     note = "distances to real images: not yet measured (no --data)"

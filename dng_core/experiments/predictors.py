@@ -14,9 +14,8 @@ from .networks import UNet
 def denoised(network: UNet, chain: DDPMSchedule, x: Tensor, sigma: float, label: Tensor | None = None) -> Tensor:
     """D = x - sigma epsilon, clamped to -1 .. 1, for VE states x, (n, channels, height, width); ``label``: (n,)."""
     timestep = int(chain.timestep(torch.tensor(sigma, dtype=torch.float64)))
-    state = (x / (1 + sigma**2) ** 0.5).contiguous(memory_format=torch.channels_last)
-    epsilon = network(state, torch.full((len(x),), timestep, device=x.device), label)
-    return (x - sigma * epsilon).clamp(-1, 1).contiguous()
+    epsilon = network(x / (1 + sigma**2) ** 0.5, torch.full((len(x),), timestep, device=x.device), label)
+    return (x - sigma * epsilon).clamp(-1, 1)
 
 
 class LabelConditional:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..schedules import DDPMSchedule
 from .data import to_model_range
 from .files import write_whole
-from .networks import Classifier, UNet, UNetConfig, channels_last
+from .networks import Classifier, UNet, UNetConfig
 
 Precision = Literal["float32", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
@@ -161,7 +161,7 @@ def _optimise(
     if initial is not None:
         model.load_state_dict(initial)
         identity += f" from {hashlib.sha256(save(dict(initial))).hexdigest()}"
-    model = channels_last(model.to(device)).train()
+    model = model.to(device).train()
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     total = math.ceil(config.epochs * count / config.batch_size)

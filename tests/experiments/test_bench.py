@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from dng_core.experiments import bench_command
-from dng_core.experiments.networks import GroupNorm, UNet, UNetConfig
+from dng_core.experiments.networks import UNet, UNetConfig
 from dng_core.experiments.weights import DenoiserInfo, save_denoiser
 from dng_core.schedules import DDPMSchedule
 
@@ -16,17 +16,13 @@ def test_every_variant_predicts_the_same():
     torch.manual_seed(0)
     found = bench_command.variants(UNet(NETWORK).eval(), DDPMSchedule.named("linear"))
     x = torch.randn(2, 1, 8, 8)
-    ours = GroupNorm.forward
     with torch.no_grad():
-        results = []
-        for variant in found:
-            with bench_command._group_norm(variant.torch_group_norm):
-                reference, (undesired,) = variant.predict(x, 1.5)
-            results.append(torch.stack([reference, undesired]))
-    assert GroupNorm.forward is ours
-    assert len(results) == 4 and not torch.equal(*results[0])
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], atol=1e-5, rtol=1e-5)
+        (plain, plain_undesired), (reference, undesired) = (
+            (reference, undesired) for reference, (undesired,) in (predict(x, 1.5) for predict in found.values())
+        )
+    assert not torch.equal(plain, plain_undesired)
+    torch.testing.assert_close(reference, plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(undesired, plain_undesired, atol=1e-5, rtol=1e-5)
 
 
 def test_the_command_prints_ratios_to_the_plain_loop(tmp_path, capsys):
@@ -35,9 +31,27 @@ def test_the_command_prints_ratios_to_the_plain_loop(tmp_path, capsys):
     save_denoiser(tmp_path / "d.safetensors", UNet(NETWORK).state_dict(), info)
     parser = argparse.ArgumentParser()
     bench_command.add_arguments(parser)
-    options = ["--denoiser", str(tmp_path / "d.safetensors"), "--batch", "2", "--timed-steps", "2", "--repeats", "1"]
+    options = ["--denoiser", str(tmp_path / "d.safetensors"), "--batch", "2", "--timed-steps", "2", "--repeats", "2"]
     assert bench_command.run(parser.parse_args([*options, "--device", "cpu"])) == 0
-    rows = [line for line in capsys.readouterr().out.split("\n") if line.startswith("| ")][2:]
-    assert len(rows) == 4 and "1.00 x" in rows[0] and "one batch" in rows[3]
-    assert bench_command.run(parser.parse_args([*options, "--repeats", "0"])) == 1
-    assert "at least 1" in capsys.readouterr().err
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.split("\n") if line.startswith("| ")][2:]
+    assert len(rows) == 2 and "1.00 x" in rows[0] and "one batch" in rows[1]
+    assert "a product of two 1024 x 1024 matrices" in printed
+    assert bench_command.run(parser.parse_args([*options, "--repeats", "1"])) == 1
+    assert "--repeats at least 2" in capsys.readouterr().err
+
+
+def test_operations_are_those_of_every_convolution_and_product():
+    """Counted by hand for a network without attention: 2 x weights x output pixels; linear layers once."""
+    network = UNet(NETWORK).eval()
+    expected = 0
+    for module in network.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            pixels = 8 * 8 if isinstance(module, torch.nn.Conv2d) else 1
+            expected += 2 * module.weight.numel() * pixels
+    attention = network.mid_block.attentions[0]
+    expected += (
+        2 * sum(m.weight.numel() for m in (attention.to_q, attention.to_k, attention.to_v, *attention.to_out)) * 63
+    )
+    expected += 2 * 2 * 64 * 64 * 32  # the two products of attention: 64 pixels, 32 channels
+    assert bench_command.flops_of_a_prediction(network) == expected
