@@ -28,6 +28,7 @@ NONE = "none"
 METHOD_NAMES = {NONE: "none", "negative_prompting": "NP", "safe_latent_diffusion": "SLD", "dng": "DNG"}
 TRACED = 8  # images whose posterior and scale are kept: the first, and as many that still show the class
 KEY_LENGTH = 24
+VERSION = 1  # of what is drawn for the same point: to be raised with every change that alters images
 
 Spacing = Literal["ddpm", "karras"]
 Variance = Literal["posterior", "forward"]
@@ -82,6 +83,7 @@ class Point:
     def key(self) -> str:
         """A hash of everything that decides the images."""
         named = asdict(self) | {"denoiser": "", "class_only": bool(self.class_only)}  # the weights' digest names them
+        named["version"] = VERSION
         return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
 
     def to_dict(self) -> dict[str, Any]:
