@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,13 @@ def load_mnist(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
     return torch.tensor(images).view(-1, 1, 28, 28), torch.tensor(labels, dtype=torch.long)
 
 
+def images_digest(images: Tensor, labels: Tensor) -> str:
+    """A hash of images, uint8, and their labels."""
+    digest = hashlib.sha256(images.numpy().tobytes())
+    digest.update(labels.numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
 def to_model_range(images: Tensor) -> Tensor:
     """uint8 pixels 0 .. 255 -> float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
@@ -42,7 +50,7 @@ def _read_idx(folder: Path, name: str) -> bytes:
     elif packed.is_file():
         try:
             content = gzip.decompress(packed.read_bytes())
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{packed} is damaged ({error}); fetch it again") from error
     else:
         raise FileNotFoundError(f"no {name} or {name}.gz in {folder}: give the folder that holds MNIST's IDX files")

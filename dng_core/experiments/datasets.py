@@ -4,10 +4,10 @@ Each is read whole into memory, (n, channels, height, width) uint8. MNIST and th
 their published checksums.
 """
 
-import hashlib
 import io
 import itertools
 import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .data import MNIST_MD5, load_mnist
+from .data import MNIST_MD5, images_digest, load_mnist
 
 DATASETS = ("mnist", "cifar10", "folder")
 DIGITS = tuple("0123456789")
@@ -52,6 +52,10 @@ class Dataset:
         """The images that a boolean or index tensor chooses."""
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
+    def labelled(self) -> tuple[Tensor, Tensor]:
+        """Images and labels."""
+        return self.images, self.labels
+
     def sample(self, most: int, seed: int = 0) -> "Dataset":
         """At most so many images, drawn by a seed, in their order."""
         if most >= len(self.images):
@@ -61,9 +65,7 @@ class Dataset:
 
     def digest(self) -> str:
         """A hash of images and labels."""
-        digest = hashlib.sha256(self.images.numpy().tobytes())
-        digest.update(self.labels.numpy().tobytes())
-        return digest.hexdigest()[:24]
+        return images_digest(self.images, self.labels)
 
 
 def load_dataset(name: str, folder: Path, train: bool, download: bool = False, size: int | None = None) -> Dataset:
@@ -82,11 +84,11 @@ def load_dataset(name: str, folder: Path, train: bool, download: bool = False, s
     ValueError: if they are damaged, of another data set, or there is one class only.
     """
     if name == "mnist":
-        if (folder / "MNIST" / "raw").is_dir():  # where torchvision puts it
-            folder = folder / "MNIST" / "raw"
-        if download and not any((folder / f"{file}{end}").is_file() for file in MNIST_MD5 for end in ("", ".gz")):
-            folder = _download("MNIST", folder)
-        return Dataset("MNIST", *load_mnist(folder, train), DIGITS)
+        downloaded = folder / "MNIST" / "raw"  # where torchvision puts it
+        found = next((place for place in (folder, downloaded) if _holds_mnist(place)), None)
+        if found is None and download:
+            _download("MNIST", folder)
+        return Dataset("MNIST", *load_mnist(found or (downloaded if downloaded.is_dir() else folder), train), DIGITS)
     if name == "cifar10":
         return _cifar10(folder, train, download)
     if name == "folder":
@@ -94,8 +96,12 @@ def load_dataset(name: str, folder: Path, train: bool, download: bool = False, s
     raise ValueError(f"there is no data set {name!r}: choose one of {', '.join(DATASETS)}")
 
 
-def _download(name: str, folder: Path) -> Path:
-    """Let torchvision fetch and check a data set; the folder with MNIST's files where that is asked for."""
+def _holds_mnist(folder: Path) -> bool:
+    return all(any((folder / f"{file}{end}").is_file() for end in ("", ".gz")) for file in MNIST_MD5)
+
+
+def _download(name: str, folder: Path) -> None:
+    """Let torchvision fetch and check a data set."""
     try:
         from torchvision import datasets
     except ModuleNotFoundError as error:
@@ -106,7 +112,6 @@ def _download(name: str, folder: Path) -> Path:
         raise FileNotFoundError(
             f"{name} could not be downloaded into {folder} ({error}): try again, or copy its files there"
         ) from error
-    return folder / "MNIST" / "raw" if name == "MNIST" else folder
 
 
 def _cifar10(folder: Path, train: bool, download: bool) -> Dataset:
@@ -137,13 +142,15 @@ def _jpeg_arrays(path: Path, split: str) -> tuple[Tensor, Tensor]:
         files = [stream[a:b].tobytes() for a, b in itertools.pairwise(offsets)]
         pictures = [np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) for content in files]
         images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged or half-downloaded ({error}): copy it again") from error
     return images, torch.from_numpy(labels.astype(np.int64))
 
 
 def _image_folder(folder: Path, train: bool, size: int | None) -> Dataset:
-    root = next((folder / s for s in ("train" if train else "test",) if (folder / s).is_dir()), folder)
+    split = folder / ("train" if train else "test")
+    has_splits = (folder / "train").is_dir() or (folder / "test").is_dir()
+    root = split if has_splits else folder
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
     names = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir()))

@@ -4,6 +4,7 @@ An experiment is a TOML file; those that come with the project are in ``presets`
 """
 
 import itertools
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -67,6 +68,8 @@ class MethodPlan:
         chosen = {**self.fixed, **others}
         if unknown := chosen.keys() - names:
             raise ValueError(f"{METHOD_NAMES[self.method]}: there is no setting {', '.join(sorted(unknown))}")
+        if infinite := [key for key, value in chosen.items() if value in (math.inf, -math.inf)]:
+            raise ValueError(f"{METHOD_NAMES[self.method]}: {infinite[0]} is infinite: give a large number instead")
         return Settings(method=self.method, guidance_scale=scale, **chosen)
 
 
@@ -109,11 +112,11 @@ class Experiment:
     reference_images: int = 10_000
 
     def __post_init__(self) -> None:
-        for name in ("images", "search_images", "batch", "reference_images"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 2:
-                raise ValueError(f"{name} must be a whole number of at least 2, not {getattr(self, name)!r}")
-        if not 1 <= self.steps <= 1000:
-            raise ValueError(f"steps must be at least 1 and at most 1000, not {self.steps}")
+        for name, least in (("images", 4), ("search_images", 4), ("batch", 1), ("reference_images", 4)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, not {getattr(self, name)!r}")
+        if not isinstance(self.steps, int) or not 1 <= self.steps <= 1000:
+            raise ValueError(f"steps must be a whole number of at least 1 and at most 1000, not {self.steps!r}")
         if not 0 <= self.target_share < 1:
             raise ValueError(f"target_share must be at least 0 and below 1, not {self.target_share}")
         if self.spacing not in ("ddpm", "karras"):

@@ -12,13 +12,17 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..settings import Settings
+from .class_removal import METHOD_NAMES, image_shape, network
 from .datasets import Dataset, load_dataset
 from .experiment import METHOD_OF, Experiment, read_experiment
 from .features import require_inception
 from .measuring import Measurer
 from .runner import Runner
 from .sweep import ENGINES, Workers
-from .weights import load_classifier, shipped_classifiers
+from .weights import ClassifierInfo, load_classifier, shipped_classifiers
+
+TunedSettings = dict[tuple[str, str], Settings | None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Remove classes by no guidance, negative prompting, Safe Latent Diffusion and DNG; measure safety, balance "
         "and quality. Points that are in the output folder already are not drawn again, so a stopped run goes on."
     )
-    parser.add_argument("experiment", help="mnist, cifar10, tiny, or a TOML file (see docs/experiments.md)")
+    parser.add_argument(
+        "experiment", help="mnist, cifar10, cifar10_conditional, tiny, or a TOML file (see docs/experiments.md)"
+    )
     parser.add_argument("--data", type=Path, help="folder of the data set to compare with; without it, no distances")
     parser.add_argument("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data")
     parser.add_argument("--output", type=Path, help="folder of the runs and the report (default: output/NAME)")
@@ -96,6 +102,7 @@ def prepare(args: argparse.Namespace) -> Runner:
     classifier, info = load_classifier(classifier_file)
     workers = Workers(args.engine, args.jobs, args.device, args.ray_address)
     classifier = classifier.to(workers.devices()[0])
+    require_fitting(experiment, info)
     folder = args.output or Path("output", experiment.name)
     real: Dataset | None = None
     note = "distances to real images: not yet measured (no --data)"
@@ -110,14 +117,33 @@ def prepare(args: argparse.Namespace) -> Runner:
             raise ValueError("--fid compares with real images: give --data")
         require_inception()
     measurer = Measurer(classifier, info, real, folder / "fid" if args.fid else None)
-    about = {
+    about: dict[str, Any] = {
         "command": shlex.join(["dng", *sys.argv[1:]]),
         "versions": {"dng": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
         "note": note,
     }
-    return Runner(experiment, measurer, folder, workers, about, settings_of=tuned(args.settings_of))
+    settings_of: TunedSettings = {}
+    if args.settings_of is not None:
+        settings_of, about["settings_of"] = tuned(args.settings_of, experiment, info.class_names)
+    return Runner(experiment, measurer, folder, workers, about, settings_of)
+
+
+def require_fitting(experiment: Experiment, classifier: ClassifierInfo) -> None:
+    """ValueError if the classifier cannot judge what the denoiser draws: other classes, or images of another shape."""
+    unet, info = network(experiment.denoiser, "cpu")
+    seen = (classifier.in_channels, classifier.image_size, classifier.image_size)
+    if image_shape(unet) != seen:
+        raise ValueError(
+            f"the denoiser {experiment.denoiser} draws images of {image_shape(unet)}, the classifier "
+            f"{experiment.classifier} sees {seen} (channels, height, width): take one trained on the same data"
+        )
+    if unet.config.num_classes and not experiment.class_only and info.class_names != classifier.class_names:
+        raise ValueError(
+            f"the classes of the denoiser {experiment.denoiser} ({', '.join(info.class_names)}) are not those of the "
+            f"classifier {experiment.classifier} ({', '.join(classifier.class_names)}): take one that knows the same"
+        )
 
 
 def changed(experiment: Experiment, args: argparse.Namespace) -> Experiment:
@@ -138,20 +164,32 @@ def changed(experiment: Experiment, args: argparse.Namespace) -> Experiment:
             raise ValueError(
                 f"--methods: there is no {', '.join(sorted(unknown))}; choose from {', '.join(METHOD_OF)}"
             )
-        changes["methods"] = tuple(p for p in experiment.methods if p.method in {METHOD_OF[n] for n in names})
+        planned = {METHOD_NAMES[plan.method]: plan for plan in experiment.methods}
+        if absent := [name for name in names if name not in planned]:
+            raise ValueError(f"--methods: the experiment {experiment.name} has no [methods.{absent[0]}]")
+        changes["methods"] = tuple(plan for name, plan in planned.items() if name in names)
     return replace(experiment, **changes)
 
 
-def tuned(folder: Path | None) -> dict[tuple[str, str], Any]:
-    """(class, method) -> the best settings in another experiment's folder."""
-    if folder is None:
-        return {}
+def tuned(folder: Path, experiment: Experiment, class_names: tuple[str, ...]) -> tuple[TunedSettings, dict[str, Any]]:
+    """(class, method) -> the best settings in another experiment's folder; and what is left with them there.
+
+    ValueError if the folder lacks a class or method of this experiment.
+    """
     from .report_data import read_results
 
     results = read_results(folder)
-    return {
-        (name, method): row.point.settings
-        for name in results.removed
-        for method, row in results.best(name).items()
-        if row.point.settings is not None
-    }
+    settings: TunedSettings = {}
+    left: dict[str, dict[str, float | None]] = {}
+    for label in experiment.labels(class_names):
+        name = class_names[label]
+        best = results.best(name)
+        for method in (METHOD_NAMES[plan.method] for plan in experiment.methods):
+            if method not in best:
+                raise ValueError(
+                    f"--settings-of: {folder} has no point of {method} on {name}: complete it there first, or choose "
+                    f"--classes and --methods that it has"
+                )
+            settings[name, method] = best[method].point.settings
+            left.setdefault(name, {})[method] = best[method].value("forbidden_share")
+    return settings, {"folder": str(folder), "steps": results.manifest["experiment"]["steps"], "left": left}

@@ -4,6 +4,8 @@ Both are :data:`~dng_core.sampling.Predictor` functions, (state, sigma) -> (refe
 networks on a training chain. The denoised estimates are kept in the images' range -1 .. 1, as DDPM does.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,13 @@ from .networks import UNet
 
 
 def denoised(network: UNet, chain: DDPMSchedule, x: Tensor, sigma: float, label: Tensor | None = None) -> Tensor:
-    """D = x - sigma epsilon, clamped to -1 .. 1, for VE states x, (n, channels, height, width); ``label``: (n,)."""
+    """D = x - sigma epsilon, clamped to -1 .. 1, for VE states x, (n, channels, height, width); ``label``: (n,).
+
+    What the network does not predict as a finite number becomes NaN, which the clamp would hide.
+    """
     timestep = int(chain.timestep(torch.tensor(sigma, dtype=torch.float64)))
     epsilon = network(x / (1 + sigma**2) ** 0.5, torch.full((len(x),), timestep, device=x.device), label)
-    return (x - sigma * epsilon).clamp(-1, 1)
+    return torch.where(epsilon.isfinite(), x - sigma * epsilon, math.nan).clamp(-1, 1)
 
 
 class LabelConditional:

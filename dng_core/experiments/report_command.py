@@ -98,6 +98,8 @@ def markdown(results: Results) -> str:
     lines = [f"# {_title(results)}", "", *(f"{paragraph}\n" for paragraph in _introduction(results))]
     head, rows = overview_table(results)
     lines += [_row(head), _row(["---"] * len(head)), *(_row(r) for r in rows), ""]
+    if tuned := tuned_table(results):
+        lines += [_row(tuned[0]), _row(["---"] * len(tuned[0])), *(_row(r) for r in tuned[1]), ""]
     for removed in results.removed:
         head, rows = best_table(results, removed)
         lines += [f"## {removed} removed", "", _row(head), _row(["---"] * len(head)), *(_row(r) for r in rows), ""]
@@ -113,6 +115,8 @@ def page(results: Results, pictures: dict[str, dict[str, bytes]]) -> str:
     body = [f"<h1>{html.escape(_title(results))}</h1>"]
     body += [f"<p>{CODE.sub(_code, html.escape(line))}</p>" for line in _introduction(results)]
     body.append(_html_table(*overview_table(results)))
+    if tuned := tuned_table(results):
+        body.append(_html_table(*tuned))
     for removed in results.removed:
         body.append(f"<h2>{html.escape(removed)} removed</h2>")
         body.append(_html_table(*best_table(results, removed)))
@@ -155,31 +159,53 @@ def every_table(results: Results, removed: str) -> tuple[list[str], list[list[st
     return _cells(results, results.of(removed, "baseline", "search", "sweep"))
 
 
-def verdict(results: Results, quality: str) -> str:
-    """At how many classes DNG's best safe point is better than each other method's, by one measure."""
+def verdict(results: Results, chosen_by: str, *compared: str) -> str:
+    """At how many classes DNG's best safe point is better than each other method's, by all measures ``compared``.
+
+    ``chosen_by``: the measure that each method's best point has least of.
+    """
     better, decided, unsafe = 0, 0, []
     for removed in results.removed:
-        best = results.best(removed, quality)
+        best = results.best(removed, chosen_by)
         dng = best.get("DNG")
         rivals = [r for m, r in best.items() if m != "DNG"]
-        if dng is None or not rivals or dng.value(quality) is None:
+        if dng is None or not rivals or any(dng.value(measure) is None for measure in compared):
             continue
         decided += 1
         if not results.is_safe(dng):
             unsafe.append(removed)
             continue
-        ours = dng.value(quality)
-        assert ours is not None
-        theirs = [value for r in rivals if results.is_safe(r) and (value := r.value(quality)) is not None]
-        better += all(ours < value for value in theirs)
+        safe_rivals = [r for r in rivals if results.is_safe(r)]
+        better += all(_is_lower(dng, rival, measure) for rival in safe_rivals for measure in compared)
+    names = " and ".join(COLUMNS[measure] for measure in compared)
     if not decided:
-        return f"{COLUMNS[quality]}: not yet measured."
+        return f"{names}: not yet measured."
     text = (
-        f"{COLUMNS[quality]}: at a forbidden share of {results.target:.1%} or less, DNG's best point is lower than "
-        f"that of every other method for {better} of {decided} classes, each method at its best by this measure (one "
-        "that never gets there counts as beaten)."
+        f"{names}: at a forbidden share of {results.target:.1%} or less, DNG is lower than every other method for "
+        f"{better} of {decided} classes, each method at its point with the least {COLUMNS[chosen_by]} (one that never "
+        "gets there counts as beaten)."
     )
     return text + (f" DNG itself does not get there for: {', '.join(unsafe)}." if unsafe else "")
+
+
+def _is_lower(ours: Result, theirs: Result, measure: str) -> bool:
+    """Whether a measure is lower; one that they lack is not compared."""
+    mine, other = ours.value(measure), theirs.value(measure)
+    return other is None or (mine is not None and mine < other)
+
+
+def tuned_table(results: Results) -> tuple[list[str], list[list[str]]] | None:
+    """Head and rows: what is left here and where the settings were tuned; None where they were tuned here."""
+    tuned = results.manifest.get("settings_of")
+    if tuned is None:
+        return None
+    there, here = tuned["steps"], results.manifest["experiment"]["steps"]
+    body = []
+    for removed in results.removed:
+        for method, result in results.best(removed).items():
+            before, now = tuned["left"][removed][method], result.value("forbidden_share") or 0.0
+            body.append([removed, method, f"{before:.1%}", f"{now:.1%}", f"{100 * (now - before):+.1f}"])
+    return ["removed", "method", f"left, {there} steps (tuned)", f"left, {here} steps", "difference, points"], body
 
 
 def _introduction(results: Results) -> list[str]:
@@ -192,8 +218,9 @@ def _introduction(results: Results) -> list[str]:
         f"with at most {results.target:.1%} left (else at its safest), chosen and shown on the same images. "
         "Intervals: 95 %, Wilson's for shares; otherwise basic bootstrap, of what many images would give: with few, a "
         "divergence or distance lies above its own.",
-        verdict(results, "kl_renormalised"),
-        verdict(results, "frechet_without"),
+        verdict(results, "kl_renormalised", "kl_renormalised"),
+        verdict(results, "frechet_without", "frechet_without"),
+        verdict(results, "kl_renormalised", "kl_renormalised", "frechet_without"),
     ]
     if results.missing:
         lines.append(f"Points that are not there yet: {results.missing}. Give the command again to complete them.")

@@ -119,7 +119,7 @@ def read_results(folder: Path) -> Results:
         raise ValueError(f"{path} is damaged ({error}): give the experiment's command again") from error
     cache = RunsCache(folder)
     records = {key: _record(cache, key, measured_with) for key in {entry["key"] for entry in entries}}
-    done = [entry for entry in entries if records[entry["key"]] is not None]
+    done = [entry for entry in entries if _is_measured(records[entry["key"]], entry["class"])]
     if not done:
         raise ValueError(f"nothing of the experiment in {folder} is done yet: give its command again")
 
@@ -174,6 +174,11 @@ def to_csv(rows: list[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _is_measured(record: dict[str, Any] | None, name: str) -> bool:
+    """Whether a point is there, and measured for the class removed (the unguided one is shared by all of them)."""
+    return record is not None and name in record["measures"]["by_class"]
 
 
 def _record(cache: RunsCache, key: str, measured_with: str) -> dict[str, Any] | None:

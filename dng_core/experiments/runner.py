@@ -190,7 +190,7 @@ class Runner:
                 result[key] = self._measure(point, labels)
             else:
                 missing.append(point)
-        waiting = [batch for point in missing for batch in point.batches() if not self.cache.has_batch(batch)]
+        waiting = [batch for point in missing for batch in self.cache.missing(point)]
         total = sum(batch.evaluations for batch in waiting)
         if len(missing) < len(wanted):
             print(f"{len(wanted) - len(missing)} of {len(wanted)} points are there already", file=self.out)

@@ -7,6 +7,7 @@ A file appears whole or not at all, so a run that was stopped, or whose disk was
 import io
 import json
 import zipfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,15 @@ class RunsCache:
         for batch in point.batches():
             self._batch(batch).unlink(missing_ok=True)
 
-    def has_batch(self, batch: Batch) -> bool:
-        """Whether the images of this batch are there, of a point that is not whole yet."""
-        return self._batch(batch).is_file()
+    def missing(self, point: Point) -> list[Batch]:
+        """The batches to draw of a point that is not whole: those that are not there, at least the last."""
+        batches = point.batches()
+        return [batch for batch in batches if not self._batch(batch).is_file()] or batches[-1:]
 
     def add(self, batch: Batch, drawn: Drawn) -> Drawn | None:
         """The whole point, if this batch was its last; else None, and the batch is kept."""
         others = [other for other in batch.point.batches() if other != batch]
-        if not all(self.has_batch(other) for other in others):
+        if not all(self._batch(other).is_file() for other in others):
             _store(self._batch(batch), drawn)
             return None
         return joined([drawn if b == batch else _load(self._batch(b)) for b in batch.point.batches()])
@@ -79,7 +81,7 @@ def _load(path: Path) -> Drawn:
             arrays = {name: file[name] for name in file.files}
         seconds = float(arrays.pop("seconds"))
         return Drawn(**arrays, seconds=seconds)
-    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError) as error:
+    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, and give the same command again") from error
 
 

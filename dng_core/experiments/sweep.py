@@ -4,10 +4,12 @@ Workers only draw. What they draw comes back to the caller, who alone writes to 
 """
 
 import contextlib
+import itertools
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +31,8 @@ class Workers:
     Parameters
     ----------
     engine: "local" for joblib's processes, "ray" for a cluster.
-    jobs: processes (local), or batches in flight (ray); 0 for one per GPU, else one per two cores.
+    jobs: processes (local; 0 for one per GPU, else one per two cores), or batches in flight (ray; 0 for two per GPU
+        or core of the cluster).
     device: "auto", "cpu" or "cuda"; several GPUs are taken in turn.
     address: of the Ray cluster; None starts one on this machine.
     """
@@ -61,6 +64,7 @@ def draw_all(batches: Sequence[Batch], workers: Workers) -> Iterator[tuple[Batch
     Raises
     ------
     ValueError: if joblib or Ray is needed and not installed, or Ray does not start.
+    ChildProcessError: if a process of joblib dies.
     """
     devices = workers.devices()
     jobs = min(workers.count(), len(batches))
@@ -99,7 +103,12 @@ def _on_processes(tasks: Iterable[tuple[Batch, str]], jobs: int) -> Iterator[tup
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with _importable():
         calls = (delayed(_draw_named)(batch, device, threads) for batch, device in tasks)
-        yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
+        try:
+            yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
+        except BrokenExecutor as error:
+            raise ChildProcessError(
+                "a worker process died, of too little memory perhaps (fewer --jobs or a smaller --batch need less)"
+            ) from error
 
 
 def _draw_named(batch: Batch, device: str, threads: int) -> tuple[Batch, Drawn | Exception]:
@@ -123,7 +132,9 @@ def _on_ray(tasks: Iterable[tuple[Batch, str]], workers: Workers) -> Iterator[tu
         raise ValueError("--engine ray needs Ray: pip install ray") from error
     ours = not ray.is_initialized()
     if ours:
-        options: dict[str, Any] = {"address": workers.address} if workers.address else {"num_cpus": workers.count()}
+        options: dict[str, Any] = (
+            {"address": workers.address} if workers.address else {"num_cpus": workers.jobs or os.cpu_count()}
+        )
         try:
             ray.init(
                 **options,
@@ -136,11 +147,18 @@ def _on_ray(tasks: Iterable[tuple[Batch, str]], workers: Workers) -> Iterator[tu
             where = f"reached at {workers.address}" if workers.address else "started on this machine"
             raise ValueError(f"Ray could not be {where} ({error}): try again, or leave out --engine ray") from error
     try:
-        gpus = 1 if workers.devices() != ["cpu"] else 0
+        resources = ray.cluster_resources()
+        gpus = int(workers.device != "cpu" and resources.get("GPU", 0) >= 1)
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RAY_RETRIES)(draw_one)
-        # A worker sees only the GPU that Ray gave it, as its first.
-        waiting = {remote.remote(b, "cuda:0" if gpus else "cpu", None if gpus else 1): b for b, _ in tasks}
-        while waiting:
+        in_flight = workers.jobs or 2 * int(resources.get("GPU" if gpus else "CPU", 1))
+        remaining = iter(tasks)
+        waiting: dict[Any, Batch] = {}
+        while True:
+            for batch, _ in itertools.islice(remaining, in_flight - len(waiting)):
+                # A worker sees only the GPU that Ray gave it, as its first.
+                waiting[remote.remote(batch, "cuda:0" if gpus else "cpu", None if gpus else 1)] = batch
+            if not waiting:
+                return
             done, _ = ray.wait(list(waiting), num_returns=1)
             for reference in done:
                 batch = waiting.pop(reference)

@@ -91,6 +91,7 @@ def train(args: argparse.Namespace) -> None:
     width = plan.network.get("width", CLASSIFIER_WIDTH)
     model = UNet(network) if network else Classifier(shape[0], len(class_names), width)
     initial = _initial(plan, model, args.start_from) if args.start_from else None
+    test = None if network else _test_split(plan, args.data, everything)
     args.output.mkdir(parents=True, exist_ok=True)
     files = Files.of(args.output, plan.name)
     name = plan.name.removesuffix(f"_{plan.model}")
@@ -104,8 +105,8 @@ def train(args: argparse.Namespace) -> None:
         labelled = (data.images, data.labels, len(class_names))
         result = train_classifier(*labelled, plan.training, files.checkpoint, device, initial, width)
         model.load_state_dict(result.state_dict)
-        test = load_dataset(plan.dataset, args.data, train=False, size=plan.size or None)
-        figures["test_accuracy"] = classifier_accuracy(model.eval(), test.images, test.labels)
+        measured = "training_accuracy" if test is None else "test_accuracy"
+        figures[measured] = classifier_accuracy(model.eval(), *(test or data).labelled())
         described = ClassifierInfo(name, shape[1], shape[0], width, (-1.0, 1.0), class_names)
         save_classifier(files.weights, result.state_dict, described)
 
@@ -131,6 +132,17 @@ def _initial(plan: TrainingPlan, model: nn.Module, path: Path) -> dict[str, Tens
     if {k: v.shape for k, v in state_dict.items()} != {k: v.shape for k, v in model.state_dict().items()}:
         raise ValueError(f"--start-from: {path} holds another network than the plan {plan.name} trains")
     return state_dict
+
+
+def _test_split(plan: TrainingPlan, folder: Path, training: Dataset) -> Dataset | None:
+    """The data to test a classifier on; None where all data are for training (a folder without splits)."""
+    test = load_dataset(plan.dataset, folder, train=False, size=plan.size or None)
+    if test.class_names != training.class_names:
+        raise ValueError(
+            f"{folder}: the classes of train ({', '.join(training.class_names)}) are not those of test "
+            f"({', '.join(test.class_names)})"
+        )
+    return None if test.digest() == training.digest() else test
 
 
 def _device(name: str) -> torch.device:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..schedules import DDPMSchedule
-from .data import to_model_range
+from .data import images_digest, to_model_range
 from .files import write_whole
 from .networks import Classifier, UNet, UNetConfig
 
@@ -103,7 +103,8 @@ def train_denoiser(
         alpha_bar = alpha_bars[timestep][:, None, None, None]
         return F.mse_loss(model(alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, timestep, label), noise)
 
-    return _optimise(model, loss, len(images), config, checkpoint, device, f"denoiser {network.to_dict()}", initial)
+    identity = f"denoiser {network.to_dict()} on {images_digest(images, labels)}"
+    return _optimise(model, loss, len(images), config, checkpoint, device, identity, initial)
 
 
 def train_classifier(
@@ -123,6 +124,7 @@ def train_classifier(
     """
     torch.manual_seed(config.seed)
     model = Classifier(images.shape[1], num_classes, width)
+    identity = f"classifier {images.shape[1]} {num_classes} {width} on {images_digest(images, labels)}"
 
     def loss(model: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
@@ -131,7 +133,7 @@ def train_classifier(
         batch = batch + size * torch.randn(batch.shape, generator=generator)
         return F.cross_entropy(model(batch.to(device)), labels[index].to(device), label_smoothing=0.05)
 
-    return _optimise(model, loss, len(images), config, checkpoint, device, "classifier", initial)
+    return _optimise(model, loss, len(images), config, checkpoint, device, identity, initial)
 
 
 @torch.no_grad()
@@ -166,7 +168,7 @@ def _optimise(
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     total = math.ceil(config.epochs * count / config.batch_size)
     per_epoch = count // config.batch_size
-    identity = json.dumps([identity, repr(replace(config, checkpoint_every=0)), count])
+    identity = json.dumps([identity, repr(replace(config, checkpoint_every=0))])
     losses: list[float] = []
     start, seconds = 0, 0.0
     if checkpoint.exists():

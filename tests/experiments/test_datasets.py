@@ -1,5 +1,6 @@
 """Data sets are read as they are, and bad ones are named with what is wrong."""
 
+import gzip
 import io
 import pickle
 from pathlib import Path
@@ -51,6 +52,21 @@ def test_splits_of_an_image_folder_and_sizes(tmp_path):
     assert len(load_dataset("folder", tmp_path, train=True, size=4).images) == 6
     test = load_dataset("folder", tmp_path, train=False, size=4)
     assert test.images.shape[2:] == (4, 4) and test.note == "JPEG images"
+
+
+def test_a_split_that_is_not_there_is_missed_by_name(tmp_path):
+    for name in "ab":
+        save_images(tmp_path / "train" / name)
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {tmp_path / 'test'}"):
+        load_dataset("folder", tmp_path, train=False)
+
+
+def test_a_file_damaged_within_says_so(tmp_path):
+    packed = bytearray(gzip.compress(bytes(range(256)) * 40, mtime=0))
+    packed[20:60] = bytes(40)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(packed)
+    with pytest.raises(ValueError, match="is damaged"):
+        load_dataset("mnist", tmp_path, train=True)
 
 
 @pytest.mark.parametrize("names", [[], ["only"]], ids=str)
@@ -138,9 +154,16 @@ def test_a_download_that_fails_says_so_and_a_local_copy_needs_none(tmp_path, mon
     monkeypatch.setattr(torchvision.datasets, "MNIST", offline)
     with pytest.raises(FileNotFoundError, match="could not be downloaded"):
         load_dataset("mnist", tmp_path, train=True, download=True)
-    (tmp_path / "train-images-idx3-ubyte.gz").touch()
+    half = tmp_path / "MNIST" / "raw"
+    half.mkdir(parents=True)
+    (half / "train-images-idx3-ubyte.gz").touch()
+    with pytest.raises(FileNotFoundError, match="could not be downloaded"):
+        load_dataset("mnist", tmp_path, train=True, download=True)
+    assert fetched == [str(tmp_path)] * 2  # a download that broke off goes on where it was
+    for name in datasets.MNIST_MD5:
+        (half / f"{name}.gz").touch()
     load_dataset("mnist", tmp_path, train=True, download=True)
-    assert len(fetched) == 1
+    assert len(fetched) == 2
 
 
 def test_an_unknown_data_set_is_refused(tmp_path):

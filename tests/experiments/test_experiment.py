@@ -15,11 +15,12 @@ from PIL import Image
 
 from dng_core.experiments import class_removal, experiment_command, report_command, runner, sweep
 from dng_core.experiments.checkpoints import open_denoiser
-from dng_core.experiments.class_removal import NONE, Batch, Drawn, Point, draw, joined, weights_digest
-from dng_core.experiments.experiment import PRESETS, read_experiment
+from dng_core.experiments.class_removal import NONE, Batch, Drawn, Point, draw, draw_batch, joined, weights_digest
+from dng_core.experiments.experiment import METHOD_OF, PRESETS, read_experiment
 from dng_core.experiments.networks import Classifier, UNet, UNetConfig
 from dng_core.experiments.predictors import LabelConditional, NetworkPair
-from dng_core.experiments.report_data import read_results
+from dng_core.experiments.report_data import Result, Results, read_results
+from dng_core.experiments.runs_cache import RunsCache
 from dng_core.experiments.selection import best, mean_measures, next_scale
 from dng_core.experiments.sweep import Workers, draw_all
 from dng_core.experiments.weights import ClassifierInfo, DenoiserInfo, save_classifier, save_denoiser
@@ -29,7 +30,7 @@ from dng_core.schedules import DDPMSchedule
 from dng_core.settings import Settings
 
 NAMES = ("ant", "bee", "cow")
-NETWORK = UNetConfig(8, 1, 32, (1,), blocks_per_level=1, attention_levels=(), num_classes=3)
+NETWORK = UNetConfig(8, 1, 64, (1,), blocks_per_level=1, attention_levels=(), num_classes=3)
 CHAIN = DDPMSchedule.named("linear")
 EXPERIMENT = """
 name = "try"
@@ -56,7 +57,8 @@ scales = [1.0]
 def random_denoiser(path: Path, network: UNetConfig = NETWORK, seed: int = 0, names: tuple[str, ...] = NAMES) -> Path:
     torch.manual_seed(seed)
     state = UNet(network).state_dict()
-    state["class_embedding.weight"] *= 20  # so that labels make a difference of more than a grey level
+    # Labels make a difference, of more than a grey level, as a group of the normalisation has more than one channel.
+    state["class_embedding.weight"] *= 20
     save_denoiser(path, state, DenoiserInfo("try", network, "linear", (-1.0, 1.0), names))
     return path
 
@@ -232,7 +234,7 @@ def test_new_weights_under_the_same_name_are_drawn_anew(files):
     assert len(runs(files)) == 2 * len(first)
 
 
-def test_settings_tuned_at_one_step_count_are_used_at_another(files):
+def test_settings_tuned_at_one_step_count_are_used_at_another(files, capsys):
     assert dng_experiment(files, "--methods", "NP,SLD") == 0
     chosen = read_results(files / "out").best("ant")["SLD"].point.settings
     tuned = ["--settings-of", files / "out", "--steps", 2, "--methods", "NP,SLD"]
@@ -244,6 +246,42 @@ def test_settings_tuned_at_one_step_count_are_used_at_another(files):
     assert [(r.method, r.point.steps) for r in fewer.of("ant", "sweep")] == [("NP", 2), ("SLD", 2)]
     assert fewer.best("ant")["SLD"].point.settings == chosen
     assert fewer.of("ant", "search") == []
+    before, now = (read_results(files / name).best("ant")["SLD"].value("forbidden_share") for name in ("out", "fewer"))
+    row = f"| ant | SLD | {before:.1%} | {now:.1%} | {100 * (now - before):+.1f} |"
+    report = (files / "fewer" / "report.md").read_text()
+    assert (
+        "| removed | method | left, 3 steps (tuned) | left, 2 steps | difference, points |" in report and row in report
+    )
+    assert experiment_command.run(parser.parse_args([str(o) for o in [*options, "--methods", "NP,DNG"]])) == 1
+    assert f"{files / 'out'} has no point of DNG on ant" in capsys.readouterr().err
+
+
+def results_by_hand(*points: tuple[str, str, float, float, float]) -> Results:
+    """(removed, method, left, KL, Fréchet) -> results."""
+    made = []
+    for removed, method, *values in points:
+        names = ("forbidden_share", "kl_renormalised", "frechet_without")
+        measured = {name: {"value": value} for name, value in zip(names, values, strict=True)}
+        settings = Settings(method=METHOD_OF[method])
+        drawn = Point("d", "", "", 0, settings, steps=1, images=4, batch=4, seed=0)
+        made.append(Result("sweep", removed, 0, drawn, measured, (), None))
+    return Results(Path(), {"experiment": {"target_share": 0.01}}, tuple(made), 0)
+
+
+def test_the_verdict_counts_the_classes_at_which_dng_beats_every_safe_rival():
+    results = results_by_hand(
+        ("a", "DNG", 0.01, 0.1, 2.0), ("a", "NP", 0.0, 0.2, 3.0), ("a", "SLD", 0.0, 0.3, 4.0),  # better by both
+        ("b", "DNG", 0.01, 0.1, 5.0), ("b", "NP", 0.0, 0.2, 3.0), ("b", "SLD", 0.0, 0.3, 4.0),  # by KL alone
+        ("c", "DNG", 0.0, 0.4, 2.0), ("c", "NP", 0.02, 0.2, 1.0), ("c", "SLD", 0.0, 0.5, 4.0),  # NP is unsafe
+        ("d", "DNG", 0.02, 0.0, 0.0), ("d", "NP", 0.0, 0.2, 3.0),  # unsafe itself
+        ("e", "NP", 0.0, 0.2, 3.0),  # not measured
+    )  # fmt: skip
+    kl, both = ("kl_renormalised",), ("kl_renormalised", "frechet_without")
+    assert "for 3 of 4 classes" in report_command.verdict(results, "kl_renormalised", *kl)
+    text = report_command.verdict(results, "kl_renormalised", *both)
+    assert "for 2 of 4 classes" in text and "does not get there for: d." in text
+    only_np = results_by_hand(("a", "NP", 0.0, 0.2, 3.0))
+    assert report_command.verdict(only_np, "kl_renormalised", *kl).endswith("not yet measured.")
 
 
 def test_a_report_is_made_again_from_the_runs_alone(files):
@@ -267,7 +305,7 @@ def test_a_report_of_nothing_says_what_to_do(tmp_path, capsys):
 @pytest.mark.parametrize("layout", ["label-conditional", "public pair"])
 def test_the_cifar_10_path_runs_on_tiny_random_weights(files, monkeypatch, layout, public_unet, class_only_state):
     """A diffusers folder beside a class-only .pt file, or one label-conditional file; three channels."""
-    network = UNetConfig(8, 3, 32, (1,), blocks_per_level=1, attention_levels=())
+    network = UNetConfig(8, 3, 64, (1,), blocks_per_level=1, attention_levels=())
     torch.manual_seed(1)
     info = ClassifierInfo("try", 8, 3, 4, (-1.0, 1.0), NAMES)
     save_classifier(files / "classifier.safetensors", Classifier(3, 3, 4).state_dict(), info)
@@ -380,6 +418,58 @@ def test_a_network_that_draws_nan_fails_its_points_with_a_message(files, capsys)
     assert {r.role for r in read_results(files / "out").results} == {"baseline"}
 
 
+def test_a_network_that_draws_infinity_fails_its_points_too(files, capsys):
+    state = UNet(NETWORK).state_dict()
+    state["conv_out.bias"][:] = float("inf")
+    save_denoiser(files / "denoiser.safetensors", state, DenoiserInfo("t", NETWORK, "linear", (-1.0, 1.0), NAMES))
+    assert dng_experiment(files, "--methods", "NP") == 1
+    assert "not finite" in capsys.readouterr().err
+
+
+def test_a_process_that_dies_ends_the_run_with_a_message(files, monkeypatch, capsys):
+    pytest.importorskip("joblib")
+    monkeypatch.setattr(sweep, "_draw_named", lambda *_: os._exit(1))
+    assert dng_experiment(files, "--methods", "NP", "--jobs", 2) == 1
+    message = capsys.readouterr().err
+    assert "a worker process died" in message and "what was computed is kept" in message
+
+
+def test_a_denoiser_that_the_classifier_does_not_fit_is_refused(files, capsys):
+    random_denoiser(files / "denoiser.safetensors", names=("bee", "ant", "cow"))
+    assert dng_experiment(files) == 1
+    assert "(bee, ant, cow) are not those of the classifier" in capsys.readouterr().err
+    random_denoiser(files / "denoiser.safetensors", replace(NETWORK, image_size=16))
+    class_removal.network.cache_clear()
+    assert dng_experiment(files) == 1
+    assert "draws images of (1, 16, 16), the classifier" in capsys.readouterr().err
+    assert not (files / "out").exists()
+
+
+def test_a_point_with_all_its_batches_and_no_whole_is_made_whole(files):
+    experiment(files, lambda text: text.replace("batch = 8", "batch = 3"))
+    assert dng_experiment(files, "--methods", "NP") == 0
+    result = read_results(files / "out").of("ant", "sweep")[0]
+    cache = RunsCache(files / "out")
+    for batch in result.point.batches():
+        cache.add(batch, draw_batch(batch))
+    whole = cache.folder / f"{result.point.key()}.npz"
+    whole.unlink()
+    assert dng_experiment(files, "--methods", "NP") == 0
+    assert whole.is_file() and all(name.count(".") == 1 for name in runs(files))
+
+
+def test_a_report_leaves_out_what_is_not_measured_for_a_class_yet(files):
+    assert dng_experiment(files, "--methods", "NP", "--classes", "ant,bee") == 0
+    baseline = read_results(files / "out").of("bee", "baseline")[0]
+    path = files / "out" / "runs" / f"{baseline.point.key()}.json"
+    record = json.loads(path.read_text())
+    del record["measures"]["by_class"]["bee"]
+    path.write_text(json.dumps(record))
+    results = read_results(files / "out")
+    assert not results.of("bee", "baseline") and results.of("ant", "baseline") and results.missing == 1
+    assert report_command.write_reports(files / "out")
+
+
 def test_a_full_disk_keeps_what_was_done_and_leaves_no_half_files(files, disk_full_after, capsys):
     with disk_full_after(6):
         assert dng_experiment(files, "--methods", "NP") == 1
@@ -403,12 +493,14 @@ def test_a_damaged_run_is_named(files, capsys):
     [
         (lambda t: t.replace('["ant"]', '["wasp"]'), "class 'wasp' is not one of the data set's: ant, bee, cow"),
         (lambda t: t.replace("steps", 'search_classes = ["bee"]\nsteps'), "search class 'bee' is not one of"),
-        (lambda t: t.replace("steps = 3", "steps = 1001"), "steps must be at least 1 and at most 1000"),
-        (lambda t: t.replace("images = 8\n", "images = 1\n", 1), "images must be a whole number of at least 2"),
+        (lambda t: t.replace("steps = 3", "steps = 1001"), "at least 1 and at most 1000"),
+        (lambda t: t.replace("images = 8\n", "images = 1\n", 1), "images must be a whole number of at least 4"),
         (lambda t: t.replace("[methods.DNG]", "[methods.Magic]"), "there is no method 'Magic'"),
         (lambda t: t.replace("sld_threshold", "sld_treshold"), "no setting sld_treshold"),
         (lambda t: t.replace("steps", "stepps"), "unknown: stepps"),
         (lambda t: t.replace("[0.0, 2.0]", "[-1.0]"), "guidance_scale must be at least 0"),
+        (lambda t: t + "[methods.DNG.fixed]\nmax_scale = inf\n", "DNG: max_scale is infinite"),
+        (lambda t: t.replace("steps = 3", "steps = 3.5"), "steps must be a whole number"),
         (lambda t: t.replace("name =", "name"), "try.toml"),
         (lambda t: t.replace('dataset = "folder"', 'dataset = "mnist"'), "no train-images-idx3-ubyte"),
         (lambda t: t.replace("denoiser.safetensors", "gone.safetensors"), "no weights at"),

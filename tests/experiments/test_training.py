@@ -89,6 +89,18 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, images, labels):
         train_denoiser(images, labels, NETWORK, replace(CONFIG, seed=1), tmp_path / "checkpoint", CPU)
 
 
+def test_a_checkpoint_of_other_data_is_refused(tmp_path, images, labels):
+    train_denoiser(images, labels, NETWORK, CONFIG, tmp_path / "checkpoint", CPU)
+    with pytest.raises(ValueError, match="other settings, data or network"):
+        train_denoiser(255 - images, labels, NETWORK, CONFIG, tmp_path / "checkpoint", CPU)
+
+
+def test_a_checkpoint_of_another_classifier_is_refused(tmp_path, images, labels):
+    train_classifier(images, labels, 3, CONFIG, tmp_path / "checkpoint", CPU)
+    with pytest.raises(ValueError, match="other settings, data or network"):
+        train_classifier(images, labels, 3, CONFIG, tmp_path / "checkpoint", CPU, width=8)
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path, images, labels):
     (tmp_path / "checkpoint").write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match=r"damaged.*remove"):
@@ -228,6 +240,18 @@ def image_folder(tmp_path) -> Path:
                 pixels = torch.randint(0, 256, (8, 8, 3), generator=generator).to(torch.uint8).numpy()
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     return tmp_path / "pictures"
+
+
+def test_accuracy_is_that_of_the_test_split_where_there_is_one(image_folder, tmp_path, capsys):
+    path = plan(tmp_path, "pets", "classifier", network="width = 4")
+    for folder, measured in ((image_folder, "test"), (image_folder / "train", "training")):
+        output = tmp_path / measured
+        assert dng_train(path, "--data", folder, "--output", output, "--device", "cpu") == 0
+        assert f"{measured}_accuracy" in json.loads((output / "pets.json").read_text())
+    (image_folder / "test" / "bee").rename(image_folder / "test" / "wasp")
+    assert dng_train(path, "--data", image_folder, "--output", tmp_path / "none", "--device", "cpu") == 1
+    assert "the classes of train (ant, bee) are not those of test (ant, wasp)" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def plan(folder: Path, name: str, model: str, more: str = "", network: str = SMALL) -> Path:
