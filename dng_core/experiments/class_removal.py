@@ -191,7 +191,8 @@ def draw_batch(batch: Batch, device: str = "cpu") -> Drawn:
         at = f" by {point.method} at scale {point.settings.guidance_scale:g}" if point.settings else ""
         lower = ", or lower guidance_scale and max_scale" if point.settings else ""
         raise FloatingPointError(
-            f"{point.class_only or point.denoiser} predicted images that are not finite{at}: check its weights{lower}"
+            f"{' or '.join(filter(None, (point.denoiser, point.class_only)))} predicted images that are not finite{at}: "
+            f"check its weights{lower}"
         )
     trace = guidance.trace() if guidance else None
     nothing = np.zeros((0, 0), dtype=np.float32)
