@@ -190,10 +190,8 @@ def draw_batch(batch: Batch, device: str = "cpu") -> Drawn:
     if not bool(drawn.isfinite().all()) or (guidance is not None and guidance.ignored()):
         at = f" by {point.method} at scale {point.settings.guidance_scale:g}" if point.settings else ""
         lower = ", or lower guidance_scale and max_scale" if point.settings else ""
-        raise FloatingPointError(
-            f"{' or '.join(filter(None, (point.denoiser, point.class_only)))} predicted images that are not finite{at}: "
-            f"check its weights{lower}"
-        )
+        networks = " or ".join(filter(None, (point.denoiser, point.class_only)))
+        raise FloatingPointError(f"{networks} predicted images that are not finite{at}: check the weights{lower}")
     trace = guidance.trace() if guidance else None
     nothing = np.zeros((0, 0), dtype=np.float32)
     return Drawn(

@@ -414,7 +414,7 @@ def test_a_network_that_draws_nan_fails_its_points_with_a_message(files, capsys)
     save_denoiser(files / "denoiser.safetensors", state, DenoiserInfo("t", NETWORK, "linear", (-1.0, 1.0), NAMES))
     assert dng_experiment(files, "--methods", "NP") == 1
     message = capsys.readouterr().err
-    assert "not finite" in message and "check its weights" in message
+    assert "not finite" in message and "check the weights" in message
     assert {r.role for r in read_results(files / "out").results} == {"baseline"}
 
 
