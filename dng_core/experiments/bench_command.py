@@ -15,9 +15,9 @@ from ..sampling import Predictor, ddpm_sample
 from ..schedules import DDPMSchedule, ddpm_sigmas
 from ..settings import Settings
 from .checkpoints import open_denoiser
-from .class_removal import chain_name
+from .class_removal import chain_name, image_shape, starting_noise
 from .figures_command import line
-from .networks import UNet, UNetConfig
+from .networks import UNet
 from .predictors import LabelConditional, denoised
 
 PRODUCT_SIZE = 1024
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         unet, info = open_denoiser(args.denoiser)
         chain = DDPMSchedule.named(chain_name(info))
         compared = variants(unet.to(device), chain)
-        tasks = [sampling(predict, unet.config, chain, args, device) for predict in compared.values()]
+        tasks = [sampling(predict, unet, chain, args, device) for predict in compared.values()]
         *turns, products = timings([*tasks, matrix_product(device)], args.repeats, device)
     except (OSError, ValueError) as error:
         print(f"dng bench: {error}", file=sys.stderr)
@@ -87,11 +87,10 @@ def variants(unet: UNet, chain: DDPMSchedule) -> dict[str, Predictor]:
 
 
 def sampling(
-    predict: Predictor, config: UNetConfig, chain: DDPMSchedule, args: argparse.Namespace, device: str
+    predict: Predictor, network: UNet, chain: DDPMSchedule, args: argparse.Namespace, device: str
 ) -> Callable[[], object]:
     """A run of ``args.timed_steps`` steps of DNG from ``args.batch`` images of noise."""
-    shape = (args.batch, config.in_channels, config.image_size, config.image_size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    noise = starting_noise(0, args.batch, 0, image_shape(network))[0].to(device)
     levels = ddpm_sigmas(chain, max(args.timed_steps, 2))[: args.timed_steps]
 
     def run() -> None:
@@ -125,8 +124,8 @@ def timings(tasks: Sequence[Callable[[], object]], repeats: int, device: str) ->
 @torch.no_grad()
 def flops_of_a_prediction(network: UNet) -> float:
     """Multiplications and additions of convolutions and matrix products, for one image."""
-    config, device = network.config, network.conv_in.weight.device
-    x = torch.zeros(1, config.in_channels, config.image_size, config.image_size, device=device)
+    device = network.conv_in.weight.device
+    x = torch.zeros(1, *image_shape(network), device=device)
     zero = torch.zeros(1, dtype=torch.long, device=device)
     with FlopCounterMode(display=False) as counter:
         network(x, zero, zero)

@@ -52,10 +52,6 @@ class Dataset:
         """The images that a boolean or index tensor chooses."""
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
-    def labelled(self) -> tuple[Tensor, Tensor]:
-        """Images and labels."""
-        return self.images, self.labels
-
     def sample(self, most: int, seed: int = 0) -> "Dataset":
         """At most so many images, drawn by a seed, in their order."""
         if most >= len(self.images):

@@ -105,8 +105,8 @@ def train(args: argparse.Namespace) -> None:
         labelled = (data.images, data.labels, len(class_names))
         result = train_classifier(*labelled, plan.training, files.checkpoint, device, initial, width)
         model.load_state_dict(result.state_dict)
-        measured = "training_accuracy" if test is None else "test_accuracy"
-        figures[measured] = classifier_accuracy(model.eval(), *(test or data).labelled())
+        judged, measured = (test, "test_accuracy") if test else (data, "training_accuracy")
+        figures[measured] = classifier_accuracy(model.eval(), judged.images, judged.labels)
         described = ClassifierInfo(name, shape[1], shape[0], width, (-1.0, 1.0), class_names)
         save_classifier(files.weights, result.state_dict, described)
 

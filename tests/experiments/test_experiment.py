@@ -329,6 +329,8 @@ def test_points_over_two_processes_are_those_of_one(files):
     points = [point(files), point(files, seed=1)]
     drawn = dict(draw_all([batch for p in points for batch in p.batches()], Workers(jobs=2, device="cpu")))
     for p in points:
+        for batch in p.batches():
+            assert not isinstance(drawn[batch], Exception), drawn[batch]
         found = joined([drawn[batch] for batch in p.batches()])
         assert np.abs(found.images.astype(int) - draw(p).images.astype(int)).max() <= 1
 
@@ -493,7 +495,10 @@ def test_a_damaged_run_is_named(files, capsys):
     [
         (lambda t: t.replace('["ant"]', '["wasp"]'), "class 'wasp' is not one of the data set's: ant, bee, cow"),
         (lambda t: t.replace("steps", 'search_classes = ["bee"]\nsteps'), "search class 'bee' is not one of"),
-        (lambda t: t.replace("steps = 3", "steps = 1001"), "at least 1 and at most 1000"),
+        (
+            lambda t: t.replace("steps = 3", "steps = 1001"),
+            "steps must be a whole number of at least 1 and at most 1000",
+        ),
         (lambda t: t.replace("images = 8\n", "images = 1\n", 1), "images must be a whole number of at least 4"),
         (lambda t: t.replace("[methods.DNG]", "[methods.Magic]"), "there is no method 'Magic'"),
         (lambda t: t.replace("sld_threshold", "sld_treshold"), "no setting sld_treshold"),
