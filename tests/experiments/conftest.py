@@ -1,16 +1,23 @@
-"""Networks in the layouts of others, with random weights, and a disk that is full."""
+"""Networks in the layouts of others, with random weights, a tiny experiment's files, and a disk that is full."""
 
 import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from dng_core.experiments import class_removal
 from dng_core.experiments.checkpoints import module_list_order
-from dng_core.experiments.networks import UNetConfig
+from dng_core.experiments.networks import Classifier, UNetConfig
+from dng_core.experiments.weights import ClassifierInfo, save_classifier
+
+from .small_experiment import NAMES, experiment, random_denoiser
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +73,31 @@ def class_only_state() -> Callable[[torch.nn.Module, UNetConfig], dict[str, Tens
         return state
 
     return rename
+
+
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals are tested elsewhere."""
+    monkeypatch.setattr("dng_core.experiments.measuring.HISTOGRAM_RESAMPLES", 10)
+    monkeypatch.setattr("dng_core.experiments.measuring.FEATURE_RESAMPLES", 3)
+    class_removal.network.cache_clear()
+
+
+@pytest.fixture
+def files(tmp_path: Path, few_resamples: None) -> Path:
+    """A folder with a random denoiser, a random classifier, an experiment on them, and JPEG images to compare with."""
+    random_denoiser(tmp_path / "denoiser.safetensors")
+    torch.manual_seed(1)
+    info = ClassifierInfo("try", 8, 1, 4, (-1.0, 1.0), NAMES)
+    save_classifier(tmp_path / "classifier.safetensors", Classifier(1, 3, 4).state_dict(), info)
+    generator = np.random.default_rng(0)
+    for name in NAMES:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            grey = Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8))
+            grey.save(tmp_path / "data" / name / f"{i}.jpg")
+    experiment(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture
