@@ -21,6 +21,8 @@ def ddpm_sample(
     guidance: NegativeGuidance | None = None,
     generator: torch.Generator | None = None,
     variance: Literal["posterior", "forward"] = "posterior",
+    between: Predictor | None = None,
+    undesired_every: int = 1,
 ) -> Tensor:
     """Draw samples by the ancestral chain over ``sigmas``.
 
@@ -35,6 +37,10 @@ def ddpm_sample(
         guidance.
     variance: of the noise added: "posterior" is beta-tilde, the exact kernel's; "forward" is beta, as in the
         authors' code. No noise is added after the last level.
+    undesired_every: guidance is asked at every so many-th step, from the first on; in between, its last push stays as
+        it is, and the posterior jumps over (its kernel is exact for a jump of any size). ``guidance`` is made for the
+        levels ``sigmas[::undesired_every]``.
+    between: the denoisers for the steps in between, where the reference alone is needed; None for ``predict``.
 
     Returns
     -------
@@ -44,16 +50,22 @@ def ddpm_sample(
         raise ValueError("sigmas must be falling noise levels above 0")
     if variance not in ("posterior", "forward"):
         raise ValueError(f"variance must be 'posterior' or 'forward', not {variance!r}")
+    if undesired_every < 1:
+        raise ValueError(f"undesired_every must be at least 1, not {undesired_every}")
 
     x = noise * (1 + sigmas[0] ** 2) ** 0.5
-    denoised = x
+    denoised, push = x, torch.zeros_like(x)
     for i, sigma in enumerate(sigmas):
-        reference, negatives = predict(x, sigma)
+        asked = i % undesired_every == 0
+        reference, negatives = (predict if asked or between is None else between)(x, sigma)
         denoised = reference
-        if guidance:
+        if guidance and asked:
             probe = guidance.probe(x, sigma)
             probed = (probe, *predict(probe.state, sigma)) if probe else None
             denoised = guidance(x, sigma, reference, reference, negatives, probed)
+            push = denoised - reference
+        elif guidance:
+            denoised = reference + push
         if i + 1 < len(sigmas):
             kernel = ReverseKernel(sigma, sigmas[i + 1])
             spread = (kernel.variance if variance == "posterior" else kernel.forward_variance) ** 0.5

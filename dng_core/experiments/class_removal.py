@@ -4,9 +4,11 @@ A :class:`Point` says everything that decides the images; its :meth:`~Point.key`
 """
 
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
@@ -42,6 +44,7 @@ class Point:
     ----------
     denoiser: source of the reference network (:func:`~.checkpoints.open_denoiser`), label-conditional if
         ``class_only`` is empty; ``class_only``: source of the network that draws the forbidden class alone.
+    undesired_every: the class is predicted at every so many-th step (see :func:`~dng_core.sampling.ddpm_sample`).
     weights: digest of both networks' weights, so that other weights under the same name are another point.
     forbidden: the class to remove; None without guidance.
     settings: of the guidance; None without.
@@ -58,9 +61,10 @@ class Point:
     seed: int
     spacing: Spacing = "ddpm"
     variance: Variance = "posterior"
+    undesired_every: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "images", "batch"):
+        for name in ("steps", "images", "batch", "undesired_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if (self.forbidden is None) != (self.settings is None):
@@ -84,6 +88,8 @@ class Point:
         """A hash of everything that decides the images."""
         named = asdict(self) | {"denoiser": "", "class_only": bool(self.class_only)}  # the weights' digest names them
         named["version"] = VERSION
+        if self.undesired_every == 1:
+            del named["undesired_every"]  # so that runs from before there was the choice are still found
         return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,14 +115,16 @@ class Batch:
     @property
     def evaluations(self) -> int:
         """Network evaluations of single images: what the batch costs."""
-        return self.point.steps * self.images * (1 if self.point.settings is None else 2)
+        guided = 0 if self.point.settings is None else math.ceil(self.point.steps / self.point.undesired_every)
+        return (self.point.steps + guided) * self.images
 
 
 @dataclass(frozen=True)
 class Drawn:
     """The images of a point or batch, (n, channels, height, width) uint8, and traces of some of them.
 
-    ``traced``: (k,) indices of images; ``sigmas``: (steps,); ``posterior``, ``scale``: (steps, k); empty unguided.
+    ``traced``: (k,) indices of images; ``sigmas``: (steps,), where the undesired class was predicted; ``posterior``,
+    ``scale``: (steps, k); empty unguided.
     """
 
     images: np.ndarray
@@ -179,14 +187,18 @@ def draw_batch(batch: Batch, device: str = "cpu") -> Drawn:
     """
     point = batch.point
     predict = predictor_of(point, device)
+    between = predictor_of(replace(point, forbidden=None, settings=None), device) if point.settings else None
     reference = predict.network if isinstance(predict, LabelConditional) else predict.reference
     levels = noise_levels(predict.chain, point.spacing, point.steps)
     noise, generator = starting_noise(batch.start, batch.images, point.seed, image_shape(reference))
     guidance = None
+    tracked = levels[:: point.undesired_every]
     if point.settings:
-        fraction = partial(noise_fraction, point.variance)
-        guidance = NegativeGuidance([point.settings], predict.chain, levels=levels, noise_fraction=fraction)
-    drawn = ddpm_sample(predict, noise.to(device), levels, guidance, generator, point.variance)
+        fraction = partial(noise_fraction, point.variance, levels)
+        guidance = NegativeGuidance([point.settings], predict.chain, levels=tracked, noise_fraction=fraction)
+    drawn = ddpm_sample(
+        predict, noise.to(device), levels, guidance, generator, point.variance, between, point.undesired_every
+    )
     if not bool(drawn.isfinite().all()) or (guidance is not None and guidance.ignored()):
         at = f" by {point.method} at scale {point.settings.guidance_scale:g}" if point.settings else ""
         lower = ", or lower guidance_scale and max_scale" if point.settings else ""
@@ -197,7 +209,7 @@ def draw_batch(batch: Batch, device: str = "cpu") -> Drawn:
     return Drawn(
         images=((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy(),
         traced=np.arange(batch.images if trace else 0),
-        sigmas=np.array(levels),
+        sigmas=np.array(tracked),
         posterior=trace.posterior[:, 0].numpy() if trace else nothing,
         scale=trace.scale[:, 0].numpy() if trace else nothing,
     )
@@ -227,10 +239,15 @@ def starting_noise(start: int, count: int, seed: int, shape: Sequence[int]) -> t
     return torch.randn((count, *shape), generator=generator), generator
 
 
-def noise_fraction(variance: Variance, sigma: float, next_sigma: float) -> float:
-    """The variance that a DDPM step adds, as a share of the exact kernel's."""
-    kernel = ReverseKernel(sigma, next_sigma)
-    return kernel.forward_variance / kernel.variance if variance == "forward" else 1.0
+def noise_fraction(variance: Variance, levels: Sequence[float], sigma: float, next_sigma: float) -> float:
+    """The variance that DDPM's steps over ``levels`` add between two of them, as a share of the exact kernel's."""
+    if variance == "posterior":
+        return 1.0  # exact kernels in a row make an exact kernel
+    added = 0.0
+    for a, b in itertools.pairwise(levels[levels.index(sigma) : levels.index(next_sigma) + 1]):
+        step = ReverseKernel(a, b)
+        added = step.ratio**2 * added + step.forward_variance
+    return added / ReverseKernel(sigma, next_sigma).variance
 
 
 def keep_traces(drawn: Drawn, forbidden: np.ndarray) -> Drawn:

@@ -88,6 +88,7 @@ class Experiment:
         all; () to search for each class on its own.
     adaptive: sweep each method from the smallest scale that the search finds safe to the first that is safe at full
         size (:func:`~.selection.next_scale`), not over all scales.
+    undesired_every: see :class:`~.class_removal.Point`.
     target_share: the forbidden share that counts as safe; settings are chosen by the least KL among safe ones.
     reference_images: the most real images that distances are measured against.
     """
@@ -108,11 +109,13 @@ class Experiment:
     seed: int = 0
     spacing: Spacing = "ddpm"
     variance: Variance = "posterior"
+    undesired_every: int = 1
     target_share: float = 0.01
     reference_images: int = 10_000
 
     def __post_init__(self) -> None:
-        for name, least in (("images", 4), ("search_images", 4), ("batch", 1), ("reference_images", 4)):
+        least_of = {"images": 4, "search_images": 4, "batch": 1, "undesired_every": 1, "reference_images": 4}
+        for name, least in least_of.items():
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {getattr(self, name)!r}")
         if not isinstance(self.steps, int) or not 1 <= self.steps <= 1000:
@@ -155,6 +158,7 @@ class Experiment:
             seed=self.seed,
             spacing=self.spacing,
             variance=self.variance,
+            undesired_every=self.undesired_every,
         )
 
     def to_dict(self) -> dict[str, Any]:

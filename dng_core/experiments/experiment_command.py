@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("search-images", "images per point of the search for settings"),
         ("steps", "sampling steps, 1 .. 1000"),
         ("batch", "images drawn at once"),
+        ("undesired-every", "predict the undesired class at every so many-th step; faster where steps are many"),
         ("seed", "seed of the noise"),
     ):
         parser.add_argument(f"--{name}", type=int, help=f"{text} (default: the experiment's)")
@@ -150,7 +151,7 @@ def changed(experiment: Experiment, args: argparse.Namespace) -> Experiment:
     """The experiment with what the command line says otherwise."""
     changes: dict[str, Any] = {
         name: getattr(args, name)
-        for name in ("images", "search_images", "steps", "batch", "seed")
+        for name in ("images", "search_images", "steps", "batch", "undesired_every", "seed")
         if getattr(args, name) is not None
     }
     for name in ("classes", "search_classes"):

@@ -210,9 +210,12 @@ def tuned_table(results: Results) -> tuple[list[str], list[list[str]]] | None:
 
 def _introduction(results: Results) -> list[str]:
     m, e = results.manifest, results.manifest["experiment"]
+    every = e.get("undesired_every", 1)
     lines = [
         f"Made by `{m['command']}`: {e['images']} images per point, {e['steps']} steps ({e['spacing']} spacing, "
-        f"ancestral, {e['variance']} variance), seed {e['seed']}; {m['machine']}, torch {m['versions']['torch']}.",
+        f"ancestral, {e['variance']} variance"
+        + (f", the undesired class predicted once in {every} steps" if every > 1 else "")
+        + f"), seed {e['seed']}; {m['machine']}, torch {m['versions']['torch']}.",
         f"{m['note'][0].upper()}{m['note'][1:]}. Fréchet distances are in the features of the classifier "
         f"{e['classifier']!r}, and not FID. Each method stands at the settings with the least KL among its points "
         f"with at most {results.target:.1%} left (else at its safest), chosen and shown on the same images. "

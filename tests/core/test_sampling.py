@@ -175,6 +175,47 @@ def test_a_run_can_be_repeated():
     assert torch.equal(run(Settings(), sigmas, 8), run(Settings(), sigmas, 8))
 
 
+def test_the_undesired_prediction_at_every_fourth_of_many_steps_removes_as_much():
+    """The posterior then jumps as on a chain of a quarter of the steps."""
+    steps, samples = 200, 4000
+    sigmas = schedule("ddpm", steps)
+    left, counted = [], 0
+
+    def both(x: Tensor, sigma: float) -> tuple[Tensor, list[Tensor]]:
+        nonlocal counted
+        counted += 1
+        return predictor()(x, sigma)
+
+    for every in (1, 4):
+        counted = 0
+        guidance = NegativeGuidance([EXACT], CHAIN, levels=sigmas[::every])
+        generator = torch.Generator().manual_seed(1)
+        reference_alone = lambda x, sigma: (MIXTURE.denoised(x, sigma), [])  # noqa: E731
+        out = ddpm_sample(
+            both, start(samples), sigmas, guidance, generator, between=reference_alone, undesired_every=every
+        )
+        assert counted == steps // every == len(guidance.trace().sigmas)
+        left.append(forbidden_share(out))
+    assert forbidden_share(run(None, sigmas, samples)) > 0.1
+    assert left[0] < 0.015 and abs(left[1] - left[0]) < 0.004
+
+
+def test_between_the_steps_that_ask_the_push_stays():
+    """A reference of 0 and an undesired prediction of 1 at a constant scale: the estimate is minus the scale."""
+    estimates: list[Tensor] = []
+
+    def predict(x: Tensor, sigma: float) -> tuple[Tensor, list[Tensor]]:
+        return torch.zeros_like(x), [torch.ones_like(x)]
+
+    sigmas = [4.0, 3.0, 2.0, 1.0]
+    settings = Settings(method="negative_prompting", guidance_scale=0.5)
+    for every in (1, 2, 3, 9):
+        guidance = NegativeGuidance([settings], CHAIN, levels=sigmas[::every])
+        generator = torch.Generator().manual_seed(0)
+        estimates.append(ddpm_sample(predict, start(2), sigmas, guidance, generator, undesired_every=every))
+    assert all(torch.equal(e, torch.full((2, 32), -0.5)) for e in estimates)
+
+
 @pytest.mark.parametrize("variance", ["posterior", "forward"])
 def test_the_chain_spreads_as_ddpm_does(variance):
     """With D = 0 and unit-variance noise each step is r x + noise: the last state's variance is known."""
@@ -204,6 +245,11 @@ def test_the_result_is_the_last_prediction_without_noise():
 def test_schedules_that_do_not_fall_to_above_0_are_refused(sigmas):
     with pytest.raises(ValueError, match="falling noise levels above 0"):
         ddpm_sample(predictor(), start(1), sigmas)
+
+
+def test_undesired_every_below_1_is_refused():
+    with pytest.raises(ValueError, match="undesired_every must be at least 1"):
+        ddpm_sample(predictor(), start(1), [1.0], undesired_every=0)
 
 
 def test_an_unknown_variance_is_refused():

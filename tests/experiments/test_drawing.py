@@ -83,8 +83,38 @@ def test_guidance_is_told_how_much_noise_a_step_adds(variance):
         return torch.zeros_like(x), [torch.zeros_like(x)]
 
     ddpm_sample(predict, torch.zeros(1, 100_000), levels, None, generator, variance)
-    told = class_removal.noise_fraction(variance, *levels)
+    told = class_removal.noise_fraction(variance, levels, *levels)
     assert float(seen[1].var()) / ReverseKernel(*levels).variance == pytest.approx(told, rel=0.02)
+
+
+@pytest.mark.parametrize("variance", ["posterior", "forward"])
+def test_guidance_is_told_how_much_noise_several_steps_add_together(variance):
+    """A jump over three steps, simulated: the variance of its end, from predictions of zero."""
+    levels = [3.0, 2.0, 1.5, 1.0]
+    states = []
+
+    def predict(x: torch.Tensor, sigma: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        states.append(x)
+        return torch.zeros_like(x), []
+
+    ddpm_sample(predict, torch.zeros(1, 100_000), levels, None, torch.Generator().manual_seed(0), variance)
+    told = class_removal.noise_fraction(variance, levels, 3.0, 1.0)
+    assert float(states[3].var()) / ReverseKernel(3.0, 1.0).variance == pytest.approx(told, rel=0.02)
+    assert (told == 1) == (variance == "posterior")
+
+
+@pytest.mark.parametrize("variance", ["posterior", "forward"])
+def test_the_undesired_class_is_predicted_at_every_so_many_th_step(files, monkeypatch, variance):
+    """Evaluations are counted, and are what the progress bar is told; the trace holds those steps alone."""
+    some = point(files, undesired_every=3, steps=7, variance=variance, images=4)
+    evaluated: list[int] = []
+    original = UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda self, x, *a: evaluated.append(len(x)) or original(self, x, *a))
+    drawn = draw(some)
+    assert evaluated == [8, 4, 4, 8, 4, 4, 8] and sum(evaluated) == some.evaluations
+    assert drawn.posterior.shape == (3, 4) and len(drawn.sigmas) == 3
+    always = draw(replace(some, undesired_every=1))
+    assert not np.array_equal(drawn.images, always.images) and always.sigmas[::3].tolist() == drawn.sigmas.tolist()
 
 
 def test_a_points_key_is_everything_that_decides_its_images(files):
@@ -92,6 +122,7 @@ def test_a_points_key_is_everything_that_decides_its_images(files):
     changes = [
         {"forbidden": 1}, {"settings": Settings(prior=0.3)}, {"steps": 4}, {"images": 7}, {"batch": 3}, {"seed": 1},
         {"spacing": "karras"}, {"variance": "forward"}, {"weights": "other"}, {"class_only": "x"},
+        {"undesired_every": 2},
     ]  # fmt: skip
     assert len({plain.key(), *(replace(plain, **c).key() for c in changes)}) == len(changes) + 1
     assert replace(plain, denoiser="moved.safetensors").key() == plain.key()
