@@ -292,7 +292,8 @@ def _title(results: Results) -> str:
 
 
 def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name)
+    """A class name as part of a file name, another for every class."""
+    return "".join(c if c.isalnum() else f"_{ord(c):x}_" for c in name)
 
 
 def _write(path: Path, content: bytes) -> Path:

@@ -130,6 +130,13 @@ def test_a_report_is_made_again_from_the_runs_alone(files):
     assert (files / "out" / "report.md").read_text() == before
 
 
+def test_every_class_has_pictures_of_its_own():
+    names = ("a b", "a_b", "a-b", "a_20_b", "ant", "été")
+    slugs = [report_command._slug(name) for name in names]
+    assert len(set(slugs)) == len(names) and slugs[4:] == ["ant", "été"]
+    assert all(c.isalnum() or c == "_" for slug in slugs for c in slug)
+
+
 def test_a_report_of_nothing_says_what_to_do(tmp_path, capsys):
     parser = argparse.ArgumentParser()
     report_command.add_arguments(parser)
