@@ -98,7 +98,8 @@ class Point:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Point":
         settings = None if raw["settings"] is None else Settings(**raw["settings"])
-        return cls(**{f.name: raw[f.name] for f in fields(cls)} | {"settings": settings})
+        known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}  # older records lack what came later
+        return cls(**known | {"settings": settings})
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,9 @@ def test_a_points_key_is_everything_that_decides_its_images(files):
     assert len({plain.key(), *(replace(plain, **c).key() for c in changes)}) == len(changes) + 1
     assert replace(plain, denoiser="moved.safetensors").key() == plain.key()
     assert Point.from_dict(json.loads(json.dumps(plain.to_dict()))) == plain
+    older = plain.to_dict()
+    del older["undesired_every"]
+    assert Point.from_dict(older) == plain
     other = str(random_denoiser(files / "other.safetensors", seed=1))
     assert weights_digest(other) != plain.weights
 
