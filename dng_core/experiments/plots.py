@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from ..settings import Settings
 from .class_removal import Drawn
 from .metrics import forbidden_share, wilson_interval
 from .report import Pictures, Report, Row, contact_sheet
@@ -25,7 +26,9 @@ SHEET_IMAGES = 36
 
 
 def pareto(results: Results, removed: str) -> Figure:
-    """Balance and quality against safety: one line per method over its guidance scales, with 95 % intervals."""
+    """Balance and quality against safety, with 95 % intervals: points that differ in their guidance scale alone are
+    joined.
+    """
     rows = results.of(removed, "baseline", "sweep")
     shown = [m for m in AXES if m == "kl_renormalised" or any(r.value(m) is not None for r in rows)]
     figure = Figure(figsize=(5.2 * len(shown), 4.0), layout="constrained")
@@ -56,12 +59,19 @@ def _front(axes: Axes, rows: Sequence[Result], measure: str, method: str) -> Non
     across, along = np.array(bars[: len(points)]).T, np.array(bars[len(points) :]).T
     axes.errorbar(
         xs, ys, xerr=across, yerr=along, color=COLOURS[method], marker=MARKERS[method], label=method,
-        linewidth=1.4, elinewidth=0.6, markersize=6,
+        linestyle="none", elinewidth=0.6, markersize=6,
     )  # fmt: skip
+    for others in {_but_scale(r) for r, _, _ in points}:
+        joined = [(100 * x, y) for r, x, y in points if _but_scale(r) == others]
+        axes.plot(*zip(*joined, strict=True), color=COLOURS[method], linewidth=1.4)
     for result, x, y in points:
         if result.scale:
             label = f"{result.scale:g}"
             axes.annotate(label, (100 * x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
+
+
+def _but_scale(result: Result) -> Settings | None:
+    return result.point.settings and result.point.settings.with_(guidance_scale=0.0)
 
 
 def _bars(interval: tuple[float | None, float | None], value: float | None, factor: float) -> tuple[float, float]:
