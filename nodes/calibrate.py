@@ -9,8 +9,9 @@ from comfy_api.latest import io
 from ..dng_core.calibration import Evidence, Goals, Observer, explanation, propose
 from ..dng_core.settings import Settings
 from .bridge import Concept, begin_run
+from .guider import NegativeGuider
 from .inputs import reference_input
-from .sampling import UNCONDITIONAL_TIP, NegativeGuider
+from .sampling import UNCONDITIONAL_TIP
 
 DEFAULTS = Goals()
 
