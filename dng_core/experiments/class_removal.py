@@ -44,10 +44,10 @@ class Point:
     ----------
     denoiser: source of the reference network (:func:`~.checkpoints.open_denoiser`), label-conditional if
         ``class_only`` is empty; ``class_only``: source of the network that draws the forbidden class alone.
-    undesired_every: the class is predicted at every so many-th step (see :func:`~dng_core.sampling.ddpm_sample`).
     weights: digest of both networks' weights, so that other weights under the same name are another point.
     forbidden: the class to remove; None without guidance.
     settings: of the guidance; None without.
+    undesired_every: the class is predicted at every so many-th step (see :func:`~dng_core.sampling.ddpm_sample`).
     """
 
     denoiser: str

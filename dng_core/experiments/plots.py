@@ -61,7 +61,7 @@ def _front(axes: Axes, rows: Sequence[Result], measure: str, method: str) -> Non
         xs, ys, xerr=across, yerr=along, color=COLOURS[method], marker=MARKERS[method], label=method,
         linestyle="none", elinewidth=0.6, markersize=6,
     )  # fmt: skip
-    for others in {_but_scale(r) for r, _, _ in points}:
+    for others in dict.fromkeys(_but_scale(r) for r, _, _ in points):
         joined = [(100 * x, y) for r, x, y in points if _but_scale(r) == others]
         axes.plot(*zip(*joined, strict=True), color=COLOURS[method], linewidth=1.4)
     for result, x, y in points:

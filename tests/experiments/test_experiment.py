@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from dng_core.experiments import class_removal, experiment_command, report_command, runner, sweep
+from dng_core.experiments import class_removal, report_command, runner, sweep
 from dng_core.experiments.class_removal import NONE, Point
 from dng_core.experiments.experiment import METHOD_OF, PRESETS, read_experiment
 from dng_core.experiments.networks import Classifier, UNetConfig
 from dng_core.experiments.report_data import Result, Results, read_results
 from dng_core.experiments.weights import ClassifierInfo, save_classifier
+from dng_core.settings import PRESETS as SETTINGS
 from dng_core.settings import Settings
 
 from .small_experiment import NAMES, dng_experiment, experiment, random_denoiser, runs
@@ -72,11 +73,8 @@ def test_new_weights_under_the_same_name_are_drawn_anew(files):
 def test_settings_tuned_at_one_step_count_are_used_at_another(files, capsys):
     assert dng_experiment(files, "--methods", "NP,SLD") == 0
     chosen = read_results(files / "out").best("ant")["SLD"].point.settings
-    tuned = ["--settings-of", files / "out", "--steps", 2, "--methods", "NP,SLD"]
-    parser = argparse.ArgumentParser()
-    experiment_command.add_arguments(parser)
-    options = [files / "try.toml", "--output", files / "fewer", "--jobs", 1, "--device", "cpu", *tuned]
-    assert experiment_command.run(parser.parse_args([str(o) for o in options])) == 0
+    tuned = ["--output", files / "fewer", "--settings-of", files / "out", "--steps", 2]
+    assert dng_experiment(files, *tuned, "--methods", "NP,SLD") == 0
     fewer = read_results(files / "fewer")
     assert [(r.method, r.point.steps) for r in fewer.of("ant", "sweep")] == [("NP", 2), ("SLD", 2)]
     assert fewer.best("ant")["SLD"].point.settings == chosen
@@ -87,7 +85,7 @@ def test_settings_tuned_at_one_step_count_are_used_at_another(files, capsys):
     assert (
         "| removed | method | left, 3 steps (tuned) | left, 2 steps | difference, points |" in report and row in report
     )
-    assert experiment_command.run(parser.parse_args([str(o) for o in [*options, "--methods", "NP,DNG"]])) == 1
+    assert dng_experiment(files, *tuned, "--methods", "NP,DNG") == 1
     assert f"{files / 'out'} has no point of DNG on ant" in capsys.readouterr().err
 
 
@@ -182,6 +180,17 @@ def test_a_report_leaves_out_what_is_not_measured_for_a_class_yet(files):
 def test_presets_are_valid_and_have_all_methods(name):
     preset = read_experiment(name)
     assert [plan.method for plan in preset.methods] == ["negative_prompting", "safe_latent_diffusion", "dng"]
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar10_conditional"])
+def test_the_presets_set_dng_as_the_authors_did_on_cifar_10(name):
+    """The scale is swept, and ``max_scale`` follows the largest one."""
+    published = SETTINGS["CIFAR-10"].settings
+    plan = read_experiment(name).methods[-1]
+    largest = max(plan.scales) * published.p_max / (1 - published.p_max)
+    for settings in plan.sweep({}):
+        assert settings.max_scale == pytest.approx(largest)
+        assert settings == published.with_(guidance_scale=settings.guidance_scale, max_scale=settings.max_scale)
 
 
 def test_an_estimate_draws_nothing_into_the_folder(files, capsys):
