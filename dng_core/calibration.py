@@ -64,15 +64,14 @@ class Observer(NegativeGuidance):
     """Stands where guidance would be: it leaves the samples as they are and records the evidence for each concept.
 
     Takes what :class:`NegativeGuidance` takes; of the settings only their number counts. The evidence is that of
-    Algorithm 2, whatever ``noise_fraction``: the tracker's average lags, and overshoots by a nat or so in images that
-    show the concept, where a guided run has reached p_max already.
+    Algorithm 2, whatever their rule.
     """
 
     tracker_type = UnboundedTracker
 
     def __init__(self, settings: Sequence[Settings], *args: Any, **kwargs: Any) -> None:
         settings = [Settings(guidance_scale=0, prior=0.5 / len(settings))] * len(settings)
-        super().__init__(settings, *args, **kwargs | {"noise_fraction": None})
+        super().__init__(settings, *args, **kwargs)
 
     def evidence(self) -> list[Evidence]:
         """One for each concept; waits for the device. Raises ValueError where the run was too short to tell."""

@@ -112,9 +112,9 @@ class NegativeGuidance:
     weight: broadcastable to the state, 0 where elements do not follow the chain (outside an inpainting mask).
     log_priors: (batch,) start values for each concept, in place of their priors.
     noise_fraction, trial_points: see :class:`~dng_core.posterior.PosteriorTracker`.
-    seed: of the probes of concepts with ``divergence_correction``.
+    seed: of the probes of concepts with the rule "probe".
 
-    With a divergence correction, a sampler asks :meth:`probe` before each call and hands over what it evaluated there:
+    With the rule "probe", a sampler asks :meth:`probe` before each call and hands over what it evaluated there:
     ``guidance(x, sigma, base, reference, negatives, probed=(probe, probed_reference, probed_negatives))``.
     """
 
@@ -159,7 +159,7 @@ class NegativeGuidance:
 
     def probe(self, state: Tensor, level: float) -> Probe | None:
         """Where to evaluate the reference and the concepts that ask for it once more; None where not needed."""
-        if not any(s.divergence_correction for s in self.settings):
+        if not any(s.rule == "probe" for s in self.settings):
             return None
         return self._prober.next(state, level)
 

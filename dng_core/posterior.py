@@ -206,8 +206,8 @@ class PosteriorTracker:
     levels: the sampler's schedule; None for adaptive samplers, where every call is an anchor.
     weight: see :func:`posterior_increment`.
     log_prior: (batch,) start values of log p in place of ``settings.prior``.
-    noise_fraction: how the sampler's steps between scheduled levels compare with the exact kernel in noise, for the
-        rule of :func:`gap_of_step`; None for Algorithm 2 as it is.
+    noise_fraction: how the sampler's steps between scheduled levels compare with the exact kernel in noise; None
+        where that is not known, and Algorithm 2 then stands in for the rule "step_noise".
     trial_points: whether the sampler reaches each level first by a trial step without noise, whose evidence says
         little: such a point keeps the posterior of the one before it.
     """
@@ -307,12 +307,13 @@ class PosteriorTracker:
         fraction, known = 1.0, False
         if self._noise_fraction is not None and self._on_schedule(level):
             fraction, known = self._noise_fraction(frame.sigma(top.level), frame.sigma(level)), True
-        if predictions is not None and covariance_gap is not None:
+        rule = self.settings.rule
+        if rule == "probe" and predictions is not None and covariance_gap is not None:
             earlier = covariance_gap if top.covariance_gap is None else top.covariance_gap
             gap = (earlier + covariance_gap) / 2
             return path_increment(state, top.state, top.predictions, predictions, gap, *ends, frame, weight)
         noisy = known and fraction >= LEAST_NOISE_FRACTION and not math.isinf(frame.sigma(top.level))
-        if noisy and predictions is not None and self._guided is not None:
+        if rule == "step_noise" and noisy and predictions is not None and self._guided is not None:
             step = state, top.state, top.predictions, predictions
             gap = gap_of_step(*step, self._guided, fraction, *ends, frame, weight)
             if top.noise_gap is not None:

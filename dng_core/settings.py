@@ -12,6 +12,9 @@ OffsetForm = Literal["integrated", "total", "per_step"]
 METHODS: tuple[Method, ...] = ("dng", "negative_prompting", "safe_latent_diffusion")
 OFFSET_FORMS: tuple[OffsetForm, ...] = ("integrated", "total", "per_step")
 
+Rule = Literal["algorithm_2", "step_noise", "probe"]
+RULES: tuple[Rule, ...] = ("algorithm_2", "step_noise", "probe")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -32,8 +35,10 @@ class Settings:
     p_min, p_max: the posterior is clamped to this range, 0 < p_min < p_max < 1.
     max_scale: cap on the product lambda_0 p / (1 - p); infinity for none. A larger push seldom removes more, and can
         throw a state off its chain where steps are few.
-    divergence_correction: estimate the term of the posterior that deterministic samplers miss, by one more pair of
-        predictions at some of the steps (see :mod:`.divergence`). More exact on stochastic samplers too.
+    rule: how a jump's evidence is computed. "algorithm_2" is the paper's. The other two add a term that Algorithm 2
+        lacks on large steps and on deterministic samplers: "step_noise" estimates the term from the noise that the
+        sampler drew, which is good where predictions are exact and fails on large latents of trained networks;
+        "probe" estimates it by one more pair of predictions at some of the steps (see :mod:`.divergence`).
     sld_threshold, sld_warmup_scale, sld_momentum_scale, sld_momentum_decay: Safe Latent Diffusion's threshold on
         eps - eps(c-), s_s, s_m and beta_m; defaults as in the authors' comparison.
     """
@@ -47,7 +52,7 @@ class Settings:
     p_min: float = 1e-6
     p_max: float = 0.99
     max_scale: float = 10.0
-    divergence_correction: bool = False
+    rule: Rule = "algorithm_2"
     sld_threshold: float = 0.04
     sld_warmup_scale: float = 100.0
     sld_momentum_scale: float = 0.2
@@ -60,6 +65,7 @@ class Settings:
                 raise ValueError(f"{field.name} is not a number (NaN); give a finite value")
         self._check("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
         self._check("offset_form", self.offset_form in OFFSET_FORMS, f"one of {', '.join(OFFSET_FORMS)}")
+        self._check("rule", self.rule in RULES, f"one of {', '.join(RULES)}")
         self._check("guidance_scale", 0 <= self.guidance_scale < math.inf, "at least 0 and finite")
         self._check("prior", 0 < self.prior < 1, "between 0 and 1, exclusive")
         self._check("temperature", 0 <= self.temperature < math.inf, "at least 0 and finite")

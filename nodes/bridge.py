@@ -135,7 +135,7 @@ class Run:
         return list(self._inner_calc(args)) if self._inner_calc is not None else self._calc(args, conds), extra
 
     def _evaluate_probe(self, args: dict) -> tuple[Probe, Tensor, list[Tensor | None]] | None:
-        """The reference and the undesired predictions a little way off, where a divergence correction asks for them.
+        """The reference and the undesired predictions a little way off, where the rule "probe" asks for them.
 
         ComfyUI evaluates one state per batch, so this is a second batch, of this pair alone.
         """
@@ -144,7 +144,7 @@ class Run:
             return None
         there = {**args, "input": probe.state}
         wanted = [
-            entries if settings.divergence_correction else []
+            entries if settings.rule == "probe" else []
             for entries, settings in zip(self._entries, self.guidance.settings, strict=True)
         ]
         undesired = [entries for entries in wanted if entries]
@@ -219,10 +219,10 @@ def begin_run(
     references = {concept.reference for concept in concepts}
     if len(references) > 1:
         raise ValueError(f"all chained concepts must share one reference, not {', '.join(sorted(references))}")
-    if "cfg" in references and any(concept.settings.divergence_correction for concept in concepts):
+    if "cfg" in references and any(concept.settings.rule == "probe" for concept in concepts):
         raise ValueError(
-            "divergence_correction cannot work with the reference `cfg`, which is no model's own prediction; set "
-            "`reference` to auto or positive, or switch the correction off"
+            "the rule `probe` cannot work with the reference `cfg`, which is no model's own prediction; set "
+            "`reference` to auto or positive, or `rule` to algorithm_2"
         )
     check_sampler(sampler)
     sampler_name = name_of(sampler)

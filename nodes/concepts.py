@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from .bridge import check_conditioning
-from .inputs import CONCEPTS, concepts_from, divergence_input, preset_input, settings_inputs
+from .inputs import CONCEPTS, concepts_from, preset_input, rule_input, settings_inputs
 
 
 class DNGConcept(io.ComfyNode):
@@ -21,7 +21,7 @@ class DNGConcept(io.ComfyNode):
                 *settings_inputs(),
                 CONCEPTS.Input("previous", optional=True, tooltip="Concepts that this one is added to."),
                 preset_input(),
-                divergence_input(),
+                rule_input(),
             ],
             outputs=[
                 CONCEPTS.Output(display_name="concepts", tooltip="For `more_concepts`, or the next DNG Concept.")

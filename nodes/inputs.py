@@ -5,7 +5,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..dng_core.settings import METHODS, OFFSET_FORMS, PRESETS, Settings
+from ..dng_core.settings import METHODS, OFFSET_FORMS, PRESETS, RULES, Settings
 from .bridge import REFERENCES, Concept
 
 TRACE = io.Custom("DNG_TRACE")
@@ -162,19 +162,20 @@ def settings_from(values: dict[str, Any]) -> Settings:
         return Settings(**values)
     if preset not in PRESETS:
         raise ValueError(f"preset must be {CUSTOM} or one of {', '.join(PRESETS)}; it is {preset!r}")
-    correction = values.get("divergence_correction", DEFAULTS.divergence_correction)
-    return PRESETS[preset].settings.with_(divergence_correction=correction)
+    return PRESETS[preset].settings.with_(rule=values.get("rule", DEFAULTS.rule))
 
 
-def divergence_input() -> io.Input:
+def rule_input() -> io.Input:
     """The last input of every node that guides, after those that older graphs know by position."""
-    return io.Boolean.Input(
-        "divergence_correction",
+    return io.Combo.Input(
+        "rule",
         optional=True,
-        default=DEFAULTS.divergence_correction,
+        options=list(RULES),
+        default=DEFAULTS.rule,
         advanced=True,
-        tooltip="A more exact posterior, on deterministic samplers (euler, dpmpp_2m ...) above all, which miss a term "
-        "of it: less of the undesired is left. Costs one more pair of predictions on most steps.",
+        tooltip="How evidence is counted. algorithm_2: as in the paper. probe: one more pair of predictions on some "
+        "of the steps makes deterministic samplers (euler, dpmpp_2m ...) remove more. step_noise: a free estimate for "
+        "large steps, good for small latents only.",
     )
 
 

@@ -10,10 +10,10 @@ from comfy_api.latest import io
 from .bridge import WRAPPER_KEY, Concept, begin_run, check_conditioning, seed_of
 from .inputs import (
     concepts_from,
-    divergence_input,
     more_concepts_input,
     preset_input,
     reference_input,
+    rule_input,
     settings_inputs,
 )
 
@@ -83,7 +83,7 @@ class DynamicNegativeGuidance(io.ComfyNode):
                 reference_input(),
                 more_concepts_input(),
                 preset_input(),
-                divergence_input(),
+                rule_input(),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The patched model, for any stock sampler.")],
         )

@@ -16,10 +16,10 @@ from .guider import NegativeGuider
 from .inputs import (
     TRACE,
     concepts_from,
-    divergence_input,
     more_concepts_input,
     preset_input,
     reference_input,
+    rule_input,
     settings_inputs,
 )
 
@@ -190,7 +190,7 @@ class KSamplerDNG(io.ComfyNode):
                 io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
                 more_concepts_input(),
                 preset_input(),
-                divergence_input(),
+                rule_input(),
             ],
             outputs=_outputs(),
         )
@@ -270,7 +270,7 @@ class KSamplerAdvancedDNG(io.ComfyNode):
                     "on here, instead of starting at the prior again.",
                 ),
                 preset_input(),
-                divergence_input(),
+                rule_input(),
             ],
             outputs=_outputs(),
         )
@@ -335,7 +335,7 @@ class DNGGuider(io.ComfyNode):
                 io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
                 more_concepts_input(),
                 preset_input(),
-                divergence_input(),
+                rule_input(),
             ],
             outputs=[io.Guider.Output(display_name="GUIDER", tooltip="Connect to SamplerCustomAdvanced.")],
         )

@@ -18,7 +18,7 @@ from ..calibration import Observer
 from ..guidance import NegativeGuidance
 from ..sampling import Predictor, ddpm_sample
 from ..schedules import DDPMSchedule, ddpm_sigmas
-from ..settings import Settings
+from ..settings import Rule, Settings
 from .class_removal import chain_name, image_shape, starting_noise
 from .networks import Classifier, UNet
 from .predictors import LabelConditional, denoised
@@ -55,9 +55,9 @@ def rules_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, Any]]
     network, classifier, chain, names = shipped_mnist()
     levels = ddpm_sigmas(chain, steps)
     null = network.config.num_classes
-    concepts = [Settings(prior=1 / null - 1e-3, guidance_scale=0.0)] * len(names)
-    rules = {"Algorithm 2": None, "as shipped": lambda sigma, next_sigma: 1.0}
-    posteriors: dict[str, list[Tensor]] = {name: [] for name in rules}
+    concept = Settings(prior=1 / null - 1e-3, guidance_scale=0.0)
+    rules: tuple[Rule, ...] = ("algorithm_2", "step_noise")
+    posteriors: dict[Rule, list[Tensor]] = {rule: [] for rule in rules}
     shown = []
 
     def predict(x: Tensor, sigma: float) -> tuple[Tensor, list[Tensor]]:
@@ -67,14 +67,19 @@ def rules_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, Any]]
 
     for start in range(0, images, BATCH):
         noise, generator = starting_noise(start, min(BATCH, images - start), seed, image_shape(network))
-        trackers = [NegativeGuidance(concepts, chain, levels=levels, noise_fraction=rule) for rule in rules.values()]
+        trackers = [
+            NegativeGuidance(
+                [concept.with_(rule=rule)] * len(names), chain, levels=levels, noise_fraction=lambda *levels: 1.0
+            )
+            for rule in rules
+        ]
         drawn = ddpm_sample(partial(_seen_by, predict, trackers), noise, levels, generator=generator)
         shown.append(classifier(drawn).argmax(dim=1))
-        for name, guidance in zip(rules, trackers, strict=True):
-            posteriors[name].append(guidance.trace().posterior)
+        for rule, guidance in zip(rules, trackers, strict=True):
+            posteriors[rule].append(guidance.trace().posterior)
     truth = torch.cat(shown) == torch.arange(len(names))[:, None]
-    for name, tracked in posteriors.items():
-        yield {"rule": name, "images": images, "steps": steps} | foretold(torch.cat(tracked, dim=2), truth)
+    for rule, tracked in posteriors.items():
+        yield {"rule": rule, "images": images, "steps": steps} | foretold(torch.cat(tracked, dim=2), truth)
 
 
 def _seen_by(

@@ -14,7 +14,7 @@ from ..settings import Settings
 
 EXACT = Settings(prior=1 / 8)
 DNG_INPUTS = (
-    "guidance_scale", "prior", "temperature", "offset", "offset_form", "p_min", "p_max", "max_scale", "method",
+    "guidance_scale", "prior", "temperature", "offset", "offset_form", "p_min", "p_max", "max_scale", "method", "rule",
 )  # fmt: skip
 Node = Literal["stock", "stock guider", "ksampler", "guider", "patch"]
 REFUSED = ("lcm",)

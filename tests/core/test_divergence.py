@@ -10,9 +10,9 @@ from dng_core.divergence import PROBE_SPACING, Prober
 from dng_core.guidance import NegativeGuidance
 from dng_core.kernels import VE, VP, NoiseFrame, ReverseKernel
 from dng_core.oracle import GaussianMixture
-from dng_core.posterior import NoiseFraction, gap_of_step, path_increment, posterior_increment
+from dng_core.posterior import gap_of_step, path_increment, posterior_increment
 from dng_core.schedules import karras_sigmas
-from dng_core.settings import Settings
+from dng_core.settings import Rule, Settings
 
 MIXTURE = GaussianMixture.random(8, (16,), 0.2)
 FLOW = NoiseFrame("flow", 8.0)
@@ -151,23 +151,22 @@ def test_elements_of_weight_0_do_not_count_in_the_gap_of_a_step():
 
 
 def final_error(
-    correction: bool,
+    rule: Rule,
     eta: float,
     steps: int = 30,
     top: float = 150.0,
     partial: bool = False,
-    noise_fraction: NoiseFraction | None = None,
 ) -> float:
     """Mean error of the posterior at the end of an unguided run that injects eta^2 of the kernel's variance.
 
     A ``partial`` run starts from noised samples with their exact posterior, as a later part of a split run does.
     """
-    settings = Settings(prior=1 / 8, guidance_scale=1e-9, divergence_correction=correction)
+    settings = Settings(prior=1 / 8, guidance_scale=0.0, rule=rule)
     sigmas = karras_sigmas(steps, 0.01, top)
     generator = torch.Generator().manual_seed(0)
     x = noisy(300, top).float() if partial else top * torch.randn(300, 16, generator=generator)
     start = [MIXTURE.log_posterior(x, top, [0])] if partial else None
-    guidance = NegativeGuidance([settings], levels=sigmas, log_priors=start, noise_fraction=noise_fraction)
+    guidance = NegativeGuidance([settings], levels=sigmas, log_priors=start, noise_fraction=lambda *levels: eta**2)
     for i, sigma in enumerate(sigmas):
         negative, reference = predictions(x, sigma)
         probe = guidance.probe(x, sigma)
@@ -186,29 +185,26 @@ def final_error(
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_with_the_correction_the_tracked_posterior_is_the_exact_one_without_noise_and_with_it(eta):
-    assert final_error(False, eta) > 0.05
-    assert final_error(True, eta) < 0.04
+def test_with_probes_the_tracked_posterior_is_the_exact_one_without_noise_and_with_it(eta):
+    assert final_error("algorithm_2", eta) > 0.05
+    assert final_error("probe", eta) < 0.04
 
 
 @pytest.mark.parametrize(("top", "partial"), [(4518.0, False), (2.0, True)], ids=["zero-terminal SNR", "denoise < 1"])
-def test_the_correction_holds_from_any_starting_level(top, partial):
-    assert final_error(True, 0.0, 25, top, partial) < 0.05
+def test_probes_hold_from_any_starting_level(top, partial):
+    assert final_error("probe", 0.0, 25, top, partial) < 0.05
 
 
 def test_the_gap_averaged_over_the_steps_before_brings_the_posterior_nearer_to_the_exact_one(monkeypatch):
-    algorithm_2, averaged = final_error(False, 1.0), final_error(False, 1.0, noise_fraction=lambda *levels: 1.0)
+    algorithm_2, averaged = final_error("algorithm_2", 1.0), final_error("step_noise", 1.0)
     monkeypatch.setattr("dng_core.posterior.GAP_MEMORY", math.inf)
-    of_one_step = final_error(False, 1.0, noise_fraction=lambda *levels: 1.0)
+    of_one_step = final_error("step_noise", 1.0)
     assert averaged < of_one_step / 1.5 < algorithm_2 / 1.5, (averaged, of_one_step, algorithm_2)
 
 
-def test_the_refined_posterior_is_near_the_exact_one_at_many_steps_too(monkeypatch):
+def test_the_refined_posterior_is_near_the_exact_one_at_many_steps_too():
     """However long the run: an average over ever more, ever smaller steps would lag behind."""
-    algorithm_2, refined = (
-        final_error(False, 1.0, 300),
-        final_error(False, 1.0, 300, noise_fraction=lambda *levels: 1.0),
-    )
+    algorithm_2, refined = final_error("algorithm_2", 1.0, 300), final_error("step_noise", 1.0, 300)
     assert refined <= algorithm_2 < 0.03, (refined, algorithm_2)
 
 
@@ -217,7 +213,8 @@ def test_an_averaged_gap_follows_the_steps_that_a_sampler_keeps():
 
     def last(trial: bool) -> Tensor:
         generator = torch.Generator().manual_seed(3)
-        guidance = NegativeGuidance([Settings()], levels=[2.0, 1.7, 1.4], noise_fraction=lambda *levels: 1.0)
+        settings = Settings(rule="step_noise")
+        guidance = NegativeGuidance([settings], levels=[2.0, 1.7, 1.4], noise_fraction=lambda *levels: 1.0)
         before = torch.zeros(16, 16)
         for sigma in (2.0, 1.7, 1.4):
             x = noisy(16, sigma) + 0.1 * torch.randn(16, 16, generator=generator, dtype=torch.float64)

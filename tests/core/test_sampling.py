@@ -54,7 +54,7 @@ def tracking_error(steps: int, samples: int, guidance_scale: float, correction: 
     sigmas = ddpm_sigmas(CHAIN, steps)
     noise = start(samples, dtype=torch.float64)
     first = MIXTURE.log_posterior(noise * (1 + sigmas[0] ** 2) ** 0.5, sigmas[0], [0])
-    settings = EXACT.with_(guidance_scale=guidance_scale, divergence_correction=correction)
+    settings = EXACT.with_(guidance_scale=guidance_scale, rule="probe" if correction else "algorithm_2")
     guidance = NegativeGuidance([settings], CHAIN, levels=sigmas, log_priors=[first])
     ddpm_sample(predictor(), noise, sigmas, guidance, torch.Generator().manual_seed(1))
     last = guidance.trackers[0].anchors[-1]
@@ -70,7 +70,7 @@ def test_the_tracked_posterior_approaches_the_exact_one_as_steps_grow(guidance_s
     assert errors[2] < 0.025
 
 
-def test_the_ancestral_sampler_probes_where_the_divergence_correction_asks_for_it():
+def test_the_ancestral_sampler_probes_where_the_rule_probe_asks_for_it():
     assert tracking_error(30, 600, 0.0, correction=True) < 0.5 * tracking_error(30, 600, 0.0)
 
 

@@ -45,6 +45,6 @@ def test_foretold_scores_each_class_and_step():
 
 def test_every_rule_is_scored_on_the_same_images():
     rows = list(rules_figure(images=16, steps=10, seed=0))
-    assert [row["rule"] for row in rows] == ["Algorithm 2", "as shipped"]
+    assert [row["rule"] for row in rows] == ["algorithm_2", "step_noise"]
     assert rows[0]["middle"] != rows[1]["middle"]
     assert all(0 < row["cross entropy, mean"] < 1 for row in rows)

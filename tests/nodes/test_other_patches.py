@@ -199,7 +199,7 @@ def test_a_patch_that_knows_two_conditionings_only_is_given_no_third(bench, netw
     close(guided(bench, networks, patched, settings), wanted)
     close(stock(bench, networks, bench.patch(patched, networks.prompt(2), reference)), wanted)
 
-    kept = {"reference": reference, "divergence_correction": True, "temperature": 0.01}
+    kept = {"reference": reference, "rule": "probe", "temperature": 0.01}
     concepts = [bench.concept(networks.prompt(seed), **kept) for seed in (2, 3)]
     out, _ = bench.dng(patched, concepts, **options(networks, steps=3), unconditional=networks.prompt(1))
     assert bool(out.isfinite().all())
