@@ -18,10 +18,10 @@ import comfy.supported_models_base
 import torch
 from comfy_api.latest import io
 
-from ..dng_core.experiments.metrics import balance_kl_renormalised
 from ..dng_core.guidance import Trace
 from ..dng_core.kernels import VE, NoiseFrame
 from ..dng_core.oracle import GaussianMixture, with_attributes
+from ..dng_core.studies.metrics import balance_kl_renormalised
 from .inputs import TRACE
 
 CHANNELS, SIZE, STD = 1, 4, 0.2

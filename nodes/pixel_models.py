@@ -18,15 +18,15 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor, nn
 
-from ..dng_core.experiments.networks import UNet
-from ..dng_core.experiments.report import Report, bar_chart, contact_sheet, markdown_table, measure
-from ..dng_core.experiments.weights import (
+from ..dng_core.models.networks import UNet
+from ..dng_core.models.weight_files import (
     DenoiserInfo,
     load_classifier,
     load_denoiser,
     shipped_classifiers,
     shipped_denoisers,
 )
+from ..dng_core.studies.report.class_report import Report, bar_chart, contact_sheet, markdown_table, measure
 from .plot import as_image
 
 CATEGORY = "DNG/pixel models"

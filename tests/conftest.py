@@ -4,11 +4,13 @@ The checkout's folder never gets onto sys.path: its nodes/ would hide ComfyUI's 
 are loaded by their paths instead.
 """
 
+import contextlib
+import errno
 import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -95,3 +97,24 @@ def comfyui_server(
     options = ["--extra-model-paths-config", str(paths)]
     with headless_server.comfyui_server(comfyui_location, ROOT, log=comfyui_log, options=options) as server:
         yield server
+
+
+@pytest.fixture
+def disk_full_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """Within the context, so many files can be written; the next finds no space."""
+
+    @contextlib.contextmanager
+    def full(files: int) -> Iterator[None]:
+        real, written = os.fsync, []
+
+        def fsync(number: int) -> None:
+            written.append(number)
+            if len(written) > files:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(number)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            yield
+
+    return full

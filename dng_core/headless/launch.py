@@ -23,4 +23,4 @@ def load_dng_core() -> None:
 
 if __name__ == "__main__":
     load_dng_core()
-    raise SystemExit(importlib.import_module("dng_core.headless.cli").main())
+    raise SystemExit(importlib.import_module("dng_core.cli.main").main())

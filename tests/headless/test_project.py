@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dng_core
-from dng_core.headless.cli import COMMANDS
+from dng_core.cli.main import COMMANDS
 from dng_core.headless.environment import LAUNCHER
 from dng_core.headless.install import TORCH, managed, write_marker
 from dng_core.headless.locate import Location
@@ -42,9 +42,9 @@ def test_the_commands_that_install_explain_themselves_on_a_bare_python(command: 
 def test_arguments_of_the_test_command_reach_pytest() -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from dng_core.headless import cli, test_command\n"
-        "test_command.run = lambda args: print(args.passed_on) or 0\n"
-        "raise SystemExit(cli.main(['test', '-k', 'posterior', 'tests/headless', '-q']))"
+        "from dng_core.cli import main, test\n"
+        "test.run = lambda args: print(args.passed_on) or 0\n"
+        "raise SystemExit(main.main(['test', '-k', 'posterior', 'tests/headless', '-q']))"
     )
     done = bare_python("-c", code, str(ROOT))
     assert done.stdout == "['-k', 'posterior', 'tests/headless', '-q']\n", done.stderr

@@ -54,7 +54,8 @@ def test_icon_and_banner_are_files_of_this_repository_in_the_registrys_shapes() 
 def test_the_archive_has_what_comfyui_loads_and_no_tests(archive: set[str]) -> None:
     needed = {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "nodes/__init__.py"}
     needed |= {"web/live_chart.js", "workflows/mnist_class_removal.json", "workflows/mnist_class_removal.jpg"}
-    needed |= {"dng_core/weights/mnist_denoiser.safetensors", "dng_core/weights/mnist_classifier.safetensors"}
+    weights = "dng_core/models/weights"
+    needed |= {f"{weights}/mnist_denoiser.safetensors", f"{weights}/mnist_classifier.safetensors"}
     assert needed <= archive
     assert not [name for name in archive if name.startswith(("tests/", "docs/", ".ci/", ".git"))]
 

@@ -1,0 +1,153 @@
+"""``dng bench``: how fast the experiment draws, against a plain loop and against what the machine can compute."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..guidance import NegativeGuidance
+from ..models.checkpoints import open_denoiser
+from ..models.networks import UNet
+from ..models.predictors import LabelConditional, denoised
+from ..sampling import Predictor, ddpm_sample
+from ..schedules import DDPMSchedule, ddpm_sigmas
+from ..settings import Settings
+from ..studies.class_removal import chain_name, image_shape, starting_noise
+from .figures import line
+
+PRODUCT_SIZE = 1024
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``dng bench``."""
+    parser.description = (
+        "Measure images per second of the label-conditional network under DNG, against a plain float32 loop that "
+        "evaluates the two predictions one after the other at every step. They take turns; medians are printed."
+    )
+    parser.add_argument("--denoiser", default="mnist", help="a label-conditional network (default: mnist)")
+    parser.add_argument("--batch", type=int, default=64, help="images drawn at once (default: 64)")
+    parser.add_argument("--steps", type=int, default=1000, help="sampling steps that the rate is for (default: 1000)")
+    parser.add_argument("--timed-steps", type=int, default=10, help="steps actually timed (default: 10)")
+    parser.add_argument(
+        "--undesired-every",
+        type=int,
+        default=10,
+        help="one variant predicts the undesired class at every so many-th step; a divisor of --timed-steps "
+        "(default: 10)",
+    )
+    parser.add_argument("--repeats", type=int, default=15, help="turns of each variant (default: 15)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; 1 with a message if it cannot be measured."""
+    try:
+        if min(args.batch, args.steps, args.timed_steps, args.undesired_every, args.repeats - 1) < 1:
+            raise ValueError("--batch and the numbers of steps must be at least 1, --repeats at least 2")
+        if args.timed_steps % args.undesired_every:
+            raise ValueError(
+                f"--timed-steps {args.timed_steps} is no multiple of --undesired-every {args.undesired_every}: the "
+                "undesired class would be predicted too often"
+            )
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
+        device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+        unet, info = open_denoiser(args.denoiser)
+        chain = DDPMSchedule.named(chain_name(info))
+        compared = variants(unet.to(device), chain, args.undesired_every)
+        tasks = [sampling(predict, every, unet, chain, args, device) for predict, every in compared.values()]
+        *turns, products = timings([*tasks, matrix_product(device)], args.repeats, device)
+    except (OSError, ValueError) as error:
+        print(f"dng bench: {error}", file=sys.stderr)
+        return 1
+    threads = torch.get_num_threads()
+    print(
+        f"{args.batch} images at once, {device}, {threads} threads, torch {torch.__version__}, {args.steps} steps:\n"
+    )
+    print(line(["variant", "images per second", "against plain", "half of the turns"]), line(["---"] * 4), sep="\n")
+    for name, taken in zip(compared, turns, strict=True):
+        rate = args.batch / (median(taken) / args.timed_steps * args.steps)
+        low, ratio, high = quantiles([plain / other for plain, other in zip(turns[0], taken, strict=True)], n=4)
+        print(line([name, rate, f"{ratio:.2f} x", f"{low:.2f} .. {high:.2f}"]))
+    flops = flops_of_a_prediction(unet)
+    plain, batched = (2 * args.batch * args.timed_steps * flops / median(taken) / 1e9 for taken in turns[:2])
+    most = 2 * PRODUCT_SIZE**3 / median(products) / 1e9
+    print(
+        f"\nOne prediction takes {flops / 1e6:.0f} million operations. In 10^9 a second:",
+        f"the plain loop does {plain:.0f}, one batch {batched:.0f}, "
+        f"a product of two {PRODUCT_SIZE} x {PRODUCT_SIZE} matrices {most:.0f}.",
+        f"At that rate throughout it would be {most / plain:.2f} x the plain loop.",
+        sep="\n",
+    )
+    return 0
+
+
+def variants(unet: UNet, chain: DDPMSchedule, every: int) -> dict[str, tuple[Predictor, int]]:
+    """The predictions as a plain loop has them, and as the experiment does: at each step or at ``every``-th ones.
+
+    ValueError without labels.
+    """
+    together = LabelConditional(unet, chain, 0)
+
+    def in_turn(x: Tensor, sigma: float) -> tuple[Tensor, list[Tensor]]:
+        null, undesired = (torch.full((len(x),), k, device=x.device) for k in (unet.config.num_classes, 0))
+        return denoised(unet, chain, x, sigma, null), [denoised(unet, chain, x, sigma, undesired)]
+
+    return {
+        "plain loop": (in_turn, 1),
+        "both predictions in one batch": (together, 1),
+        f"the undesired one once in {every} steps": (together, every),
+    }
+
+
+def sampling(
+    predict: Predictor, every: int, network: UNet, chain: DDPMSchedule, args: argparse.Namespace, device: str
+) -> Callable[[], object]:
+    """A run of ``args.timed_steps`` steps of DNG from ``args.batch`` images of noise."""
+    noise = starting_noise(0, args.batch, 0, image_shape(network))[0].to(device)
+    levels = ddpm_sigmas(chain, max(args.timed_steps, 2))[: args.timed_steps]
+    reference = LabelConditional(network, chain, None)
+
+    def run() -> None:
+        guidance = NegativeGuidance([Settings()], chain, levels=levels[::every])
+        generator = torch.Generator().manual_seed(1)
+        ddpm_sample(predict, noise, levels, guidance, generator, between=reference, undesired_every=every)
+
+    return run
+
+
+def matrix_product(device: str) -> Callable[[], object]:
+    """A product of two square matrices: about as fast as this machine computes."""
+    matrix = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, device=device)
+    return lambda: matrix @ matrix
+
+
+@torch.no_grad()
+def timings(tasks: Sequence[Callable[[], object]], repeats: int, device: str) -> list[list[float]]:
+    """The seconds of each task in each turn, after one untimed turn."""
+    taken: list[list[float]] = [[] for _ in tasks]
+    for turn in range(repeats + 1):
+        for task, seconds in zip(tasks, taken, strict=True):
+            began = time.perf_counter()
+            task()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds.append(time.perf_counter() - began)
+    return taken
+
+
+@torch.no_grad()
+def flops_of_a_prediction(network: UNet) -> float:
+    """Multiplications and additions of convolutions and matrix products, for one image."""
+    device = network.conv_in.weight.device
+    x = torch.zeros(1, *image_shape(network), device=device)
+    zero = torch.zeros(1, dtype=torch.long, device=device)
+    with FlopCounterMode(display=False) as counter:
+        network(x, zero, zero)
+    return counter.get_total_flops()

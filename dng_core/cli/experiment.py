@@ -1,0 +1,196 @@
+"""``dng experiment``: removes classes by every method, measures what is left, and reports."""
+
+import argparse
+import errno
+import platform
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..models.datasets import Dataset, load_dataset
+from ..models.weight_files import ClassifierInfo, load_classifier, shipped_classifiers
+from ..settings import Settings
+from ..studies.class_removal import METHOD_NAMES, image_shape, network
+from ..studies.experiment import METHOD_OF, Experiment, read_experiment
+from ..studies.features import require_inception
+from ..studies.measuring import Measurer
+from ..studies.runner import Runner
+from ..studies.sweep import ENGINES, Workers
+
+TunedSettings = dict[tuple[str, str], Settings | None]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``dng experiment``."""
+    parser.description = (
+        "Remove classes by no guidance, negative prompting, Safe Latent Diffusion and DNG; measure safety, balance "
+        "and quality. Points that are in the output folder already are not drawn again, so a stopped run goes on."
+    )
+    parser.add_argument(
+        "experiment", help="mnist, cifar10, cifar10_conditional, tiny, or a TOML file (see docs/experiments.md)"
+    )
+    parser.add_argument("--data", type=Path, help="folder of the data set to compare with; without it, no distances")
+    parser.add_argument("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data")
+    parser.add_argument("--output", type=Path, help="folder of the runs and the report (default: output/NAME)")
+    parser.add_argument("--classes", help="names of the classes to remove, with commas (default: the experiment's)")
+    parser.add_argument("--methods", help=f"which of {', '.join(METHOD_OF)}, with commas (default: the experiment's)")
+    for name, text in (
+        ("images", "images per point"),
+        ("search-images", "images per point of the search for settings"),
+        ("steps", "sampling steps, 1 .. 1000"),
+        ("batch", "images drawn at once"),
+        ("undesired-every", "predict the undesired class at every so many-th step; faster where steps are many"),
+        ("seed", "seed of the noise"),
+    ):
+        parser.add_argument(f"--{name}", type=int, help=f"{text} (default: the experiment's)")
+    parser.add_argument(
+        "--settings-of",
+        type=Path,
+        metavar="FOLDER",
+        help="take each method's best settings from this experiment's folder, tuned at other steps, say",
+    )
+    parser.add_argument(
+        "--adaptive", action="store_true", help="at full size draw only the smallest scales that are safe, not all"
+    )
+    parser.add_argument("--search-classes", help="search for settings on these classes alone, with commas")
+    parser.add_argument(
+        "--jobs", type=int, default=0, help="batches drawn side by side (default: one per GPU or two cores)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="what draws the batches (default: local)")
+    parser.add_argument("--ray-address", help="of a running Ray cluster (default: one on this machine)")
+    parser.add_argument("--fid", action="store_true", help="measure FID too, by torch-fidelity")
+    parser.add_argument("--estimate", action="store_true", help="only say how long it would take")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the experiment and write its report; 1 if anything failed, with what was done kept."""
+    try:
+        runner = prepare(args)
+        if args.estimate:
+            print(runner.estimate())
+            return 0
+    except (OSError, ValueError, FloatingPointError) as error:
+        print(f"dng experiment: {error}", file=sys.stderr)
+        return 1
+    try:
+        failed = runner.run()
+        if failed:
+            print(f"dng experiment: {failed} points failed:", *runner.errors, sep="\n  ", file=sys.stderr)
+        from .report import write_reports
+
+        for path in write_reports(runner.folder):
+            print(path)
+    except OSError as error:
+        remedy = "free some space and " * (error.errno == errno.ENOSPC) + "give the same command again"
+        print(f"dng experiment: {error}; what was computed is kept: {remedy}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"dng experiment: {error}", file=sys.stderr)
+        return 1
+    return 1 if failed else 0
+
+
+def prepare(args: argparse.Namespace) -> Runner:
+    """Read everything that the experiment needs, so that what is wrong is said before anything is drawn."""
+    experiment = changed(read_experiment(args.experiment), args)
+    classifier_file = shipped_classifiers().get(experiment.classifier, Path(experiment.classifier))
+    classifier, info = load_classifier(classifier_file)
+    workers = Workers(args.engine, args.jobs, args.device, args.ray_address)
+    classifier = classifier.to(workers.devices()[0])
+    require_fitting(experiment, info)
+    folder = args.output or Path("output", experiment.name)
+    real: Dataset | None = None
+    note = "distances to real images: not yet measured (no --data)"
+    if args.data is not None:
+        if not experiment.dataset:
+            raise ValueError(f"--data: the experiment {experiment.name} names no dataset")
+        real = load_dataset(experiment.dataset, args.data, train=True, download=args.download, size=info.image_size)
+        real = real.sample(experiment.reference_images)
+        note = f"distances to {len(real.images)} training images of {real.name}" + (f": {real.note}" * bool(real.note))
+    if args.fid:
+        if real is None:
+            raise ValueError("--fid compares with real images: give --data")
+        require_inception()
+    measurer = Measurer(classifier, info, real, folder / "fid" if args.fid else None)
+    about: dict[str, Any] = {
+        "command": shlex.join(["dng", *sys.argv[1:]]),
+        "versions": {"dng": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+        "note": note,
+    }
+    settings_of: TunedSettings = {}
+    if args.settings_of is not None:
+        settings_of, about["settings_of"] = tuned(args.settings_of, experiment, info.class_names)
+    return Runner(experiment, measurer, folder, workers, about, settings_of)
+
+
+def require_fitting(experiment: Experiment, classifier: ClassifierInfo) -> None:
+    """ValueError if the classifier cannot judge what the denoiser draws: other classes, or images of another shape."""
+    unet, info = network(experiment.denoiser, "cpu")
+    seen = (classifier.in_channels, classifier.image_size, classifier.image_size)
+    if image_shape(unet) != seen:
+        raise ValueError(
+            f"the denoiser {experiment.denoiser} draws images of {image_shape(unet)}, the classifier "
+            f"{experiment.classifier} sees {seen} (channels, height, width): take one trained on the same data"
+        )
+    if unet.config.num_classes and not experiment.class_only and info.class_names != classifier.class_names:
+        raise ValueError(
+            f"the classes of the denoiser {experiment.denoiser} ({', '.join(info.class_names)}) are not those of the "
+            f"classifier {experiment.classifier} ({', '.join(classifier.class_names)}): take one that knows the same"
+        )
+
+
+def changed(experiment: Experiment, args: argparse.Namespace) -> Experiment:
+    """The experiment with what the command line says otherwise."""
+    changes: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in ("images", "search_images", "steps", "batch", "undesired_every", "seed")
+        if getattr(args, name) is not None
+    }
+    for name in ("classes", "search_classes"):
+        if getattr(args, name):
+            changes[name] = tuple(getattr(args, name).split(","))
+    if args.adaptive:
+        changes["adaptive"] = True
+    if args.methods:
+        names = args.methods.split(",")
+        if unknown := set(names) - METHOD_OF.keys():
+            raise ValueError(
+                f"--methods: there is no {', '.join(sorted(unknown))}; choose from {', '.join(METHOD_OF)}"
+            )
+        planned = {METHOD_NAMES[plan.method]: plan for plan in experiment.methods}
+        if absent := [name for name in names if name not in planned]:
+            raise ValueError(f"--methods: the experiment {experiment.name} has no [methods.{absent[0]}]")
+        changes["methods"] = tuple(plan for name, plan in planned.items() if name in names)
+    return replace(experiment, **changes)
+
+
+def tuned(folder: Path, experiment: Experiment, class_names: tuple[str, ...]) -> tuple[TunedSettings, dict[str, Any]]:
+    """(class, method) -> the best settings in another experiment's folder; and what is left with them there.
+
+    ValueError if the folder lacks a class or method of this experiment.
+    """
+    from ..studies.report.results import read_results
+
+    results = read_results(folder)
+    settings: TunedSettings = {}
+    left: dict[str, dict[str, float | None]] = {}
+    for label in experiment.labels(class_names):
+        name = class_names[label]
+        best = results.best(name)
+        for method in (METHOD_NAMES[plan.method] for plan in experiment.methods):
+            if method not in best:
+                raise ValueError(
+                    f"--settings-of: {folder} has no point of {method} on {name}: complete it there first, or choose "
+                    f"--classes and --methods that it has"
+                )
+            settings[name, method] = best[method].point.settings
+            left.setdefault(name, {})[method] = best[method].value("forbidden_share")
+    return settings, {"folder": str(folder), "steps": results.manifest["experiment"]["steps"], "left": left}

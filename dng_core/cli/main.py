@@ -1,0 +1,89 @@
+"""The command line `dng`. Each command lives in a module of its own, imported when it is used.
+
+A command's module has `add_arguments(parser)` and `run(args) -> int`. Those named with needs are imported only once
+the interpreter has what they need: where it has not, the same command is started again under the Python of the ComfyUI
+that this project installs.
+"""
+
+import argparse
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+from .. import __version__
+from ..headless.environment import missing_modules, restart_under
+from ..headless.errors import HeadlessError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: its name, the module that implements it, a line of help, and what that module imports."""
+
+    name: str
+    module: str
+    help: str
+    needs: tuple[str, ...] = ()
+    passes_on: bool = False  # what the command does not know itself goes to another program, as args.passed_on
+
+
+COMMANDS = (
+    Command("run", "dng_core.cli.run", "run an API-format workflow in a real ComfyUI"),
+    Command("install", "dng_core.cli.install", "install the pinned ComfyUI into the user's cache"),
+    Command("test", "dng_core.cli.test", "run all tests of this checkout", passes_on=True),
+    Command("train", "dng_core.cli.train", "train the shipped models, or your own", ("torch", "tqdm")),
+    Command(
+        "experiment",
+        "dng_core.cli.experiment",
+        "remove classes by every method, and measure what is left",
+        ("torch", "tqdm"),
+    ),
+    Command("report", "dng_core.cli.report", "report on an experiment's runs", ("torch", "tqdm")),
+    Command("bench", "dng_core.cli.bench", "measure how fast images are drawn", ("torch", "tqdm")),
+    Command("figures", "dng_core.cli.figures", "print the project's figures", ("torch", "tqdm")),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (1: an error with a message, 130: Ctrl-C, 143: terminated)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="dng", description="Dynamic Negative Guidance for ComfyUI, headless.")
+    parser.add_argument("--version", action="version", version=f"dng {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    subparsers_by_name = {command.name: subparsers.add_parser(command.name, help=command.help) for command in COMMANDS}
+    chosen = next((command for command in COMMANDS if arguments[:1] == [command.name]), None)
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.raise_signal(signal.SIGINT)  # one way to stop: whatever handles Ctrl-C in an orderly way handles these
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), interrupt)
+    try:
+        if chosen is None:
+            parser.parse_args(arguments)
+            return 2
+        if missing := missing_modules(chosen.needs):
+            from ..headless.install import ensure_installed
+
+            return restart_under(ensure_installed().python, arguments, missing)
+        module = importlib.import_module(chosen.module)
+        module.add_arguments(subparsers_by_name[chosen.name])
+        args, unknown = parser.parse_known_args(arguments)
+        if chosen.passes_on:
+            args.passed_on = unknown
+        elif unknown:
+            subparsers_by_name[chosen.name].error(f"unrecognized arguments: {' '.join(unknown)}")
+        status: int = module.run(args)
+        return status
+    except HeadlessError as error:
+        print(f"dng: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dng: stopped", file=sys.stderr)
+        return 128 + (received[0] if received else signal.SIGINT)

@@ -1,0 +1,103 @@
+"""`dng test`: lint, type check and test this checkout in the environment of the installed ComfyUI."""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+from ..headless.browser import find_browser
+from ..headless.errors import HeadlessError
+from ..headless.install import CONSTRAINTS, ensure_installed, managed, pip_install, tell
+from ..headless.link import link_folder, unlink_folder
+from ..headless.lock import exclusive
+from ..headless.paths import PACKAGE_FOLDER, checkout
+
+ALIAS = "dynamic_negative_guidance"
+GRACE_SECONDS = 15
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Everything given goes to pytest."""
+    parser.description = (
+        "Install what the tests need, then run ruff, mypy and pytest on this checkout, all with the Python of the "
+        "ComfyUI that this project installs. They test with that ComfyUI, or with the source that DNG_COMFYUI names."
+    )
+    parser.usage = "dng test [-h] [pytest's arguments]"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Lint, types and tests, in that order; returns the status of the first that fails.
+
+    Raises HeadlessError where dng_core is installed as a library only: the tests are in the checkout.
+    """
+    root = checkout()
+    if root is None:
+        raise HeadlessError(f"{PACKAGE_FOLDER} is not in a checkout, and only a checkout has the tests.")
+    location = ensure_installed()
+    install_tools(location.python, tools_of(root))
+    environment = {**os.environ, "DNG_COMFYUI": os.environ.get("DNG_COMFYUI") or str(location.path)}
+    environment.pop("PYTHONPATH", None)
+
+    tell("ruff")
+    status = run_tool(location.python, ["ruff", "check"], root, environment)
+    if status == 0:
+        tell("mypy")
+        status = check_types(location.python, root, environment)
+    if status == 0:
+        tell("pytest")
+        status = run_tool(location.python, ["pytest", *args.passed_on], root, environment)
+    return status
+
+
+def tools_of(root: Path) -> list[str]:
+    """What the project's extra "test" asks for, this project itself left out: the tests use the checkout.
+
+    On a machine with a Chromium also the extra "browser"; elsewhere the browser tests are skipped anyway.
+    """
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras: dict[str, list[str]] = project["optional-dependencies"]
+    wanted = extras["test"] + (extras["browser"] if find_browser() else [])
+    return [requirement for requirement in wanted if not requirement.startswith(project["name"])]
+
+
+def install_tools(python: Path, requirements: list[str]) -> None:
+    """Install the test tools once per set of requirements and pins."""
+    done = managed().folder / "tools.txt"
+    wanted = "\n".join((*requirements, CONSTRAINTS.read_text(encoding="utf-8")))
+    with exclusive(managed().lock):
+        if not done.is_file() or done.read_text(encoding="utf-8") != wanted:
+            tell("Installing the test tools")
+            pip_install(python, requirements, "Installing the test tools")
+            temporary = done.with_suffix(".tmp")
+            temporary.write_text(wanted, encoding="utf-8")
+            os.replace(temporary, done)
+
+
+def check_types(python: Path, root: Path, environment: dict[str, str]) -> int:
+    """Run mypy on the pack as ComfyUI sees it: one package, whatever the checkout's folder is called."""
+    with tempfile.TemporaryDirectory(prefix="dng-types-") as scratch:
+        link = Path(scratch) / ALIAS
+        link_folder(root, link)
+        try:
+            packages = ["-p", f"{ALIAS}.dng_core", "-p", f"{ALIAS}.nodes"]
+            options = ["--config-file", str(root / "pyproject.toml"), "--cache-dir", str(root / ".mypy_cache")]
+            return run_tool(python, ["mypy", *options, *packages], Path(scratch), environment)
+        finally:
+            unlink_folder(link)
+
+
+def run_tool(python: Path, arguments: list[str], folder: Path, environment: dict[str, str]) -> int:
+    """Run `python -m ARGUMENTS` in `folder` without putting that folder on sys.path."""
+    sys.stdout.flush()
+    with subprocess.Popen([python, "-P", "-m", *arguments], cwd=folder, env=environment) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            try:
+                process.wait(GRACE_SECONDS)  # a terminal's Ctrl-C has reached the tool too: let it clean up
+            except subprocess.TimeoutExpired:
+                process.terminate()
+            raise

@@ -1,0 +1,185 @@
+"""``dng train``: trains the models that ship with the project, and what a plan says."""
+
+import argparse
+import errno
+import json
+import platform
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..files import write_json
+from ..models.datasets import Dataset, load_dataset
+from ..models.mnist import MNIST_MD5
+from ..models.networks import Classifier, UNet
+from ..models.training import PRECISIONS, TrainingResult, classifier_accuracy, train_classifier, train_denoiser
+from ..models.training_plan import DEFAULTS, TrainingPlan, read_plan
+from ..models.weight_files import (
+    ClassifierInfo,
+    DenoiserInfo,
+    load_classifier,
+    load_denoiser,
+    save_classifier,
+    save_denoiser,
+)
+
+CLASSIFIER_WIDTH = 32
+OPTIONS = ("epochs", "batch_size", "learning_rate", "seed", "checkpoint_every", "precision")
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a training run reads and writes in its output folder."""
+
+    weights: Path
+    record: Path
+    checkpoint: Path
+
+    @classmethod
+    def of(cls, output: Path, name: str) -> "Files":
+        return cls(*(output / f"{name}{ending}" for ending in (".safetensors", ".json", ".checkpoint")))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``dng train``."""
+    parser.description = (
+        "Train one of the models that ship with DNG, or what a plan says. A run that was stopped goes on from its "
+        "checkpoint in the output folder when the same command is given again, and ends with the same weights."
+    )
+    parser.add_argument("plan", help="denoiser, classifier, or a TOML file (see docs/experiments.md)")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data set (MNIST: its four IDX files)")
+    parser.add_argument("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the weights, record and checkpoint")
+    parser.add_argument("--start-from", type=Path, metavar="WEIGHTS", help="weights to go on from (default: random)")
+    parser.add_argument("--epochs", type=float, help=_default("passes over the training images", "epochs"))
+    parser.add_argument("--batch-size", type=int, help=_default("images per step", "batch_size"))
+    parser.add_argument("--learning-rate", type=float, help=_default("peak learning rate", "learning_rate"))
+    parser.add_argument("--seed", type=int, help=_default("seed of the weights, batches and noise", "seed"))
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--checkpoint-every", type=int, help=_default("steps between checkpoints", "checkpoint_every"))
+    parser.add_argument("--precision", choices=PRECISIONS, help=_default("of forward passes", "precision"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, write the weights and the record beside them, print both paths; 1 with a message if that can't be."""
+    try:
+        train(args)
+    except (OSError, ValueError, FloatingPointError) as error:
+        print(f"dng train: {error}", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            print(
+                "What the last checkpoint holds is kept: free some space and give the command again.",
+                file=sys.stderr,
+            )
+        return 1
+    return 0
+
+
+def train(args: argparse.Namespace) -> None:
+    """What :func:`run` does.
+
+    Raises
+    ------
+    OSError: if the data is not there or the output can't be written.
+    ValueError: for a bad plan or option, damaged data, and a checkpoint of another run.
+    FloatingPointError: if the loss is no longer finite.
+    """
+    plan = read_plan(args.plan).with_training(**{name: getattr(args, name) for name in OPTIONS})
+    device = _device(args.device)
+    everything = load_dataset(plan.dataset, args.data, train=True, download=args.download, size=plan.size or None)
+    data, class_names = plan.chosen(everything), plan.class_names(everything)
+    shape = data.images.shape[1:]
+    network = plan.unet(everything) if plan.model == "denoiser" else None
+    width = plan.network.get("width", CLASSIFIER_WIDTH)
+    model = UNet(network) if network else Classifier(shape[0], len(class_names), width)
+    initial = _initial(plan, model, args.start_from) if args.start_from else None
+    test = None if network else _test_split(plan, args.data, everything)
+    args.output.mkdir(parents=True, exist_ok=True)
+    files = Files.of(args.output, plan.name)
+    name = plan.name.removesuffix(f"_{plan.model}")
+
+    figures: dict[str, Any] = {}
+    if network:
+        result = train_denoiser(data.images, data.labels, network, plan.training, files.checkpoint, device, initial)
+        info = DenoiserInfo(name, network, "linear", (-1.0, 1.0), class_names)
+        save_denoiser(files.weights, result.state_dict, info)
+    else:
+        labelled = (data.images, data.labels, len(class_names))
+        result = train_classifier(*labelled, plan.training, files.checkpoint, device, initial, width)
+        model.load_state_dict(result.state_dict)
+        judged, measured = (test, "test_accuracy") if test else (data, "training_accuracy")
+        figures[measured] = classifier_accuracy(model.eval(), judged.images, judged.labels)
+        described = ClassifierInfo(name, shape[1], shape[0], width, (-1.0, 1.0), class_names)
+        save_classifier(files.weights, result.state_dict, described)
+
+    record = _record(args, plan, data, device, result) | figures
+    if args.start_from and (earlier := args.start_from.with_suffix(".json")).is_file():
+        record["started_from"] = json.loads(earlier.read_text(encoding="utf-8"))
+    write_json(files.record, record)
+    print(f"loss {result.loss:.5f}" + "".join(f", {k.replace('_', ' ')} {v:.4f}" for k, v in figures.items()))
+    print(f"weights: {files.weights}\nrecord: {files.record}\n{files.checkpoint} is no longer needed")
+
+
+def _default(text: str, field: str) -> str:
+    values = {model: getattr(config, field) for model, config in DEFAULTS.items()}
+    if len(set(values.values())) == 1:
+        return f"{text} (default: {values['denoiser']})"
+    return f"{text} (default: " + ", ".join(f"{v} for the {k}" for k, v in values.items()) + ")"
+
+
+def _initial(plan: TrainingPlan, model: nn.Module, path: Path) -> dict[str, Tensor]:
+    load = load_denoiser if plan.model == "denoiser" else load_classifier
+    network, _ = load(path)
+    state_dict = network.state_dict()
+    if {k: v.shape for k, v in state_dict.items()} != {k: v.shape for k, v in model.state_dict().items()}:
+        raise ValueError(f"--start-from: {path} holds another network than the plan {plan.name} trains")
+    return state_dict
+
+
+def _test_split(plan: TrainingPlan, folder: Path, training: Dataset) -> Dataset | None:
+    """The data to test a classifier on; None where all data are for training (a folder without splits)."""
+    test = load_dataset(plan.dataset, folder, train=False, size=plan.size or None)
+    if test.class_names != training.class_names:
+        raise ValueError(
+            f"{folder}: the classes of train ({', '.join(training.class_names)}) are not those of test "
+            f"({', '.join(test.class_names)})"
+        )
+    return None if test.digest() == training.digest() else test
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _record(
+    args: argparse.Namespace, plan: TrainingPlan, data: Dataset, device: torch.device, result: TrainingResult
+) -> dict[str, Any]:
+    command = ["dng", "train", args.plan, "--data", str(args.data), "--output", str(args.output)]
+    if args.start_from:
+        command += ["--start-from", str(args.start_from)]
+    for option in OPTIONS:
+        value = getattr(plan.training, option)
+        command += [f"--{option.replace('_', '-')}", value if isinstance(value, str) else f"{value:g}"]
+    source: dict[str, Any] = {"name": data.name, "images": len(data.images), "digest": data.digest()}
+    if plan.dataset == "mnist":
+        source["md5"] = MNIST_MD5
+    if data.note:
+        source["note"] = data.note
+    return {
+        "command": shlex.join([*command, "--device", device.type]),
+        "seed": plan.training.seed,
+        "steps": result.steps,
+        "loss": result.loss,
+        "seconds": round(result.seconds),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "data": source,
+    }

@@ -1,0 +1,194 @@
+"""The oracle in a real ComfyUI: prompts that sample it through any node, and runs that are never asked for twice."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ...settings import Settings
+from ..client import run_workflow
+from ..server import Server
+from ..workflow import Prompt
+
+EXACT = Settings(prior=1 / 8)
+DNG_INPUTS = (
+    "guidance_scale", "prior", "temperature", "offset", "offset_form", "p_min", "p_max", "max_scale", "method", "rule",
+)  # fmt: skip
+Node = Literal["stock", "stock guider", "ksampler", "guider", "patch"]
+REFUSED = ("lcm",)
+"""Samplers that no kernel describes; the nodes refuse them with a message."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is sampled, and how: the oracle (see the Oracle nodes), what is asked of it, and the sampler's inputs."""
+
+    sampler: str = "euler_ancestral"
+    scheduler: str = "karras"
+    steps: int = 30
+    samples: int = 2000
+    seed: int = 0
+    prediction: str = "epsilon"
+    kind: str = "components"
+    components: int = 8
+    positive: str = "all"
+    forbidden: str = "0"
+    cfg: float = 1.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sampling run of a task: through which node, and how it is guided ("stock" nodes are not).
+
+    ``negative``: the conditions to avoid, one concept each. ``baseline``: the name of the run to compare with.
+    """
+
+    node: Node
+    settings: Settings = EXACT
+    negative: tuple[str, ...] = ("0",)
+    reference: str = "auto"
+    baseline: str = ""
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def concept_settings(settings: Settings) -> dict[str, Any]:
+    """The inputs of a DNG node that stand for ``settings``."""
+    return {name: getattr(settings, name) for name in DNG_INPUTS}
+
+
+def oracle_prompt(task: Task, runs: Mapping[str, Run]) -> Prompt:
+    """An API-format prompt that does a task's runs; the report of each is the node "NAME report"."""
+    of = task.components
+    mixture = {"components": of, "kind": task.kind}
+    prompt: Prompt = {
+        "model": _node("DNGOracleModel", prediction=task.prediction, **mixture),
+        "positive": _node("DNGOracleCondition", components=task.positive, of=of),
+        "unconditional": _node("DNGOracleCondition", components="all", of=of),
+        "latent": _node("DNGOracleLatent", batch_size=task.samples),
+    }
+    for name, run in runs.items():
+        avoided = []
+        for i, components in enumerate(run.negative if not run.node.startswith("stock") else ()):
+            avoided.append(f"{name} avoids {i}")
+            prompt[avoided[-1]] = _node("DNGOracleCondition", components=components, of=of)
+        _add_run(prompt, task, name, run, avoided)
+        report = {"samples": [name, 0], "forbidden": task.forbidden, "wanted": task.positive, **mixture}
+        if run.baseline:
+            report["baseline"] = [run.baseline, 0]
+        if run.node == "ksampler":
+            report["trace"] = [name, 1]
+        prompt[f"{name} report"] = _node("DNGOracleReport", **report)
+    return prompt
+
+
+def _add_run(prompt: Prompt, task: Task, name: str, run: Run, avoided: list[str]) -> None:
+    """The nodes of one run, the last of them called ``name``: its output 0 holds the samples."""
+    settings = concept_settings(run.settings) | {"reference": run.reference} | dict(run.inputs)
+    model, guider = "model", f"{name} guider"
+    if run.node == "patch":
+        for condition in avoided:
+            patch = f"{condition} patch"
+            prompt[patch] = _node("DynamicNegativeGuidance", model=[model, 0], negative=[condition, 0], **settings)
+            model = patch
+    elif len(avoided) > 1:
+        for condition, previous in zip(avoided[1:], [None, *avoided[1:-1]], strict=True):
+            concept = _node("DNGConcept", negative=[condition, 0], **concept_settings(run.settings))
+            if previous:
+                concept["inputs"]["previous"] = [f"{previous} concept", 0]
+            prompt[f"{condition} concept"] = concept
+        settings["more_concepts"] = [f"{avoided[-1]} concept", 0]
+
+    conditions = {"positive": ["positive", 0]}
+    if run.node in ("ksampler", "guider"):
+        conditions |= {"negative": [avoided[0], 0], "unconditional": ["unconditional", 0]}
+    else:
+        conditions |= {"negative": ["unconditional", 0]}
+    common = {"model": [model, 0], "cfg": task.cfg, **conditions}
+    if run.node in ("stock guider", "guider"):
+        if run.node == "guider":
+            prompt[guider] = _node("DNGGuider", **common, **settings)
+        else:
+            prompt[guider] = _node("CFGGuider", **common)
+        prompt[f"{name} noise"] = _node("RandomNoise", noise_seed=task.seed)
+        prompt[f"{name} sampler"] = _node("KSamplerSelect", sampler_name=task.sampler)
+        prompt[f"{name} sigmas"] = _node(
+            "BasicScheduler", model=["model", 0], scheduler=task.scheduler, steps=task.steps, denoise=1.0
+        )
+        parts = {part: [f"{name} {part}", 0] for part in ("noise", "guider", "sampler", "sigmas")}
+        prompt[name] = _node("SamplerCustomAdvanced", latent_image=["latent", 0], **parts)
+        return
+    sampling = {
+        "seed": task.seed, "steps": task.steps, "sampler_name": task.sampler, "scheduler": task.scheduler,
+        "latent_image": ["latent", 0], "denoise": 1.0,
+    }  # fmt: skip
+    if run.node == "ksampler":
+        prompt[name] = _node("KSamplerDNG", **common, **sampling, **settings)
+    else:
+        prompt[name] = _node("KSampler", **common, **sampling)
+
+
+def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+class OracleRuns:
+    """Runs prompts on a server and keeps their reports in a file, so that a stopped figure goes on where it was.
+
+    What is kept is known by the prompt, by the code that answers it and by ComfyUI's version: after a change it is
+    run anew.
+
+    Parameters
+    ----------
+    pack: the checkout whose code the server runs.
+    path: the JSON file that keeps the reports.
+    """
+
+    def __init__(self, server: Server, pack: Path, path: Path) -> None:
+        self._server = server
+        self._path = path
+        self._kept: dict[str, dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        version = server.stats.get("system", {}).get("comfyui_version", "")
+        self._code = f"{version} {code_digest(pack)}"
+
+    def reports(self, task: Task, runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
+        """The report of each run, by its name. Raises HeadlessError where ComfyUI or a node refuses the task."""
+        prompt = oracle_prompt(task, runs)
+        key = hashlib.sha256(f"{self._code} {json.dumps(prompt, sort_keys=True)}".encode()).hexdigest()
+        if key not in self._kept:
+            result = run_workflow(self._server, prompt)
+            self._kept[key] = {name: result.ui[f"{name} report"]["figures"][0] for name in runs}
+            partial = self._path.with_suffix(".partial")
+            partial.write_text(json.dumps(self._kept), encoding="utf-8")
+            partial.replace(self._path)
+        return self._kept[key]
+
+    def check_alive(self) -> None:
+        """Raise HeadlessError where the server has ended: then a failed run says nothing of its task."""
+        self._server.check_alive()
+
+    def options(self) -> dict[str, list[str]]:
+        """The names of all samplers that this ComfyUI has ("sampler_name") and all its schedulers ("scheduler")."""
+        task = Task(sampler="euler", steps=1, samples=1)
+        inputs = run_workflow(self._server, oracle_prompt(task, {"dng": Run("ksampler")})).node_info["KSamplerDNG"]
+        required = inputs["input"]["required"]
+        return {name: _combo(required[name]) for name in ("sampler_name", "scheduler")}
+
+
+def _combo(declared: list[Any]) -> list[str]:
+    """The options of a combo input, in either of the forms in which ComfyUI declares it."""
+    return declared[0] if isinstance(declared[0], list) else declared[1]["options"]
+
+
+def code_digest(pack: Path) -> str:
+    """A digest of the pack's own mathematics and nodes."""
+    digest = hashlib.sha256()
+    for path in _sources(pack):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _sources(pack: Path) -> Iterator[Path]:
+    for folder in ("dng_core", "nodes"):
+        yield from sorted((pack / folder).glob("*.py"))

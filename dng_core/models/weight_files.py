@@ -1,0 +1,152 @@
+"""Weights of the class models: one safetensors file each, which says in its metadata what network it holds.
+
+Only safetensors is read: it holds tensors and text, and nothing that could run.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..files import write_whole
+from .networks import Classifier, UNet, UNetConfig
+
+SHIPPED = Path(__file__).resolve().parent / "weights"
+RETRAIN = "reinstall DNG, or train it with `dng train`"
+
+
+@dataclass(frozen=True)
+class DenoiserInfo:
+    """What a denoiser's file says of it: an epsilon network on images of ``data_range``, black to white.
+
+    ``schedule``: the training chain's name (:meth:`DDPMSchedule.named`); ``class_names``: the names of labels 0, 1,
+    ... (the label after the last is the null label). The only data range is -1 .. 1.
+    """
+
+    name: str
+    network: UNetConfig
+    schedule: str
+    data_range: tuple[float, float]
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ClassifierInfo:
+    """What a classifier's file says of it: it takes (batch, in_channels, image_size, image_size) in ``data_range``."""
+
+    name: str
+    image_size: int
+    in_channels: int
+    width: int
+    data_range: tuple[float, float]
+    class_names: tuple[str, ...]
+
+
+def shipped_denoisers() -> dict[str, Path]:
+    """The denoisers that come with the project: name -> file (which :func:`load_denoiser` finds missing, if it is)."""
+    return {"mnist": SHIPPED / "mnist_denoiser.safetensors"}
+
+
+def shipped_classifiers() -> dict[str, Path]:
+    """The classifiers that come with the project: name -> file."""
+    return {"mnist": SHIPPED / "mnist_classifier.safetensors"}
+
+
+def save_denoiser(path: Path, state_dict: Mapping[str, Tensor], info: DenoiserInfo) -> None:
+    """Write a denoiser's weights in float32; the file appears whole or not at all."""
+    _save(path, state_dict, "denoiser", info)
+
+
+def save_classifier(path: Path, state_dict: Mapping[str, Tensor], info: ClassifierInfo) -> None:
+    """Write a classifier's weights in float32; the file appears whole or not at all."""
+    _save(path, state_dict, "classifier", info)
+
+
+def load_denoiser(path: Path) -> tuple[UNet, DenoiserInfo]:
+    """Read a denoiser, in evaluation mode and without gradients, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError: if there is no such file.
+    ValueError: if it is damaged, holds something else, or its tensors don't fit the network it names.
+    """
+    state_dict, raw = _load(path, "denoiser")
+    with _reading(path):
+        network = UNetConfig(**_tuples(raw.pop("network")))
+        info = DenoiserInfo(network=network, **_tuples(raw))
+        model = UNet(network)
+        _check_range(info)
+    if len(info.class_names) != network.num_classes:
+        raise ValueError(f"{path} names {len(info.class_names)} classes, its network has {network.num_classes}")
+    return _filled(path, model, state_dict), info
+
+
+def load_classifier(path: Path) -> tuple[Classifier, ClassifierInfo]:
+    """Read a classifier; as :func:`load_denoiser`."""
+    state_dict, raw = _load(path, "classifier")
+    with _reading(path):
+        info = ClassifierInfo(**_tuples(raw))
+        model = Classifier(info.in_channels, len(info.class_names), info.width)
+        _check_range(info)
+    return _filled(path, model, state_dict), info
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever an unreadable description raises into one message that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} describes a network that this version of DNG doesn't know ({error!r}): update DNG, or train it "
+            f"anew with `dng train`"
+        ) from error
+
+
+def _save(path: Path, state_dict: Mapping[str, Tensor], kind: str, info: DenoiserInfo | ClassifierInfo) -> None:
+    tensors = {
+        k: (v.float() if v.is_floating_point() else v).detach().cpu().contiguous().clone()
+        for k, v in state_dict.items()
+    }
+    write_whole(path, save(tensors, metadata={"kind": kind, "info": json.dumps(asdict(info))}))
+
+
+def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}: {RETRAIN}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}): {RETRAIN}") from error
+    if metadata.get("kind") != kind:
+        raise ValueError(f"{path} holds {metadata.get('kind', 'something that DNG did not write')}, not a {kind}")
+    with _reading(path):
+        return tensors, dict(json.loads(metadata["info"]))
+
+
+def _tuples(raw: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+
+
+def _check_range(info: DenoiserInfo | ClassifierInfo) -> None:
+    if info.data_range != (-1.0, 1.0):
+        raise ValueError(f"its data range is {info.data_range}, not -1 .. 1")
+
+
+def _filled(path: Path, model: Network, state_dict: dict[str, Tensor]) -> Network:
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {path} don't fit their network: {RETRAIN} ({error})") from error
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,273 @@
+"""One point of the class-removal study: which images to draw, and drawing them.
+
+A :class:`Point` says everything that decides the images; its :meth:`~Point.key` names them in the cache.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache, partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..guidance import NegativeGuidance
+from ..kernels import ReverseKernel
+from ..models.checkpoints import CIFAR10_NETWORK, open_denoiser
+from ..models.networks import UNet
+from ..models.predictors import LabelConditional, NetworkPair
+from ..models.weight_files import DenoiserInfo
+from ..sampling import ddpm_sample
+from ..schedules import ChainName, DDPMSchedule, ddpm_sigmas, karras_sigmas
+from ..settings import Settings
+
+NONE = "none"
+METHOD_NAMES = {NONE: "none", "negative_prompting": "NP", "safe_latent_diffusion": "SLD", "dng": "DNG"}
+TRACED = 8  # images whose posterior and scale are kept: the first, and as many that still show the class
+KEY_LENGTH = 24
+VERSION = 1  # of what is drawn for the same point: to be raised with every change that alters images
+
+Spacing = Literal["ddpm", "karras"]
+Variance = Literal["posterior", "forward"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """What to draw. The noise depends on ``seed``, ``batch`` and ``images`` alone, never on the method.
+
+    Parameters
+    ----------
+    denoiser: source of the reference network (:func:`~.checkpoints.open_denoiser`), label-conditional if
+        ``class_only`` is empty; ``class_only``: source of the network that draws the forbidden class alone.
+    weights: digest of both networks' weights, so that other weights under the same name are another point.
+    forbidden: the class to remove; None without guidance.
+    settings: of the guidance; None without.
+    undesired_every: the class is predicted at every so many-th step (see :func:`~dng_core.sampling.ddpm_sample`).
+    """
+
+    denoiser: str
+    class_only: str
+    weights: str
+    forbidden: int | None
+    settings: Settings | None
+    steps: int
+    images: int
+    batch: int
+    seed: int
+    spacing: Spacing = "ddpm"
+    variance: Variance = "posterior"
+    undesired_every: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "images", "batch", "undesired_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if (self.forbidden is None) != (self.settings is None):
+            raise ValueError("guidance needs both a forbidden class and settings; without guidance, neither")
+
+    @property
+    def method(self) -> str:
+        """The name of the method in tables and plots."""
+        return METHOD_NAMES[self.settings.method if self.settings else NONE]
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of single images: what the point costs."""
+        return sum(batch.evaluations for batch in self.batches())
+
+    def batches(self) -> list["Batch"]:
+        """What is drawn at once, one after the other or side by side."""
+        return [Batch(self, start) for start in range(0, self.images, self.batch)]
+
+    def key(self) -> str:
+        """A hash of everything that decides the images."""
+        named = asdict(self) | {"denoiser": "", "class_only": bool(self.class_only)}  # the weights' digest names them
+        named["version"] = VERSION
+        if self.undesired_every == 1:
+            del named["undesired_every"]  # so that runs from before there was the choice are still found
+        return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "Point":
+        settings = None if raw["settings"] is None else Settings(**raw["settings"])
+        known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}  # older records lack what came later
+        return cls(**known | {"settings": settings})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images of a point from ``start`` on that are drawn at once."""
+
+    point: Point
+    start: int
+
+    @property
+    def images(self) -> int:
+        return min(self.point.batch, self.point.images - self.start)
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of single images: what the batch costs."""
+        guided = 0 if self.point.settings is None else math.ceil(self.point.steps / self.point.undesired_every)
+        return (self.point.steps + guided) * self.images
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The images of a point or batch, (n, channels, height, width) uint8, and traces of some of them.
+
+    ``traced``: (k,) indices of images; ``sigmas``: (steps,), where the undesired class was predicted; ``posterior``,
+    ``scale``: (steps, k); empty unguided.
+    """
+
+    images: np.ndarray
+    traced: np.ndarray
+    sigmas: np.ndarray
+    posterior: np.ndarray
+    scale: np.ndarray
+    seconds: float = 0.0
+
+
+@lru_cache(maxsize=4)
+def network(source: str, device: str) -> tuple[UNet, DenoiserInfo]:
+    """A denoiser on its device; kept, as a sweep asks for it again and again."""
+    unet, info = open_denoiser(source, CIFAR10_NETWORK)
+    return unet.to(device), info
+
+
+def predictor_of(point: Point, device: str) -> LabelConditional | NetworkPair:
+    """The networks of a point as one function; ValueError if they don't fit each other or the forbidden class."""
+    reference, info = network(point.denoiser, device)
+    chain = DDPMSchedule.named(chain_name(info))
+    if reference.config.num_classes and not point.class_only:
+        return LabelConditional(reference, chain, point.forbidden)
+    if point.forbidden is not None and not point.class_only:
+        raise ValueError(
+            f"{point.denoiser} knows no labels, so class {point.forbidden} needs a class-only network: name it under "
+            f"[class_only] in the experiment's file"
+        )
+    undesired = network(point.class_only, device)[0] if point.class_only and point.forbidden is not None else None
+    return NetworkPair(reference, undesired, chain)
+
+
+def chain_name(info: DenoiserInfo) -> ChainName:
+    """The training chain that a denoiser's file names."""
+    if info.schedule not in ("linear", "scaled_linear"):
+        raise ValueError(f"the denoiser {info.name} was trained on an unknown chain, {info.schedule!r}")
+    return info.schedule  # type: ignore[return-value]
+
+
+def noise_levels(chain: DDPMSchedule, spacing: Spacing, steps: int) -> list[float]:
+    """``steps`` sampling levels of the chain in the given spacing."""
+    if spacing == "karras":
+        return karras_sigmas(steps, float(chain.sigmas[0]), float(chain.sigmas[-1]))
+    return ddpm_sigmas(chain, steps)
+
+
+def draw(point: Point, device: str = "cpu") -> Drawn:
+    """Draw all of a point's images, one batch after the other; raises what :func:`draw_batch` raises."""
+    return joined([draw_batch(batch, device) for batch in point.batches()])
+
+
+@torch.no_grad()
+def draw_batch(batch: Batch, device: str = "cpu") -> Drawn:
+    """Draw a batch of images by DDPM ancestral sampling.
+
+    Raises
+    ------
+    FloatingPointError: if an image, or a prediction on its way, is not finite.
+    ValueError: if networks and point don't fit.
+    """
+    point = batch.point
+    predict = predictor_of(point, device)
+    between = predictor_of(replace(point, forbidden=None, settings=None), device) if point.settings else None
+    reference = predict.network if isinstance(predict, LabelConditional) else predict.reference
+    levels = noise_levels(predict.chain, point.spacing, point.steps)
+    noise, generator = starting_noise(batch.start, batch.images, point.seed, image_shape(reference))
+    guidance = None
+    tracked = levels[:: point.undesired_every]
+    if point.settings:
+        fraction = partial(noise_fraction, point.variance, levels)
+        guidance = NegativeGuidance([point.settings], predict.chain, levels=tracked, noise_fraction=fraction)
+    drawn = ddpm_sample(
+        predict, noise.to(device), levels, guidance, generator, point.variance, between, point.undesired_every
+    )
+    if not bool(drawn.isfinite().all()) or (guidance is not None and guidance.ignored()):
+        at = f" by {point.method} at scale {point.settings.guidance_scale:g}" if point.settings else ""
+        lower = ", or lower guidance_scale and max_scale" if point.settings else ""
+        networks = " or ".join(filter(None, (point.denoiser, point.class_only)))
+        raise FloatingPointError(f"{networks} predicted images that are not finite{at}: check the weights{lower}")
+    trace = guidance.trace() if guidance else None
+    nothing = np.zeros((0, 0), dtype=np.float32)
+    return Drawn(
+        images=((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy(),
+        traced=np.arange(batch.images if trace else 0),
+        sigmas=np.array(tracked),
+        posterior=trace.posterior[:, 0].numpy() if trace else nothing,
+        scale=trace.scale[:, 0].numpy() if trace else nothing,
+    )
+
+
+def joined(parts: Sequence[Drawn]) -> Drawn:
+    """The batches of a point, in their order, as one; all of their images are traced, or none."""
+    images = np.concatenate([part.images for part in parts])
+    return Drawn(
+        images=images,
+        traced=np.arange(len(images) if len(parts[0].traced) else 0),
+        sigmas=parts[0].sigmas,
+        posterior=np.concatenate([part.posterior for part in parts], axis=1),
+        scale=np.concatenate([part.scale for part in parts], axis=1),
+        seconds=sum(part.seconds for part in parts),
+    )
+
+
+def image_shape(network: UNet) -> tuple[int, int, int]:
+    """(channels, height, width) of what a network draws."""
+    return network.config.in_channels, network.config.image_size, network.config.image_size
+
+
+def starting_noise(start: int, count: int, seed: int, shape: Sequence[int]) -> tuple[Tensor, torch.Generator]:
+    """Standard normal noise for ``count`` images from number ``start`` on, and the generator that goes on with it."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
+    return torch.randn((count, *shape), generator=generator), generator
+
+
+def noise_fraction(variance: Variance, levels: Sequence[float], sigma: float, next_sigma: float) -> float:
+    """The variance that DDPM's steps over ``levels`` add between two of them, as a share of the exact kernel's."""
+    if variance == "posterior":
+        return 1.0  # exact kernels in a row make an exact kernel
+    added = 0.0
+    for a, b in itertools.pairwise(levels[levels.index(sigma) : levels.index(next_sigma) + 1]):
+        step = ReverseKernel(a, b)
+        added = step.ratio**2 * added + step.forward_variance
+    return added / ReverseKernel(sigma, next_sigma).variance
+
+
+def keep_traces(drawn: Drawn, forbidden: np.ndarray) -> Drawn:
+    """``drawn`` with the traces of the first images, and of the first that still show the class (a boolean each)."""
+    if not len(drawn.traced):
+        return drawn
+    chosen = sorted({*range(min(TRACED, len(drawn.images))), *np.flatnonzero(forbidden)[:TRACED].tolist()})
+    return Drawn(
+        drawn.images, drawn.traced[chosen], drawn.sigmas, drawn.posterior[:, chosen], drawn.scale[:, chosen],
+        drawn.seconds,
+    )  # fmt: skip
+
+
+def weights_digest(*sources: str) -> str:
+    """A digest of the weights that the sources hold, whatever files they come from."""
+    digest = hashlib.sha256()
+    for source in filter(None, sources):
+        unet, _ = open_denoiser(source, CIFAR10_NETWORK)
+        for name, tensor in sorted(unet.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:KEY_LENGTH]

@@ -1,0 +1,139 @@
+"""What the posterior of a trained network is worth: the evidence for their class in its own unguided images.
+
+Where both predictions are of one and the same distribution, the images that turn into a class gather log(1 / share)
+nats of evidence for it, the most there is, and keep it. Errors in which the two differ count against every image.
+The same images tell which of the rules for the posterior's increments foresees their class best.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration import Observer
+from ..guidance import NegativeGuidance
+from ..models.networks import Classifier, UNet
+from ..models.predictors import LabelConditional, denoised
+from ..models.weight_files import load_classifier, load_denoiser, shipped_classifiers, shipped_denoisers
+from ..sampling import Predictor, ddpm_sample
+from ..schedules import DDPMSchedule, ddpm_sigmas
+from ..settings import Rule, Settings
+from .class_removal import chain_name, image_shape, starting_noise
+
+BATCH = 128
+BOUNDS = (math.inf, 3.0, 0.3, 0.0)  # of sigma: before, while and after it is decided which class an image becomes
+
+
+@torch.no_grad()
+def evidence_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, Any]]:
+    """One row per digit of the shipped MNIST network: mean evidence, in nats, of the unguided images of that digit."""
+    network, classifier, chain, names = shipped_mnist()
+    levels = ddpm_sigmas(chain, steps)
+    for digit, name in enumerate(names):
+        predict = LabelConditional(network, chain, digit)
+        shown, increments = [], []
+        for start in range(0, images, BATCH):
+            noise, generator = starting_noise(start, min(BATCH, images - start), seed, image_shape(network))
+            observer = Observer([Settings()], chain, levels=levels)
+            drawn = ddpm_sample(predict, noise, levels, observer, generator)
+            shown.append(classifier(drawn).argmax(dim=1) == digit)
+            increments.append(observer.evidence()[0].increments)
+        yield {"class": name, "images": images} | summed(torch.cat(increments, dim=1), torch.cat(shown), levels)
+
+
+@torch.no_grad()
+def rules_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, Any]]:
+    """One row per rule: how well the posteriors of all ten digits foretell the classes of unguided images.
+
+    *Cross entropy*, in nats, and *area under the ROC curve* of the posteriors of every digit, mean over the digits;
+    at the middle of the run, at its end, and for the cross entropy over all steps.
+    """
+    network, classifier, chain, names = shipped_mnist()
+    levels = ddpm_sigmas(chain, steps)
+    null = network.config.num_classes
+    concept = Settings(prior=1 / null - 1e-3, guidance_scale=0.0)
+    rules: tuple[Rule, ...] = ("algorithm_2", "step_noise")
+    posteriors: dict[Rule, list[Tensor]] = {rule: [] for rule in rules}
+    shown = []
+
+    def predict(x: Tensor, sigma: float) -> tuple[Tensor, list[Tensor]]:
+        labels = (torch.full((len(x),), label, device=x.device) for label in (null, *range(len(names))))
+        reference, *undesired = (denoised(network, chain, x, sigma, label) for label in labels)
+        return reference, undesired
+
+    for start in range(0, images, BATCH):
+        noise, generator = starting_noise(start, min(BATCH, images - start), seed, image_shape(network))
+        trackers = [
+            NegativeGuidance(
+                [concept.with_(rule=rule)] * len(names), chain, levels=levels, noise_fraction=lambda *levels: 1.0
+            )
+            for rule in rules
+        ]
+        drawn = ddpm_sample(partial(_seen_by, predict, trackers), noise, levels, generator=generator)
+        shown.append(classifier(drawn).argmax(dim=1))
+        for rule, guidance in zip(rules, trackers, strict=True):
+            posteriors[rule].append(guidance.trace().posterior)
+    truth = torch.cat(shown) == torch.arange(len(names))[:, None]
+    for rule, tracked in posteriors.items():
+        yield {"rule": rule, "images": images, "steps": steps} | foretold(torch.cat(tracked, dim=2), truth)
+
+
+def _seen_by(
+    predict: Predictor, trackers: Sequence[NegativeGuidance], x: Tensor, sigma: float
+) -> tuple[Tensor, list[Tensor]]:
+    """The reference alone, so that the images are the unguided ones, after every tracker has seen all predictions."""
+    reference, undesired = predict(x, sigma)
+    for guidance in trackers:
+        guidance(x, sigma, reference, reference, undesired)
+    return reference, []
+
+
+def foretold(posterior: Tensor, truth: Tensor) -> dict[str, float]:
+    """Scores of ``posterior``, (steps, classes, n), against ``truth``, (classes, n) bool; see :func:`rules_figure`."""
+    entropy = -torch.where(truth, posterior.log(), torch.log1p(-posterior)).mean(dim=(1, 2))
+    middle, end = len(posterior) // 2, len(posterior) - 1
+    return {
+        "cross entropy, mean": float(entropy.mean()),
+        "middle": float(entropy[middle]),
+        "end": float(entropy[end]),
+        "ROC area, middle": _roc_area(posterior[middle], truth),
+        "ROC area, end": _roc_area(posterior[end], truth),
+    }
+
+
+def _roc_area(posterior: Tensor, truth: Tensor) -> float:
+    """Chance that an image of the class has a larger posterior than another (half for ties), mean over the classes."""
+    areas = []
+    for given, of_class in zip(posterior, truth, strict=True):
+        difference = given[of_class][:, None] - given[~of_class]
+        areas.append(((difference > 0).float() + (difference == 0).float() / 2).mean())
+    return float(torch.stack(areas).nanmean())
+
+
+def shipped_mnist() -> tuple[UNet, Classifier, DDPMSchedule, Sequence[str]]:
+    """The shipped denoiser, its classifier, its chain and the names of its classes."""
+    network, info = load_denoiser(shipped_denoisers()["mnist"])
+    classifier, _ = load_classifier(shipped_classifiers()["mnist"])
+    return network, classifier, DDPMSchedule.named(chain_name(info)), info.class_names
+
+
+def summed(increments: Tensor, shown: Tensor, levels: list[float]) -> dict[str, Any]:
+    """Mean evidence of the images ``shown`` to be of the class, by the noise levels that it came at.
+
+    ``increments``: (jumps, n), from each level to the next; ``shown``: (n,) bool; ``levels``: falling, jumps + 1.
+    """
+    count = int(shown.sum())
+    starts = torch.tensor(levels[: len(increments)])
+    evidence = increments[:, shown].mean(dim=1) if count else torch.full((len(increments),), math.nan)
+    columns = {
+        f"sigma above {low:g}" if math.isinf(high) else f"{low:g} to {high:g}": float(
+            evidence[(starts >= low) & (starts < high)].sum()
+        )
+        for high, low in pairwise(BOUNDS)
+    }
+    best = math.log(len(shown) / count) if count else None
+    return {"of the class": count, "most there is": best} | columns | {"in all": float(evidence.sum())}

@@ -1,0 +1,169 @@
+"""Plots of class removal, by matplotlib; each returns a figure."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from ...settings import Settings
+from ..class_removal import Drawn
+from ..metrics import forbidden_share, wilson_interval
+from .class_report import Pictures, Report, Row, contact_sheet
+from .results import Result, Results
+
+COLOURS = {"none": "#7f7f7f", "NP": "#e69f00", "SLD": "#009e73", "DNG": "#0072b2"}  # Okabe and Ito
+MARKERS = {"none": "X", "NP": "s", "SLD": "^", "DNG": "o"}
+AXES = {
+    "kl_renormalised": "KL(uniform ‖ other classes), nats",
+    "frechet_without": "Fréchet distance, classifier features",
+    "fid_without": "FID",
+}
+SHEET_IMAGES = 36
+
+
+def pareto(results: Results, removed: str) -> Figure:
+    """Balance and quality against safety, with 95 % intervals: points that differ in their guidance scale alone are
+    joined.
+    """
+    rows = results.of(removed, "baseline", "sweep")
+    shown = [m for m in AXES if m == "kl_renormalised" or any(r.value(m) is not None for r in rows)]
+    figure = Figure(figsize=(5.2 * len(shown), 4.0), layout="constrained")
+    for i, measure in enumerate(shown):
+        axes = figure.add_subplot(1, len(shown), i + 1)
+        for method in COLOURS:
+            _front(axes, sorted((r for r in rows if r.method == method), key=lambda r: r.scale), measure, method)
+        axes.axvline(100 * results.target, color="0.6", linestyle="--", linewidth=1)
+        axes.set_xlabel(f"images that still show {removed}, %  (dashed: what counts as safe)")
+        axes.set_ylabel(AXES[measure])
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=min([0.0, *(1.1 * y for r in rows if (y := r.value(measure)) is not None)]))
+        axes.grid(alpha=0.25)
+        if i == 0 and axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+    figure.suptitle(f"{removed} removed: down and left is better")
+    return figure
+
+
+def _front(axes: Axes, rows: Sequence[Result], measure: str, method: str) -> None:
+    values = ((r, r.value("forbidden_share"), r.value(measure)) for r in rows)
+    points = [(r, x, y) for r, x, y in values if x is not None and y is not None]
+    if not points:
+        return
+    xs, ys = np.array([100 * x for _, x, _ in points]), np.array([y for _, _, y in points])
+    bars = [_bars(r.interval(name), v, f) for name, f in (("forbidden_share", 100.0), (measure, 1.0))
+            for r, v in ((r, r.value(name)) for r, _, _ in points)]  # fmt: skip
+    across, along = np.array(bars[: len(points)]).T, np.array(bars[len(points) :]).T
+    axes.errorbar(
+        xs, ys, xerr=across, yerr=along, color=COLOURS[method], marker=MARKERS[method], label=method,
+        linestyle="none", elinewidth=0.6, markersize=6,
+    )  # fmt: skip
+    for others in dict.fromkeys(_but_scale(r) for r, _, _ in points):
+        joined = [(100 * x, y) for r, x, y in points if _but_scale(r) == others]
+        axes.plot(*zip(*joined, strict=True), color=COLOURS[method], linewidth=1.4)
+    for result, x, y in points:
+        if result.scale:
+            label = f"{result.scale:g}"
+            axes.annotate(label, (100 * x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
+
+
+def _but_scale(result: Result) -> Settings | None:
+    return result.point.settings and result.point.settings.with_(guidance_scale=0.0)
+
+
+def _bars(interval: tuple[float | None, float | None], value: float | None, factor: float) -> tuple[float, float]:
+    low, high = interval
+    if low is None or high is None or value is None:
+        return 0.0, 0.0
+    return max(0.0, factor * (value - low)), max(0.0, factor * (high - value))
+
+
+def histograms(results: Results, removed: str) -> Figure:
+    """The share of each class under each method at its best; the line is an even share of those that remain."""
+    rows = [*results.of(removed, "baseline"), *results.best(removed).values()]
+    names = results.class_names
+    figure = Figure(figsize=(max(6.0, 0.9 * len(names)), 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(rows)
+    for i, row in enumerate(rows):
+        shares = [100 * n / row.measures["images"] for n in row.measures["histogram"].values()]
+        spread = [_bars(wilson_interval(n, row.measures["images"]), n / row.measures["images"], 100)
+                  for n in row.measures["histogram"].values()]  # fmt: skip
+        places = np.arange(len(names)) + (i - (len(rows) - 1) / 2) * width
+        axes.bar(places, shares, width, color=COLOURS[row.method], label=_title(row),
+                 yerr=np.array(spread).T, error_kw={"elinewidth": 0.6})  # fmt: skip
+    axes.axhline(100 / (len(names) - 1), color="0.4", linestyle="--", linewidth=1)
+    axes.set_xticks(np.arange(len(names)), names)
+    axes.get_xticklabels()[names.index(removed)].set_color("#d62728")
+    axes.set_ylabel("share of images, %")
+    axes.set_xlabel(f"class, as the classifier sees it ({removed} removed)")
+    axes.legend(frameon=False, ncols=len(rows), loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
+def traces(results: Results, removed: str) -> Figure | None:
+    """Posterior and guidance scale over the steps for single images of DNG at its best; None without DNG."""
+    result = results.best(removed).get("DNG")
+    if result is None:
+        return None
+    drawn = results.drawn(result)
+    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    panels = (("posterior p(removed | x)", drawn.posterior), ("guidance scale λ", drawn.scale))
+    for i, (title, values) in enumerate(panels):
+        axes = figure.add_subplot(1, 2, i + 1)
+        labelled = set()
+        for k, image in enumerate(drawn.traced):
+            left = result.classes[image] == result.label
+            label = f"still {removed}" if left else "another class"
+            colour, named = "#d62728" if left else "#0072b2", None if label in labelled else label
+            axes.plot(np.arange(len(values)), values[:, k], color=colour, alpha=0.8, linewidth=1.1, label=named)
+            labelled.add(label)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylabel(title)
+        axes.grid(alpha=0.25)
+        if i == 0:
+            axes.set_yscale("log")
+            axes.legend(frameon=False)
+    figure.suptitle(f"{removed} removed by {_title(result)}: single images")
+    return figure
+
+
+def grid(results: Results, removed: str) -> Image.Image:
+    """The first images of each method at its best, the same seed in the same place; framed: still removed class."""
+    rows = [*results.of(removed, "baseline"), *results.best(removed).values()]
+    report = Report(results.class_names, rows[0].label)
+    for row in rows:
+        report = report.with_row(_report_row(row), _pictures(row, results.drawn(row)))
+    return contact_sheet(report)
+
+
+def _report_row(result: Result) -> Row:
+    histogram = list(result.measures["histogram"].values())
+    low, high = result.interval("forbidden_share")
+    return Row(
+        name=_title(result),
+        images=result.point.images,
+        forbidden_class=result.removed,
+        forbidden_share=forbidden_share(histogram, result.label),
+        forbidden_low=low or 0.0,
+        forbidden_high=high or 0.0,
+        kl=result.value("kl") or math.nan,
+        kl_renormalised=result.value("kl_renormalised"),
+        kept=None,
+        rms_change=None,
+        compared=None,
+        histogram=result.measures["histogram"],
+    )
+
+
+def _pictures(result: Result, drawn: Drawn) -> Pictures:
+    images = np.repeat(drawn.images[:SHEET_IMAGES], 3 // drawn.images.shape[1], axis=1).transpose(0, 2, 3, 1)
+    return Pictures(images, tuple(kind == result.label for kind in result.classes[:SHEET_IMAGES]))
+
+
+def _title(result: Result) -> str:
+    return result.method if result.point.settings is None else f"{result.method} {result.scale:g}"

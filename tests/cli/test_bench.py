@@ -1,0 +1,66 @@
+"""The throughput benchmark compares variants that predict the same."""
+
+import argparse
+
+import torch
+
+from dng_core.cli import bench as bench_command
+from dng_core.models.networks import UNet, UNetConfig
+from dng_core.models.weight_files import DenoiserInfo, save_denoiser
+from dng_core.schedules import DDPMSchedule
+
+NETWORK = UNetConfig(8, 1, 64, (1,), blocks_per_level=1, attention_levels=(), num_classes=3)
+
+
+def test_every_variant_predicts_the_same():
+    torch.manual_seed(0)
+    found = bench_command.variants(UNet(NETWORK).eval(), DDPMSchedule.named("linear"), 10)
+    assert [every for _, every in found.values()] == [1, 1, 10]
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        (plain, plain_undesired), (reference, undesired), _ = (
+            (reference, undesired) for reference, (undesired,) in (predict(x, 1.5) for predict, _ in found.values())
+        )
+    assert (plain - plain_undesired).abs().max() > 1e-3
+    torch.testing.assert_close(reference, plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(undesired, plain_undesired, atol=1e-5, rtol=1e-5)
+
+
+def test_the_command_prints_ratios_to_the_plain_loop(tmp_path, capsys, monkeypatch):
+    torch.manual_seed(0)
+    info = DenoiserInfo("try", NETWORK, "linear", (-1.0, 1.0), ("a", "b", "c"))
+    save_denoiser(tmp_path / "d.safetensors", UNet(NETWORK).state_dict(), info)
+    parser = argparse.ArgumentParser()
+    bench_command.add_arguments(parser)
+    options = ["--denoiser", str(tmp_path / "d.safetensors"), "--batch", "2", "--repeats", "2", "--device", "cpu"]
+    options += ["--timed-steps", "4", "--undesired-every", "2"]
+    predicted: list[int] = []
+    original = UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda self, x, *a: predicted.append(len(x)) or original(self, x, *a))
+    assert bench_command.run(parser.parse_args(options)) == 0
+    turn = [2, 2] * 4 + [4] * 4 + [4, 2] * 2
+    assert predicted[: 3 * len(turn)] == turn * 3  # one untimed
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.split("\n") if line.startswith("| ")][2:]
+    assert len(rows) == 3 and "1.00 x" in rows[0] and "one batch" in rows[1] and "once in 2 steps" in rows[2]
+    assert "a product of two 1024 x 1024 matrices" in printed
+    assert bench_command.run(parser.parse_args([*options, "--repeats", "1"])) == 1
+    assert "--repeats at least 2" in capsys.readouterr().err
+    assert bench_command.run(parser.parse_args([*options, "--undesired-every", "3"])) == 1
+    assert "no multiple of --undesired-every 3" in capsys.readouterr().err
+
+
+def test_operations_are_those_of_every_convolution_and_product():
+    """Counted by hand for a network without attention: 2 x weights x output pixels; linear layers once."""
+    network = UNet(NETWORK).eval()
+    expected = 0
+    for module in network.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            pixels = 8 * 8 if isinstance(module, torch.nn.Conv2d) else 1
+            expected += 2 * module.weight.numel() * pixels
+    attention = network.mid_block.attentions[0]
+    expected += (
+        2 * sum(m.weight.numel() for m in (attention.to_q, attention.to_k, attention.to_v, *attention.to_out)) * 63
+    )
+    expected += 2 * 2 * 64 * 64 * 64  # the two products of attention: 64 pixels, 64 channels
+    assert bench_command.flops_of_a_prediction(network) == expected

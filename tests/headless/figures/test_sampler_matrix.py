@@ -1,0 +1,161 @@
+"""The matrix of samplers: what it asks ComfyUI, what it does not ask twice, and what its table and picture say."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from dng_core.headless.client import RunResult
+from dng_core.headless.errors import HeadlessError
+from dng_core.headless.figures import oracle_choice, oracle_runs
+from dng_core.headless.figures.exact_figures import standard_errors, unrelated_figure
+from dng_core.headless.figures.matrix_picture import BAD, GOOD, PANELS, _colour, heat_map
+from dng_core.headless.figures.oracle_runs import OracleRuns, Run, Task, oracle_prompt
+from dng_core.headless.figures.sampler_matrix import Choice, matrix_figure, matrix_table, nodes_agree
+from dng_core.headless.server import Server
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class FakeComfyUI:
+    """Answers every prompt with reports made from its sampler's inputs, and refuses lcm."""
+
+    def __init__(self):
+        self.prompts = []
+
+    def __call__(self, server, prompt):
+        self.prompts.append(prompt)
+        if any("lcm" in node["inputs"].values() for node in prompt.values()):
+            raise HeadlessError("Node failed.\n  | ValueError: lcm cannot be tracked")
+        ui = {}
+        for name in prompt:
+            if name.endswith(" report"):
+                share = 0.125 if name.startswith("unguided") else 0.03
+                figures = {"forbidden_share": share, "kl_renormalised": 0.01, "median_distance": 2.0, "finite": True}
+                ui[name] = {"figures": [figures]}
+        names = {"sampler_name": [["euler", "lcm"]], "scheduler": ["COMBO", {"options": ["karras", "simple"]}]}
+        return RunResult("1", ui=ui, node_info={"KSamplerDNG": {"input": {"required": names}}})
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    fake = FakeComfyUI()
+    monkeypatch.setattr(oracle_runs, "run_workflow", fake)
+    return fake
+
+
+def matrix(tmp_path, **changes):
+    options = {"samplers": ["euler", "lcm"], "schedulers": ["karras", "simple"], "steps": [8]} | changes
+    runs = OracleRuns(Server("http://nowhere"), ROOT, tmp_path / "cache.json")
+    return list(matrix_figure(runs, Choice(Task(samples=10), **options)))
+
+
+def test_a_stopped_matrix_goes_on_where_it_was(fake, tmp_path):
+    first = matrix(tmp_path, samplers=["euler"])
+    assert len(fake.prompts) == 2 and len(first) == 6
+    assert matrix(tmp_path, samplers=["euler"], steps=[8, 9])[:3] == first[:3]
+    assert len(fake.prompts) == 4
+
+
+def test_what_was_measured_with_other_code_is_measured_again(fake, tmp_path, monkeypatch):
+    matrix(tmp_path, samplers=["euler"])
+    monkeypatch.setattr(oracle_runs, "code_digest", lambda pack: "other")
+    matrix(tmp_path, samplers=["euler"])
+    assert len(fake.prompts) == 4
+
+
+def test_a_refused_sampler_is_named_with_the_reason_and_the_others_go_on(fake, tmp_path):
+    rows = matrix(tmp_path)
+    refused = [row for row in rows if row["node"] == "all"]
+    assert {row["sampler"] for row in refused} == {"lcm"}
+    assert refused[0]["note"] == "ValueError: lcm cannot be tracked"
+    assert len({tuple(row) for row in rows}) == 1  # all rows have the same columns
+    assert "| lcm | refused | refused |" in matrix_table(rows, "ksampler")
+    assert "| euler | 3.0 | 3.0 | 12.5 .. 12.5 | 0.010 | 1.00 .. 1.00 |" in matrix_table(rows, "ksampler")
+    assert nodes_agree(rows) == 0
+
+
+def test_a_dead_server_is_no_refusal(fake, tmp_path, monkeypatch):
+    def dead(server):
+        raise HeadlessError("ComfyUI ended")
+
+    monkeypatch.setattr(Server, "check_alive", dead)
+    with pytest.raises(HeadlessError, match="ended"):
+        matrix(tmp_path)
+
+
+def test_the_heat_map_has_a_cell_for_every_sampler_scheduler_and_measure(fake, tmp_path):
+    rows = matrix(tmp_path)
+    one, both = (heat_map(part, "ksampler", "t") for part in ([r for r in rows if r["scheduler"] == "karras"], rows))
+    assert both.height == one.height and len(both.getcolors(100000)) > 3
+    assert _colour(PANELS[0], 0.0) == GOOD and _colour(PANELS[0], 0.5) == BAD
+
+
+def test_every_link_of_a_prompt_leads_to_a_node_and_the_chain_holds_every_concept():
+    runs = {
+        "unguided": Run("stock"),
+        "custom": Run("stock guider"),
+        "list": Run("ksampler", negative=("0", "1", "2"), baseline="unguided"),
+        "guider": Run("guider", baseline="custom"),
+        "chain": Run("patch", negative=("0", "1")),
+    }
+    prompt = oracle_prompt(Task(forbidden="0,1,2"), runs)
+    links = [v for node in prompt.values() for v in node["inputs"].values() if isinstance(v, list)]
+    assert all(link[0] in prompt for link in links)
+    classes = [node["class_type"] for node in prompt.values()]
+    assert classes.count("DynamicNegativeGuidance") == 2 and classes.count("DNGConcept") == 2
+    assert prompt["list report"]["inputs"]["baseline"] == ["unguided", 0]
+    assert json.dumps(prompt)
+
+
+def test_arguments_choose_a_part_and_name_what_there_is(fake, tmp_path):
+    runs = OracleRuns(Server("http://nowhere"), ROOT, tmp_path / "cache.json")
+    given = argparse.Namespace(
+        figure="matrix", samplers=None, schedulers=["simple"], steps=None, settings="cifar10", prediction="v", seed=3,
+        set=["temperature=0.5"], nodes=["ksampler", "patch"],
+    )  # fmt: skip
+    rows = list(oracle_choice.oracle_rows(given, 10, runs))
+    assert [(row["sampler"], row["scheduler"], row["steps"]) for row in rows[::2]] == [
+        ("euler", "simple", 30),
+        ("lcm", "simple", 30),
+    ]
+    sampled = fake.prompts[-2]
+    assert sampled["model"]["inputs"]["prediction"] == "v_prediction"
+    assert sampled["ksampler"]["inputs"].items() >= {"temperature": 0.5, "guidance_scale": 5, "seed": 3}.items()
+    given.samplers = ["eulr"]
+    with pytest.raises(HeadlessError, match=r"eulr.*euler, lcm"):
+        oracle_choice.oracle_rows(given, 10, runs)
+    with pytest.raises(HeadlessError, match="INPUT=VALUE"):
+        oracle_choice.node_inputs(["temperature"])
+
+
+def test_the_constant_prompt_is_the_weakest_that_removes_as_much():
+    class Runs:
+        def reports(self, task, runs):
+            settings = runs["guided"].settings
+            strength = settings.guidance_scale if settings.method == "negative_prompting" else 0.5
+            report = {"forbidden_share": 0.1 - 0.1 * strength, "kl_renormalised": 0.0, "rms_change": strength}
+            return {"guided": report | {"mean_scale": [[1.0, 0.02, 0.001, 0.0]]}}
+
+    dng, constant = unrelated_figure(Runs(), Choice(Task(), ["euler"], ["karras"], [30]))
+    assert constant["scale"] == 0.5 and constant["unrelated: RMS change"] == 0.5
+    assert dng["mean scale falls below 0.01 at"] == "50% of the steps"
+
+
+def test_standard_errors_are_those_of_a_difference_of_two_shares():
+    assert standard_errors(0.5, 0.4, 100) == pytest.approx(0.1 / (2 * 0.45 * 0.55 / 100) ** 0.5)
+    assert standard_errors(0.0, 0.0, 100) == 0.0
+    assert standard_errors(None, 0.1, 100) is None
+
+
+def test_a_real_comfyui_holds_samplers_against_the_exact_answer(comfyui_server: Server, tmp_path: Path) -> None:
+    """The matrix in reduced form: one sampler that is tracked as it draws, one that is refused, through every node."""
+    runs = OracleRuns(comfyui_server, ROOT, tmp_path / "cache.json")
+    assert len(runs.options()["sampler_name"]) >= 40
+    rows = list(matrix_figure(runs, Choice(Task(samples=500), ["euler_ancestral", "lcm"], ["normal"], [20])))
+    tracked, refused = rows[:3], rows[3:]
+    assert len({row["left"] for row in tracked}) == 1  # the nodes agree
+    assert all(row["finite"] and row["left"] < row["unguided"] / 2 for row in tracked)
+    assert all(row["KL of the rest"] < 0.05 and 0.9 < row["distance ratio"] < 1.1 for row in tracked)
+    assert len(refused) == 1 and "lcm cannot be tracked" in refused[0]["note"]

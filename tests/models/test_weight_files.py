@@ -1,0 +1,121 @@
+"""Weights files: what is written is read back; what can't be read says which file and what to do."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dng_core.models.networks import Classifier, UNet, UNetConfig
+from dng_core.models.weight_files import (
+    ClassifierInfo,
+    DenoiserInfo,
+    load_classifier,
+    load_denoiser,
+    save_classifier,
+    save_denoiser,
+    shipped_classifiers,
+    shipped_denoisers,
+)
+
+NETWORK = UNetConfig(8, 1, 32, channel_multipliers=(1,), blocks_per_level=1, attention_levels=(), num_classes=2)
+DENOISER = DenoiserInfo("tiny", NETWORK, "linear", (-1.0, 1.0), ("cat", "dog"))
+CLASSIFIER = ClassifierInfo("tiny", 8, 1, 4, (-1.0, 1.0), ("cat", "dog"))
+
+
+@pytest.fixture
+def denoiser_file(tmp_path):
+    torch.manual_seed(0)
+    save_denoiser(tmp_path / "tiny_denoiser.safetensors", UNet(NETWORK).state_dict(), DENOISER)
+    return tmp_path / "tiny_denoiser.safetensors"
+
+
+def test_denoiser_comes_back_as_it_was(denoiser_file):
+    torch.manual_seed(0)
+    original = UNet(NETWORK).eval()
+    model, info = load_denoiser(denoiser_file)
+    assert info == DENOISER
+    assert not model.training
+    x, timestep = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    with torch.no_grad():
+        assert torch.equal(model(x, timestep), original(x, timestep))
+
+
+def test_classifier_comes_back_as_it_was(tmp_path):
+    original = Classifier(1, 2, 4).eval()
+    save_classifier(tmp_path / "file", original.state_dict(), CLASSIFIER)
+    model, info = load_classifier(tmp_path / "file")
+    assert info == CLASSIFIER
+    assert torch.equal(model(torch.ones(2, 1, 8, 8)), original(torch.ones(2, 1, 8, 8)))
+
+
+def test_nothing_but_the_file_is_left_behind(denoiser_file):
+    assert list(denoiser_file.parent.iterdir()) == [denoiser_file]
+
+
+def test_missing_file_says_where_weights_come_from(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no weights at.*dng train"):
+        load_denoiser(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 4000])
+def test_cut_off_file_is_called_damaged(denoiser_file, keep):
+    denoiser_file.write_bytes(denoiser_file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"damaged.*dng train"):
+        load_denoiser(denoiser_file)
+
+
+def test_pickle_is_not_read(tmp_path):
+    torch.save(UNet(NETWORK).state_dict(), tmp_path / "file")
+    with pytest.raises(ValueError, match="no safetensors file"):
+        load_denoiser(tmp_path / "file")
+
+
+def test_a_classifier_is_no_denoiser(tmp_path):
+    save_classifier(tmp_path / "file", Classifier(1, 2, 4).state_dict(), CLASSIFIER)
+    with pytest.raises(ValueError, match="holds classifier, not a denoiser"):
+        load_denoiser(tmp_path / "file")
+
+
+def test_foreign_safetensors_are_refused(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "file")
+    with pytest.raises(ValueError, match="did not write"):
+        load_denoiser(tmp_path / "file")
+
+
+def test_tensors_of_another_shape_are_refused(tmp_path):
+    other = UNet(replace(NETWORK, base_channels=64))
+    save_denoiser(tmp_path / "file", other.state_dict(), DENOISER)
+    with pytest.raises(ValueError, match="don't fit their network"):
+        load_denoiser(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "change", [{"network": {"image_size": 8, "in_channels": 1, "novelty": 2}}, {"network": 3}, {"data_range": [0, 1]}]
+)
+def test_a_network_that_this_version_does_not_know_is_refused(tmp_path, change):
+    info = {"name": "x", "network": {"image_size": 8, "in_channels": 1}, "schedule": "linear", "class_names": []}
+    info |= {"data_range": [-1, 1]} | change
+    save_file({"x": torch.zeros(1)}, tmp_path / "file", metadata={"kind": "denoiser", "info": json.dumps(info)})
+    with pytest.raises(ValueError, match=r"doesn't know.*update DNG"):
+        load_denoiser(tmp_path / "file")
+
+
+def test_shipped_weights_load_and_take_at_most_8_megabytes():
+    files = [*shipped_denoisers().values(), *shipped_classifiers().values()]
+    assert sum(file.stat().st_size for file in files) <= 8e6
+    for file in shipped_denoisers().values():
+        load_denoiser(file)
+    for file in shipped_classifiers().values():
+        load_classifier(file)
+
+
+def test_shipped_weights_have_a_record_of_how_they_were_made():
+    for file in (*shipped_denoisers().values(), *shipped_classifiers().values()):
+        record = json.loads(file.with_suffix(".json").read_text())
+        assert record["command"].startswith("dng train ")
+        assert record["loss"] > 0
+        assert isinstance(record["seed"], int)
+    accuracy = json.loads(shipped_classifiers()["mnist"].with_suffix(".json").read_text())["test_accuracy"]
+    assert accuracy >= 0.99

@@ -1,0 +1,40 @@
+"""A tiny experiment's files, and networks in the layouts of others."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dng_core.models.networks import Classifier
+from dng_core.models.weight_files import ClassifierInfo, save_classifier
+from dng_core.studies import class_removal
+
+from ..models.layouts import class_only_state, public_unet  # noqa: F401
+from .small_experiment import NAMES, experiment, random_denoiser
+
+
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals are tested elsewhere."""
+    monkeypatch.setattr("dng_core.studies.measuring.HISTOGRAM_RESAMPLES", 10)
+    monkeypatch.setattr("dng_core.studies.measuring.FEATURE_RESAMPLES", 3)
+    class_removal.network.cache_clear()
+
+
+@pytest.fixture
+def files(tmp_path: Path, few_resamples: None) -> Path:
+    """A folder with a random denoiser, a random classifier, an experiment on them, and JPEG images to compare with."""
+    random_denoiser(tmp_path / "denoiser.safetensors")
+    torch.manual_seed(1)
+    info = ClassifierInfo("try", 8, 1, 4, (-1.0, 1.0), NAMES)
+    save_classifier(tmp_path / "classifier.safetensors", Classifier(1, 3, 4).state_dict(), info)
+    generator = np.random.default_rng(0)
+    for name in NAMES:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            grey = Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8))
+            grey.save(tmp_path / "data" / name / f"{i}.jpg")
+    experiment(tmp_path)
+    return tmp_path

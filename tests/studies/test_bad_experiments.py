@@ -1,0 +1,104 @@
+"""What an experiment refuses, and what it keeps when a network, a process or the disk fails it."""
+
+from dataclasses import replace
+
+import pytest
+
+from dng_core.models.networks import UNet
+from dng_core.models.weight_files import DenoiserInfo, save_denoiser
+from dng_core.studies import class_removal
+from dng_core.studies.experiment import read_experiment
+from dng_core.studies.report.results import read_results
+
+from .small_experiment import NAMES, NETWORK, dng_experiment, experiment, random_denoiser, runs
+
+
+def test_a_network_that_draws_nan_fails_its_points_with_a_message(files, capsys):
+    network = UNet(NETWORK)
+    state = network.state_dict()
+    state["class_embedding.weight"][0] = float("nan")  # the class "ant" alone
+    save_denoiser(files / "denoiser.safetensors", state, DenoiserInfo("t", NETWORK, "linear", (-1.0, 1.0), NAMES))
+    assert dng_experiment(files, "--methods", "NP") == 1
+    message = capsys.readouterr().err
+    assert "not finite" in message and "check the weights" in message
+    assert {r.role for r in read_results(files / "out").results} == {"baseline"}
+
+
+def test_a_network_that_draws_infinity_fails_its_points_too(files, capsys):
+    state = UNet(NETWORK).state_dict()
+    state["conv_out.bias"][:] = float("inf")
+    save_denoiser(files / "denoiser.safetensors", state, DenoiserInfo("t", NETWORK, "linear", (-1.0, 1.0), NAMES))
+    assert dng_experiment(files, "--methods", "NP") == 1
+    assert "not finite" in capsys.readouterr().err
+
+
+def test_a_denoiser_that_the_classifier_does_not_fit_is_refused(files, capsys):
+    random_denoiser(files / "denoiser.safetensors", names=("bee", "ant", "cow"))
+    assert dng_experiment(files) == 1
+    assert "(bee, ant, cow) are not those of the classifier" in capsys.readouterr().err
+    random_denoiser(files / "denoiser.safetensors", replace(NETWORK, image_size=16))
+    class_removal.network.cache_clear()
+    assert dng_experiment(files) == 1
+    assert "draws images of (1, 16, 16), the classifier" in capsys.readouterr().err
+    assert not (files / "out").exists()
+
+
+def test_a_full_disk_keeps_what_was_done_and_leaves_no_half_files(files, disk_full_after, capsys):
+    with disk_full_after(6):
+        assert dng_experiment(files, "--methods", "NP") == 1
+    assert "free some space" in capsys.readouterr().err
+    kept = runs(files)
+    assert kept and not any("partial" in name for name in kept)
+    assert dng_experiment(files, "--methods", "NP") == 0
+    assert kept < runs(files)
+
+
+def test_a_damaged_run_is_named(files, capsys):
+    assert dng_experiment(files, "--methods", "NP") == 0
+    path = next((files / "out" / "runs").glob("*.npz"))
+    path.write_bytes(path.read_bytes()[:100])
+    assert dng_experiment(files, "--methods", "NP") == 1
+    assert f"{path.name} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.replace('["ant"]', '["wasp"]'), "class 'wasp' is not one of the data set's: ant, bee, cow"),
+        (lambda t: t.replace("steps", 'search_classes = ["bee"]\nsteps'), "search class 'bee' is not one of"),
+        (
+            lambda t: t.replace("steps = 3", "steps = 1001"),
+            "steps must be a whole number of at least 1 and at most 1000",
+        ),
+        (lambda t: t.replace("images = 8\n", "images = 1\n", 1), "images must be a whole number of at least 4"),
+        (lambda t: t.replace("[methods.DNG]", "[methods.Magic]"), "there is no method 'Magic'"),
+        (lambda t: t.replace("sld_threshold", "sld_treshold"), "no setting sld_treshold"),
+        (lambda t: t.replace("steps", "stepps"), "unknown: stepps"),
+        (lambda t: t.replace("[0.0, 2.0]", "[-1.0]"), "guidance_scale must be at least 0"),
+        (lambda t: t + "[methods.DNG.fixed]\nmax_scale = inf\n", "DNG: max_scale is infinite"),
+        (lambda t: t.replace("steps = 3", "steps = 3.5"), "steps must be a whole number"),
+        (lambda t: t.replace("name =", "name"), "try.toml"),
+        (lambda t: t.replace('dataset = "folder"', 'dataset = "mnist"'), "no train-images-idx3-ubyte"),
+        (lambda t: t.replace("denoiser.safetensors", "gone.safetensors"), "no weights at"),
+        (
+            lambda t: t.replace("[methods.NP]", '[class_only]\nbee = "b.pt"\n[methods.NP]'),
+            "no class-only network for 'ant'",
+        ),
+    ],
+)
+def test_bad_experiments_are_refused_before_anything_is_drawn(files, capsys, change, message):
+    experiment(files, change)
+    assert dng_experiment(files, "--data", files / "data") == 1
+    assert message in capsys.readouterr().err
+    assert not (files / "out").exists()
+
+
+def test_data_of_other_classes_or_sizes_is_refused(files, capsys):
+    (files / "data" / "ant").rename(files / "data" / "elk")
+    assert dng_experiment(files, "--data", files / "data") == 1
+    assert "are not those of the classifier" in capsys.readouterr().err
+
+
+def test_an_unknown_experiment_names_the_known_ones():
+    with pytest.raises(FileNotFoundError, match="cifar10, cifar10_conditional, mnist, tiny"):
+        read_experiment("imagenet")
