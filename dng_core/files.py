@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all. Standard library only: what runs before any install writes so too."""
 
 import json
 import os
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all; NaN, which JSON does not know, is refused."""
+    """Write JSON whole or not at all; ValueError for NaN, which JSON does not know."""
     write_whole(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; OSError (a full disk) leaves no remains."""
+    """Write a file whole or not at all: an error on the way (a full disk) leaves what was there, and no remains."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
+from ..files import write_whole
 from ..headless.errors import HeadlessError
 from ..headless.install import ensure_installed
 from ..headless.locate import find_comfyui
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
         "rows": table,
     }
-    (args.output / f"{args.figure}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_whole(args.output / f"{args.figure}.json", (json.dumps(record, indent=2) + "\n").encode())
     lines = [line(list(table[0])), line(["---"] * len(table[0])), *(line(list(row.values())) for row in table)]
     if args.figure == "matrix":
         from ..headless.figures.matrix_picture import heat_map
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
             [f"Oracle, {args.prediction}, {args.settings} settings, {node}, {samples} samples", *args.set]
         )
         heat_map(table, node, title).save(args.output / "matrix.png")
-    (args.output / f"{args.figure}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(args.output / f"{args.figure}.md", ("\n".join(lines) + "\n").encode())
     print(f"\nRecorded in {args.output / args.figure}.json ({record['seconds']} s)")
     return 0
 

@@ -8,6 +8,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
+from ..files import write_whole
 from ..headless.browser import find_browser
 from ..headless.errors import HeadlessError
 from ..headless.install import CONSTRAINTS, ensure_installed, managed, pip_install, tell
@@ -71,9 +72,7 @@ def install_tools(python: Path, requirements: list[str]) -> None:
         if not done.is_file() or done.read_text(encoding="utf-8") != wanted:
             tell("Installing the test tools")
             pip_install(python, requirements, "Installing the test tools")
-            temporary = done.with_suffix(".tmp")
-            temporary.write_text(wanted, encoding="utf-8")
-            os.replace(temporary, done)
+            write_whole(done, wanted.encode())
 
 
 def check_types(python: Path, root: Path, environment: dict[str, str]) -> int:

@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from ..files import write_json
 from .errors import HeadlessError
 from .locate import Location
 from .lock import exclusive
@@ -187,11 +188,9 @@ def pip_install(python: Path, requirements: list[str], purpose: str) -> None:
 
 
 def write_marker(installation: Installation) -> None:
-    """Record that the installation is whole, in one step."""
+    """Record that the installation is whole."""
     content = {"recipe": recipe(), "comfyui": COMFYUI_VERSION, "python": platform.python_version()}
-    temporary = installation.marker.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, installation.marker)
+    write_json(installation.marker, content)
 
 
 def tell(message: str) -> None:

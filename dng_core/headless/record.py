@@ -1,16 +1,15 @@
 """Write what a run made into a folder: its files, its texts and a JSON record, each whole or not at all."""
 
 import json
-import os
 import platform
 import re
-import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..files import write_whole
 from .client import RunResult, file_items
 from .server import Server
 from .workflow import Prompt, literal_inputs, seeds
@@ -20,31 +19,11 @@ RECORD = "record.json"
 OURS = re.compile(r"\bDNG|Dynamic ?Negative ?Guidance", re.IGNORECASE)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write the file in one step: it has its old content or all of the new, never a part."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
 def save_run(folder: Path, workflow: Path, prompt: Prompt, server: Server, result: RunResult) -> list[Path]:
     """Save a run's files and texts and, last, its record; returns their paths.
 
     What an earlier run left under the same names is replaced. A folder with a record therefore holds a whole run.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
     saved: list[Path] = []
     outputs: dict[str, dict[str, Any]] = {}
@@ -52,17 +31,17 @@ def save_run(folder: Path, workflow: Path, prompt: Prompt, server: Server, resul
         names = []
         for filename, content in result.files[node_id]:
             names.append(unused_name(folder, safe_name(filename), saved))
-            write_atomically(names[-1], content)
+            write_whole(names[-1], content)
             saved.append(names[-1])
         if text := node_text(ui):
             ending = ".md" if re.search(r"^\s*(\||#)", text, re.MULTILINE) else ".txt"
             stem = prompt.get(node_id, {}).get("_meta", {}).get("title") or f"node_{node_id}"
             names.append(unused_name(folder, safe_name(stem) + ending, saved))
-            write_atomically(names[-1], (text.rstrip() + "\n").encode())
+            write_whole(names[-1], (text.rstrip() + "\n").encode())
             saved.append(names[-1])
         outputs[node_id] = {"files": [name.name for name in names], "ui": without_files(ui)}
     record = describe_run(workflow, prompt, server, result, outputs)
-    write_atomically(folder / RECORD, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(folder / RECORD, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
     return [*saved, folder / RECORD]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..client import run_workflow
 from ..server import Server
+from .kept import Kept
 from .oracle_runs import OracleRuns, Run, Task
 
 DIGITS = 10
@@ -42,18 +43,16 @@ def mnist_figure(server: Server, workflow: Path, images: int, cache: Path) -> It
     JSON file), so that a stopped figure goes on where it was.
     """
     shipped = json.loads(workflow.read_text(encoding="utf-8"))
-    done: dict[str, Any] = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
+    kept = Kept(cache)
 
     def rows(digit: int, count: int, method: str, scale: float = 0.0) -> dict[str, Any]:
         prompt = class_removal_prompt(shipped, digit, count, method, scale)
-        key = json.dumps(prompt, sort_keys=True)
-        if key not in done:
+
+        def measure() -> list[dict[str, Any]]:
             result = run_workflow(server, prompt, progress=True)
-            done[key] = max((ui["figures"] for ui in result.ui.values() if "figures" in ui), key=len)
-            partial = cache.with_suffix(".partial")
-            partial.write_text(json.dumps(done), encoding="utf-8")
-            partial.replace(cache)
-        unguided, guided = done[key]
+            return max((ui["figures"] for ui in result.ui.values() if "figures" in ui), key=len)
+
+        unguided, guided = kept.get(json.dumps(prompt, sort_keys=True), measure)
         return {**guided, "unguided": unguided}
 
     left = {}

@@ -11,6 +11,7 @@ from ...settings import Settings
 from ..client import run_workflow
 from ..server import Server
 from ..workflow import Prompt
+from .kept import Kept
 
 EXACT = Settings(prior=1 / 8)
 DNG_INPUTS = (
@@ -147,8 +148,7 @@ class OracleRuns:
 
     def __init__(self, server: Server, pack: Path, path: Path) -> None:
         self._server = server
-        self._path = path
-        self._kept: dict[str, dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        self._kept = Kept(path)
         version = server.stats.get("system", {}).get("comfyui_version", "")
         self._code = f"{version} {code_digest(pack)}"
 
@@ -156,13 +156,13 @@ class OracleRuns:
         """The report of each run, by its name. Raises HeadlessError where ComfyUI or a node refuses the task."""
         prompt = oracle_prompt(task, runs)
         key = hashlib.sha256(f"{self._code} {json.dumps(prompt, sort_keys=True)}".encode()).hexdigest()
-        if key not in self._kept:
+
+        def measure() -> dict[str, dict[str, Any]]:
             result = run_workflow(self._server, prompt)
-            self._kept[key] = {name: result.ui[f"{name} report"]["figures"][0] for name in runs}
-            partial = self._path.with_suffix(".partial")
-            partial.write_text(json.dumps(self._kept), encoding="utf-8")
-            partial.replace(self._path)
-        return self._kept[key]
+            return {name: result.ui[f"{name} report"]["figures"][0] for name in runs}
+
+        reports: dict[str, dict[str, Any]] = self._kept.get(key, measure)
+        return reports
 
     def check_alive(self) -> None:
         """Raise HeadlessError where the server has ended: then a failed run says nothing of its task."""

@@ -1,0 +1,23 @@
+"""What a figure measured already, in a file, so that a stopped figure goes on where it was."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...files import write_whole
+
+
+class Kept:
+    """Values by their keys in a JSON file, which is written anew with every value that is added."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def get(self, key: str, measure: Callable[[], Any]) -> Any:
+        """The value of a key; where there is none yet, what ``measure`` returns, which is kept."""
+        if key not in self._values:
+            self._values[key] = measure()
+            write_whole(self._path, json.dumps(self._values).encode())
+        return self._values[key]
