@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, nargs="+", metavar="N", help="step counts (most figures 30, evidence, rules 50)"
     )
     oracle.add_argument("--nodes", nargs="+", metavar="NAME", help="of the matrix and of off: ksampler, guider, patch")
-    oracle.add_argument("--settings", choices=("exact", "cifar10"), default="exact", help="guidance (default: exact)")
+    oracle.add_argument("--settings", choices=("oracle", "cifar10"), default="oracle", help="guidance (default: oracle)")
     oracle.add_argument("--prediction", choices=("epsilon", "v", "flow"), default="epsilon", help="of the oracle")
     oracle.add_argument(
         "--set", action="append", default=[], metavar="INPUT=VALUE", help="an input of the guiding nodes (repeatable)"
@@ -134,7 +134,7 @@ def rows_of(args: argparse.Namespace, samples: int) -> Iterator[dict[str, Any]]:
         # These need aiohttp, which the mathematics' figures do without.
         from ..headless.figures import comfyui_figures, cost_figures
         from ..headless.figures.oracle_choice import oracle_rows
-        from ..headless.figures.oracle_runs import OracleRuns
+        from ..headless.figures.oracle_runs import OracleRunner
         from ..headless.server import comfyui_server
 
         location = find_comfyui(args.comfyui) or ensure_installed()
@@ -152,7 +152,7 @@ def rows_of(args: argparse.Namespace, samples: int) -> Iterator[dict[str, Any]]:
             if args.figure == "mnist":
                 yield from comfyui_figures.mnist_figure(server, pack / WORKFLOW, samples, cache)
                 return
-            runs = OracleRuns(server, pack, cache)
+            runs = OracleRunner(server, pack, cache)
             if args.figure == "comfyui":
                 yield from comfyui_figures.oracle_figure(runs, samples, args.seed)
             else:

@@ -10,7 +10,7 @@ from typing import Literal
 from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
-Point = tuple[float, float]
+Position = tuple[float, float]
 Box = tuple[float, float, float, float]
 ThemeName = Literal["light", "dark"]
 
@@ -86,20 +86,20 @@ class Drawing:
         large = (width * OVERSAMPLING, height * OVERSAMPLING)
         self._shapes = Image.new("RGB", large, self.theme.background)
         self._draw = ImageDraw.Draw(self._shapes, "RGBA")
-        self._texts: list[tuple[Point, str, int, Colour, str]] = []
+        self._texts: list[tuple[Position, str, int, Colour, str]] = []
         self._pictures: list[tuple[Image.Image, tuple[int, int]]] = []
 
-    def line(self, points: Sequence[Point], colour: Colour, width: float = 1.0, dash: float | None = None) -> None:
+    def line(self, points: Sequence[Position], colour: Colour, width: float = 1.0, dash: float | None = None) -> None:
         """A line through ``points``; ``dash``: the length of its dashes and gaps, None for a solid one."""
         thick = max(1, round(width * OVERSAMPLING))
         for part in [points] if dash is None else _dashes(points, dash):
             self._draw.line(_enlarged(part), fill=colour, width=thick, joint="curve")
 
-    def dot(self, point: Point, radius: float, colour: Colour) -> None:
+    def dot(self, point: Position, radius: float, colour: Colour) -> None:
         (x, y) = point
         self._draw.ellipse(_enlarged([(x - radius, y - radius), (x + radius, y + radius)]), fill=colour)
 
-    def area(self, points: Sequence[Point], colour: Colour, opacity: float = 1.0) -> None:
+    def area(self, points: Sequence[Position], colour: Colour, opacity: float = 1.0) -> None:
         self._draw.polygon(_enlarged(points), fill=(*colour, round(255 * opacity)))
 
     def rectangle(self, box: Box, colour: Colour) -> None:
@@ -108,7 +108,7 @@ class Drawing:
         if right > left and bottom > top:
             self._draw.rectangle((left, top, right - 1, bottom - 1), fill=colour)
 
-    def text(self, at: Point, text: str, size: int, colour: Colour | None = None, anchor: str = "la") -> None:
+    def text(self, at: Position, text: str, size: int, colour: Colour | None = None, anchor: str = "la") -> None:
         self._texts.append((at, text, size, colour or self.theme.ink, anchor))
 
     def picture(self, picture: Image.Image, left: int, top: int) -> None:
@@ -168,13 +168,13 @@ def ramp_colour(theme: Theme, value: float) -> Colour:
     return red, green, blue
 
 
-def _enlarged(points: Sequence[Point]) -> list[Point]:
+def _enlarged(points: Sequence[Position]) -> list[Position]:
     return [(x * OVERSAMPLING, y * OVERSAMPLING) for x, y in points]
 
 
-def _dashes(points: Sequence[Point], length: float) -> list[list[Point]]:
+def _dashes(points: Sequence[Position], length: float) -> list[list[Position]]:
     """The parts of a line that are drawn, every second ``length`` of it."""
-    parts: list[list[Point]] = []
+    parts: list[list[Position]] = []
     part = [points[0]]
     left, drawn = length, True
     for (x0, y0), (x1, y1) in pairwise(points):

@@ -9,7 +9,7 @@ from typing import Any
 from ..client import run_workflow
 from ..server import Server
 from .kept import Kept
-from .oracle_runs import OracleRuns, Run, Task
+from .oracle_runs import UNGUIDED, OracleRun, OracleRunner, Task
 
 DIGITS = 10
 NP_SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
@@ -17,12 +17,12 @@ NP_TRIAL_IMAGES = 128
 NP_FIRST_TRIAL = 3
 
 
-def oracle_figure(runs: OracleRuns, samples: int, seed: int) -> Iterator[dict[str, Any]]:
+def oracle_figure(runs: OracleRunner, samples: int, seed: int) -> Iterator[dict[str, Any]]:
     """Figure 4: ``euler_ancestral`` on the oracle in ComfyUI, exact setting, through both nodes."""
     for steps in (30, 100):
         reports = runs.reports(
             Task(steps=steps, samples=samples, seed=seed),
-            {"unguided": Run("stock"), "ksampler": Run("ksampler"), "patch": Run("patch")},
+            {"unguided": UNGUIDED, "ksampler": OracleRun("ksampler"), "patch": OracleRun("patch")},
         )
         for node in ("ksampler", "patch"):
             yield {

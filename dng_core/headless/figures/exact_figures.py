@@ -9,17 +9,17 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import HeadlessError
-from .oracle_runs import EXACT, OracleRuns, Run, Task
+from .oracle_runs import ORACLE_SETTINGS, UNGUIDED, OracleRun, OracleRunner, Task
 from .sampler_matrix import Choice, Row, progress, reason
 
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
 CFG_SCALES = (1.0, 3.0, 7.0)
-OFF = EXACT.with_(guidance_scale=0.0)
+OFF = ORACLE_SETTINGS.with_(guidance_scale=0.0)
 NP_SCALES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 """Constant scales tried for negative prompting, from the weakest."""
 
 
-def predictions_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
+def predictions_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
     """Flow and v oracles beside the epsilon one, and by how many standard errors they differ from it."""
     for task in progress(choice.tasks(), "predictions"):
         row: Row = {"sampler": task.sampler, "scheduler": task.scheduler, "steps": task.steps, "samples": task.samples}
@@ -29,7 +29,7 @@ def predictions_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
             shares = {}
             for prediction in PREDICTIONS:
                 reports = runs.reports(
-                    replace(task, prediction=prediction), {"unguided": Run("stock"), "dng": choice.run("ksampler")}
+                    replace(task, prediction=prediction), {"unguided": UNGUIDED, "dng": choice.run("ksampler")}
                 )
                 row[f"{prediction} unguided"] = reports["unguided"]["forbidden_share"]
                 row[f"{prediction} left"] = shares[prediction] = reports["dng"]["forbidden_share"]
@@ -53,13 +53,13 @@ def standard_errors(a: float | None, b: float | None, samples: int) -> float | N
     return abs(a - b) / error if error else 0.0
 
 
-def concepts_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
+def concepts_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
     """Two forbidden components of eight, as one node's list of concepts and as chained patches."""
     for cell in progress(choice.tasks(), "concepts"):
         task = replace(cell, forbidden="0,1")
         negative = ("0", "1")
         wanted = {
-            "unguided": Run("stock"),
+            "unguided": UNGUIDED,
             "list": choice.run("ksampler", negative=negative),
             "chained patches": choice.run("patch", negative=negative),
         }
@@ -79,7 +79,7 @@ def concepts_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
             }
 
 
-def step_counts_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
+def step_counts_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
     """The same settings at several step counts, and how far apart what they leave is."""
     by_sampler: dict[tuple[str, str], list[Task]] = {}
     for task in choice.tasks():
@@ -100,7 +100,7 @@ def step_counts_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
         yield row
 
 
-def references_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
+def references_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
     """What is left under CFG by reference, where the undesired is a special case of the positive and where it is not.
 
     Priors are the undesired's share of what the positive asks for, as users can know it. For "auto", also its share of
@@ -126,13 +126,13 @@ def references_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
         alone, of_all, of_positive = negatives["undesired alone"]
         joint, _, joint_prior = negatives.get("joint", negatives["undesired alone"])
 
-        def guided(negative: str, prior: float, reference: str) -> Run:
+        def guided(negative: str, prior: float, reference: str) -> OracleRun:
             return choice.run(
                 "ksampler", settings=choice.settings.with_(prior=prior), negative=(negative,), reference=reference
             )
 
         wanted = {
-            "unguided": Run("stock"),
+            "unguided": UNGUIDED,
             "auto / alone": guided(alone, of_positive, "auto"),
             "auto / alone, prior of everything": guided(alone, of_all, "auto"),
             "positive / alone": guided(alone, of_positive, "positive"),
@@ -146,18 +146,18 @@ def references_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
         yield row | {"KL of the rest": reports["auto / alone"]["kl_renormalised"]}
 
 
-def off_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
+def off_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
     """Whether each node at guidance scale 0 gives the stock sampler's samples, bit for bit."""
-    wanted = {"unguided": Run("stock"), "custom": Run("stock guider")}
+    wanted = {"unguided": UNGUIDED, "custom": OracleRun("stock guider")}
     for node in choice.nodes:
-        wanted[node] = Run(node, OFF, baseline="custom" if node == "guider" else "unguided")
+        wanted[node] = OracleRun(node, OFF, baseline="custom" if node == "guider" else "unguided")
     for task in progress(choice.tasks(), "off"):
         row: Row = {"sampler": task.sampler, "scheduler": task.scheduler, "steps": task.steps, "samples": task.samples}
         reports = runs.reports(task, wanted)
         yield row | {node: "identical" if reports[node]["identical"] else "DIFFERS" for node in choice.nodes}
 
 
-def unrelated_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
+def unrelated_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
     """A concept of the positive's own topic and one of a topic far away, by DNG and by a constant negative prompt.
 
     The constant prompt stands at the smallest of a grid of scales that leaves no more of the related concept than DNG
@@ -188,13 +188,13 @@ def unrelated_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
             }
 
 
-def _avoided(runs: OracleRuns, choice: Choice, task: Task, np_scale: float | None = None) -> Row:
+def _avoided(runs: OracleRunner, choice: Choice, task: Task, np_scale: float | None = None) -> Row:
     """The report of avoiding what a task forbids, by DNG or by a constant scale; the prior is that of one of four."""
     settings = choice.settings.with_(prior=1 / 4)
     if np_scale is not None:
-        settings = EXACT.with_(method="negative_prompting", guidance_scale=np_scale)
+        settings = ORACLE_SETTINGS.with_(method="negative_prompting", guidance_scale=np_scale)
     run = choice.run("ksampler", settings=settings, negative=(task.forbidden,), baseline="unguided")
-    return runs.reports(task, {"unguided": Run("stock"), "guided": run})["guided"]
+    return runs.reports(task, {"unguided": UNGUIDED, "guided": run})["guided"]
 
 
 def _share(report: Row) -> float:

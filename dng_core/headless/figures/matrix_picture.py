@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ...plots.drawing import Colour, Drawing, Point, text_width
+from ...plots.drawing import Colour, Drawing, Position, text_width
 from .sampler_matrix import Row, cells_of, columns_of, percent
 
 GOOD, AIM, BAD = (49, 104, 173), (245, 245, 245), (196, 84, 18)
@@ -63,7 +63,7 @@ def heat_map(rows: Sequence[Row], node: str, title: str) -> Image.Image:
     return drawing.finished()
 
 
-def _cell(drawing: Drawing, at: Point, panel: Panel, row: Row | None) -> None:
+def _cell(drawing: Drawing, at: Position, panel: Panel, row: Row | None) -> None:
     value = None if row is None else panel.value(row)
     centre = (at[0] + CELL_WIDTH / 2 - 1, at[1] + CELL_HEIGHT / 2 - 1)
     if value is None:
@@ -86,7 +86,7 @@ def _colour(panel: Panel, value: float) -> Colour:
     return red, green, blue
 
 
-def _key(drawing: Drawing, at: Point, panel: Panel) -> None:
+def _key(drawing: Drawing, at: Position, panel: Panel) -> None:
     """The colours of a panel with the values that they stand for."""
     x, y = at
     for value, note in ((panel.best, ""), (panel.aim, " aim"), (panel.worst, " and more")):

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from ..errors import HeadlessError
 from . import exact_figures
-from .oracle_runs import REFUSED, OracleRuns, Task
+from .oracle_runs import REFUSED, OracleRunner, Task
 from .sampler_matrix import NODES, SETTINGS, Choice, Row, matrix_figure
 
 ALL = ("all",)
@@ -19,7 +19,7 @@ Name = TypeVar("Name", bound=str)
 class Figure:
     """The rows of a figure, and what it runs over unless the arguments say otherwise."""
 
-    rows: Callable[[OracleRuns, Choice], Iterator[Row]]
+    rows: Callable[[OracleRunner, Choice], Iterator[Row]]
     samplers: Sequence[str] = ALL
     schedulers: Sequence[str] = ("karras",)
     steps: Sequence[int] = (30,)
@@ -36,7 +36,7 @@ FIGURES = {
 }
 
 
-def oracle_rows(args: argparse.Namespace, samples: int, runs: OracleRuns) -> Iterator[Row]:
+def oracle_rows(args: argparse.Namespace, samples: int, runs: OracleRunner) -> Iterator[Row]:
     """The rows of the figure that the arguments name; raises HeadlessError for a name that ComfyUI does not have."""
     figure = FIGURES[args.figure]
     known = runs.options()

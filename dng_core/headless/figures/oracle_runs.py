@@ -13,7 +13,8 @@ from ..server import Server
 from ..workflow import Prompt
 from .kept import Kept
 
-EXACT = Settings(prior=1 / 8)
+ORACLE_SETTINGS = Settings(prior=1 / 8)
+"""The exact setting at the mixture's true share: one of eight equally likely components is undesired."""
 DNG_INPUTS = (
     "guidance_scale", "prior", "temperature", "offset", "offset_form", "p_min", "p_max", "max_scale", "method", "rule",
 )  # fmt: skip
@@ -40,18 +41,21 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Run:
+class OracleRun:
     """One sampling run of a task: through which node, and how it is guided ("stock" nodes are not).
 
     ``negative``: the conditions to avoid, one concept each. ``baseline``: the name of the run to compare with.
     """
 
     node: Node
-    settings: Settings = EXACT
+    settings: Settings = ORACLE_SETTINGS
     negative: tuple[str, ...] = ("0",)
     reference: str = "auto"
     baseline: str = ""
     inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
+UNGUIDED = OracleRun("stock")
 
 
 def concept_settings(settings: Settings) -> dict[str, Any]:
@@ -59,7 +63,7 @@ def concept_settings(settings: Settings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in DNG_INPUTS}
 
 
-def oracle_prompt(task: Task, runs: Mapping[str, Run]) -> Prompt:
+def oracle_prompt(task: Task, runs: Mapping[str, OracleRun]) -> Prompt:
     """An API-format prompt that does a task's runs; the report of each is the node "NAME report"."""
     of = task.components
     mixture = {"components": of, "kind": task.kind}
@@ -84,7 +88,7 @@ def oracle_prompt(task: Task, runs: Mapping[str, Run]) -> Prompt:
     return prompt
 
 
-def _add_run(prompt: Prompt, task: Task, name: str, run: Run, avoided: list[str]) -> None:
+def _add_run(prompt: Prompt, task: Task, name: str, run: OracleRun, avoided: list[str]) -> None:
     """The nodes of one run, the last of them called ``name``: its output 0 holds the samples."""
     settings = concept_settings(run.settings) | {"reference": run.reference} | dict(run.inputs)
     model, guider = "model", f"{name} guider"
@@ -134,7 +138,7 @@ def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
 
-class OracleRuns:
+class OracleRunner:
     """Runs prompts on a server and keeps their reports in a file, so that a stopped figure goes on where it was.
 
     What is kept is known by the prompt, by the code that answers it and by ComfyUI's version: after a change it is
@@ -152,7 +156,7 @@ class OracleRuns:
         version = server.stats.get("system", {}).get("comfyui_version", "")
         self._code = f"{version} {code_digest(pack)}"
 
-    def reports(self, task: Task, runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
+    def reports(self, task: Task, runs: Mapping[str, OracleRun]) -> dict[str, dict[str, Any]]:
         """The report of each run, by its name. Raises HeadlessError where ComfyUI or a node refuses the task."""
         prompt = oracle_prompt(task, runs)
         key = hashlib.sha256(f"{self._code} {json.dumps(prompt, sort_keys=True)}".encode()).hexdigest()
@@ -171,8 +175,8 @@ class OracleRuns:
     def options(self) -> dict[str, list[str]]:
         """The names of all samplers that this ComfyUI has ("sampler_name") and all its schedulers ("scheduler")."""
         task = Task(sampler="euler", steps=1, samples=1)
-        inputs = run_workflow(self._server, oracle_prompt(task, {"dng": Run("ksampler")})).node_info["KSamplerDNG"]
-        required = inputs["input"]["required"]
+        result = run_workflow(self._server, oracle_prompt(task, {"dng": OracleRun("ksampler")}))
+        required = result.node_info["KSamplerDNG"]["input"]["required"]
         return {name: _combo(required[name]) for name in ("sampler_name", "scheduler")}
 
 

@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from ...settings import PRESETS, Settings
 from ..errors import HeadlessError
-from .oracle_runs import EXACT, Node, OracleRuns, Run, Task
+from .oracle_runs import ORACLE_SETTINGS, UNGUIDED, Node, OracleRun, OracleRunner, Task
 
 NODES: tuple[Node, ...] = ("ksampler", "guider", "patch")
-SETTINGS = {"exact": EXACT, "cifar10": PRESETS["CIFAR-10"].settings}
+SETTINGS = {"oracle": ORACLE_SETTINGS, "cifar10": PRESETS["CIFAR-10"].settings}
 Row = dict[str, Any]
 
 
@@ -24,7 +24,7 @@ class Choice:
     samplers: Sequence[str]
     schedulers: Sequence[str]
     steps: Sequence[int]
-    settings: Settings = EXACT
+    settings: Settings = ORACLE_SETTINGS
     inputs: Mapping[str, Any] = field(default_factory=dict)
     nodes: Sequence[Node] = NODES
 
@@ -33,17 +33,17 @@ class Choice:
         product = itertools.product(self.samplers, self.schedulers, self.steps)
         return [replace(self.task, sampler=a, scheduler=b, steps=c) for a, b, c in product]
 
-    def run(self, node: Node, **changes: Any) -> Run:
+    def run(self, node: Node, **changes: Any) -> OracleRun:
         """A guided run with the chosen settings."""
-        return replace(Run(node, self.settings, inputs=self.inputs), **changes)
+        return replace(OracleRun(node, self.settings, inputs=self.inputs), **changes)
 
 
-def matrix_figure(runs: OracleRuns, choice: Choice) -> Iterator[Row]:
+def matrix_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
     """One row for each cell and node: what is left, the balance of the rest, the distance, and whether all is finite.
 
     A cell that ComfyUI or a node refuses says so in its note.
     """
-    wanted = {"unguided": Run("stock")} | {node: choice.run(node) for node in choice.nodes}
+    wanted = {"unguided": UNGUIDED} | {node: choice.run(node) for node in choice.nodes}
     for task in progress(choice.tasks(), "matrix"):
         cell: Row = {"sampler": task.sampler, "scheduler": task.scheduler, "steps": task.steps}
         try:

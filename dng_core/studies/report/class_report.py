@@ -25,7 +25,7 @@ SHEET_IMAGES = 64  # per method
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodFigures:
     """The figures of one method; what they are is defined in :mod:`metrics`.
 
     ``kept``, ``rms_change`` and ``compared`` (the number of images they rest on) are None without a baseline. The
@@ -63,10 +63,10 @@ class Report:
 
     class_names: tuple[str, ...]
     forbidden: int
-    rows: tuple[Row, ...] = ()
+    rows: tuple[MethodFigures, ...] = ()
     pictures: tuple[Pictures, ...] = ()
 
-    def with_row(self, row: Row, pictures: Pictures) -> "Report":
+    def with_row(self, row: MethodFigures, pictures: Pictures) -> "Report":
         return replace(self, rows=(*self.rows, row), pictures=(*self.pictures, pictures))
 
 
@@ -83,7 +83,7 @@ def measure(
     class_names: Sequence[str],
     forbidden: int,
     baseline: Tensor | None = None,
-) -> tuple[Row, Pictures]:
+) -> tuple[MethodFigures, Pictures]:
     """Measure one method.
 
     Parameters
@@ -101,7 +101,7 @@ def measure(
     if baseline is not None:
         change = change_from_baseline(images, classes, baseline, classify(classifier, baseline), forbidden)
 
-    row = Row(
+    row = MethodFigures(
         name=name,
         images=len(images),
         forbidden_class=class_names[forbidden],

@@ -12,7 +12,7 @@ from PIL import Image
 from ...settings import Settings
 from ..class_removal import Drawn
 from ..metrics import forbidden_share, wilson_interval
-from .class_report import Pictures, Report, Row, contact_sheet
+from .class_report import MethodFigures, Pictures, Report, contact_sheet
 from .results import Result, Results
 
 COLOURS = {"none": "#7f7f7f", "NP": "#e69f00", "SLD": "#009e73", "DNG": "#0072b2"}  # Okabe and Ito
@@ -141,10 +141,10 @@ def grid(results: Results, removed: str) -> Image.Image:
     return contact_sheet(report)
 
 
-def _report_row(result: Result) -> Row:
+def _report_row(result: Result) -> MethodFigures:
     histogram = list(result.measures["histogram"].values())
     low, high = result.interval("forbidden_share")
-    return Row(
+    return MethodFigures(
         name=_title(result),
         images=result.point.images,
         forbidden_class=result.removed,

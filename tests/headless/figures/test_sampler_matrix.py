@@ -11,7 +11,7 @@ from dng_core.headless.errors import HeadlessError
 from dng_core.headless.figures import oracle_choice, oracle_runs
 from dng_core.headless.figures.exact_figures import standard_errors, unrelated_figure
 from dng_core.headless.figures.matrix_picture import BAD, GOOD, PANELS, _colour, heat_map
-from dng_core.headless.figures.oracle_runs import OracleRuns, Run, Task, oracle_prompt
+from dng_core.headless.figures.oracle_runs import OracleRun, OracleRunner, Task, oracle_prompt
 from dng_core.headless.figures.sampler_matrix import Choice, matrix_figure, matrix_table, nodes_agree
 from dng_core.headless.server import Server
 
@@ -47,7 +47,7 @@ def fake(monkeypatch):
 
 def matrix(tmp_path, **changes):
     options = {"samplers": ["euler", "lcm"], "schedulers": ["karras", "simple"], "steps": [8]} | changes
-    runs = OracleRuns(Server("http://nowhere"), ROOT, tmp_path / "cache.json")
+    runs = OracleRunner(Server("http://nowhere"), ROOT, tmp_path / "cache.json")
     return list(matrix_figure(runs, Choice(Task(samples=10), **options)))
 
 
@@ -94,11 +94,11 @@ def test_the_heat_map_has_a_cell_for_every_sampler_scheduler_and_measure(fake, t
 
 def test_every_link_of_a_prompt_leads_to_a_node_and_the_chain_holds_every_concept():
     runs = {
-        "unguided": Run("stock"),
-        "custom": Run("stock guider"),
-        "list": Run("ksampler", negative=("0", "1", "2"), baseline="unguided"),
-        "guider": Run("guider", baseline="custom"),
-        "chain": Run("patch", negative=("0", "1")),
+        "unguided": OracleRun("stock"),
+        "custom": OracleRun("stock guider"),
+        "list": OracleRun("ksampler", negative=("0", "1", "2"), baseline="unguided"),
+        "guider": OracleRun("guider", baseline="custom"),
+        "chain": OracleRun("patch", negative=("0", "1")),
     }
     prompt = oracle_prompt(Task(forbidden="0,1,2"), runs)
     links = [v for node in prompt.values() for v in node["inputs"].values() if isinstance(v, list)]
@@ -110,7 +110,7 @@ def test_every_link_of_a_prompt_leads_to_a_node_and_the_chain_holds_every_concep
 
 
 def test_arguments_choose_a_part_and_name_what_there_is(fake, tmp_path):
-    runs = OracleRuns(Server("http://nowhere"), ROOT, tmp_path / "cache.json")
+    runs = OracleRunner(Server("http://nowhere"), ROOT, tmp_path / "cache.json")
     given = argparse.Namespace(
         figure="matrix", samplers=None, schedulers=["simple"], steps=None, settings="cifar10", prediction="v", seed=3,
         set=["temperature=0.5"], nodes=["ksampler", "patch"],
@@ -151,7 +151,7 @@ def test_standard_errors_are_those_of_a_difference_of_two_shares():
 
 def test_a_real_comfyui_holds_samplers_against_the_exact_answer(comfyui_server: Server, tmp_path: Path) -> None:
     """The matrix in reduced form: one sampler that is tracked as it draws, one that is refused, through every node."""
-    runs = OracleRuns(comfyui_server, ROOT, tmp_path / "cache.json")
+    runs = OracleRunner(comfyui_server, ROOT, tmp_path / "cache.json")
     assert len(runs.options()["sampler_name"]) >= 40
     rows = list(matrix_figure(runs, Choice(Task(samples=500), ["euler_ancestral", "lcm"], ["normal"], [20])))
     tracked, refused = rows[:3], rows[3:]
