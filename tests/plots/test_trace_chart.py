@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -122,6 +122,7 @@ def test_ticks_are_within_the_range_and_not_too_many(low, span, at_most):
     assert all(low - 1e-6 * span <= t <= low + span * (1 + 1e-6) + abs(low) * 1e-9 for t in found)
 
 
+@example(30.0, 1.001, 3)  # a span just below at_most powers of ten
 @given(st.floats(1e-6, 1e6), st.floats(1.001, 1e8), st.integers(3, 12))
 def test_logarithmic_ticks_are_within_the_range_and_not_too_many(low, ratio, at_most):
     found = log_ticks(low, low * ratio, at_most)
