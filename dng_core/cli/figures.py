@@ -1,13 +1,19 @@
-"""``dng figures``: prints the project's figures as tables, and records them with what made them."""
+"""``dng figures``: prints the project's figures as tables, and records them with what made them.
+
+What needs aiohttp is imported where it is used: the figures of the mathematics and of the networks do without.
+"""
 
 import argparse
+import importlib
 import json
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -16,51 +22,55 @@ from .. import __version__
 from ..files import write_whole
 from ..headless.errors import HeadlessError
 from ..headless.install import ensure_installed
-from ..headless.locate import find_comfyui
+from ..headless.locate import Location, find_comfyui
 from ..headless.paths import checkout
 from ..studies import oracle_figures
 
-FIGURES = {
-    "increment": "1: the increment against the paper's formula in float64",
-    "posterior": "2: the tracked posterior against the exact one, over step counts",
-    "removal": "3: the oracle under the paper's CIFAR-10 settings, over step counts and schedules",
-    "comfyui": "4: the oracle in a real ComfyUI, KSampler (DNG) and patch",
-    "mnist": "5: MNIST in a real ComfyUI, all ten digits, against negative prompting",
-    "evidence": "whether the two predictions of the MNIST network agree: evidence for their class in its own images",
-    "rules": "how well the posterior's rules foretell the classes of the MNIST network's images",
-    "matrix": "every sampler and scheduler of a real ComfyUI against the oracle's exact answer, through every node",
-    "predictions": "flow and v oracles against the epsilon one",
-    "concepts": "two forbidden components of eight, as a list and as chained patches",
-    "step-counts": "the same settings at several step counts, per sampler",
-    "references": "what is left under CFG, by what the undesired prediction is compared with",
-    "off": "whether guidance scale 0 is the stock sampler, bit for bit, per sampler",
-    "unrelated": "a related and an unrelated concept, against a constant negative prompt",
-    "start": "what the pack adds to ComfyUI's start",
-    "live-chart": "what the live chart adds to a 30-step MNIST run",
-}
-ORACLE_FIGURES = ("matrix", "predictions", "concepts", "step-counts", "references", "off", "unrelated")
-DEFAULT_SAMPLES = {"mnist": 512, "evidence": 512, "rules": 512, "live-chart": 16}
+if TYPE_CHECKING:
+    from ..headless.figures.oracle_runs import OracleRunner
+    from ..headless.server import Server
+
+ALL = ("all",)
+NETWORK_STEPS = 50  # of the figures on the MNIST network
 WORKFLOW = Path("workflows", "api", "mnist_class_removal.json")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure: a line of help, its rows as they come, and how many samples or images it takes by default.
+
+    ``over_samplers``: whether it is measured over ComfyUI's samplers, as the options of the oracle figures choose.
+    """
+
+    help: str
+    rows: Callable[[argparse.Namespace], Iterator[Row]]
+    samples: int = 2000
+    over_samplers: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``dng figures``."""
-    parser.description = "Print figures: " + "; ".join(f"{name} ({text})" for name, text in FIGURES.items()) + "."
+    parser.description = "Print figures: " + "; ".join(f"{name} ({of.help})" for name, of in FIGURES.items()) + "."
     parser.add_argument("figure", choices=tuple(FIGURES), help="which figure")
-    parser.add_argument(
-        "--samples",
-        type=int,
-        help="samples or images per point (default: 2000; mnist, evidence, rules 512; live-chart 16)",
+    usual = Figure.samples
+    others = ", ".join(f"{name} {figure.samples}" for name, figure in FIGURES.items() if figure.samples != usual)
+    parser.add_argument("--samples", type=int, help=f"samples or images per point (default: {usual}; {others})")
+    parser.add_argument("--repeats", type=int, default=10, help="turns of start and live-chart (default: 10)")
+    oracle = parser.add_argument_group(
+        "the figures " + ", ".join(name for name, figure in FIGURES.items() if figure.over_samplers)
     )
-    parser.add_argument("--repeats", type=int, default=10, help="of start and live-chart: turns (default: 10)")
-    oracle = parser.add_argument_group("the figures " + ", ".join(ORACLE_FIGURES))
     oracle.add_argument("--samplers", nargs="+", metavar="NAME", help="ComfyUI's names (most figures: all)")
     oracle.add_argument("--schedulers", nargs="+", metavar="NAME", help="ComfyUI's names (matrix: all, else karras)")
     oracle.add_argument(
-        "--steps", type=int, nargs="+", metavar="N", help="step counts (most figures 30, evidence, rules 50)"
+        "--steps",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help=f"step counts (most figures: 30; evidence and rules take one: {NETWORK_STEPS})",
     )
     oracle.add_argument("--nodes", nargs="+", metavar="NAME", help="of the matrix and of off: ksampler, guider, patch")
-    oracle.add_argument("--settings", choices=("oracle", "cifar10"), default="oracle", help="guidance (default: oracle)")
+    oracle.add_argument("--settings", choices=("oracle", "cifar10"), default="oracle", help="default: oracle")
     oracle.add_argument("--prediction", choices=("epsilon", "v", "flow"), default="epsilon", help="of the oracle")
     oracle.add_argument(
         "--set", action="append", default=[], metavar="INPUT=VALUE", help="an input of the guiding nodes (repeatable)"
@@ -74,25 +84,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table and write it, with versions and the time taken, to FIGURE.json and FIGURE.md."""
-    samples = args.samples or DEFAULT_SAMPLES.get(args.figure, 2000)
-    if samples < 1:
-        raise HeadlessError(f"--samples must be at least 1, not {samples}.")
-    if args.repeats < 1:
-        raise HeadlessError(f"--repeats must be at least 1, not {args.repeats}.")
+    figure = FIGURES[args.figure]
+    if args.samples is None:
+        args.samples = figure.samples
+    for option, least in (("samples", args.samples), ("repeats", args.repeats), ("steps", min(args.steps or [1]))):
+        if least < 1:
+            raise HeadlessError(f"--{option} must be at least 1, not {least}.")
     args.output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    table: list[dict[str, Any]] = []
-    for row in rows_of(args, samples):
+    table: list[Row] = []
+    for row in figure.rows(args):
         if not table:
-            tqdm.write("\n".join([line(list(row)), line(["---"] * len(row))]))
+            tqdm.write("\n".join(head(row)))
         tqdm.write(line(list(row.values())))
         sys.stdout.flush()
         table.append(row)
     record = {
-        "figure": FIGURES[args.figure],
+        "figure": figure.help,
         "command": "dng " + " ".join(sys.argv[1:]),
         "seed": args.seed,
-        "samples": samples,
+        "samples": args.samples,
         "seconds": round(time.monotonic() - started, 1),
         "versions": {"dng": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
@@ -100,63 +111,30 @@ def run(args: argparse.Namespace) -> int:
         "rows": table,
     }
     write_whole(args.output / f"{args.figure}.json", (json.dumps(record, indent=2) + "\n").encode())
-    lines = [line(list(table[0])), line(["---"] * len(table[0])), *(line(list(row.values())) for row in table)]
+    lines = [*head(table[0]), *(line(list(row.values())) for row in table)]
     if args.figure == "matrix":
-        from ..headless.figures.matrix_picture import heat_map
-        from ..headless.figures.sampler_matrix import matrix_table, nodes_agree
-
-        node = args.nodes[0] if args.nodes else "ksampler"
-        lines = [matrix_table(table, node)]
-        print("", *lines, f"The nodes differ by at most {100 * nodes_agree(table):.2g} points.", sep="\n")
-        title = " ".join(
-            [f"Oracle, {args.prediction}, {args.settings} settings, {node}, {samples} samples", *args.set]
-        )
-        heat_map(table, node, title).save(args.output / "matrix.png")
+        lines = write_matrix(args, table)
     write_whole(args.output / f"{args.figure}.md", ("\n".join(lines) + "\n").encode())
     print(f"\nRecorded in {args.output / args.figure}.json ({record['seconds']} s)")
     return 0
 
 
-def rows_of(args: argparse.Namespace, samples: int) -> Iterator[dict[str, Any]]:
-    """The rows of the chosen figure, as they come."""
-    if args.figure == "increment":
-        yield from oracle_figures.increment_figure(args.seed)
-    elif args.figure == "posterior":
-        yield from oracle_figures.posterior_figure(samples, args.seed)
-    elif args.figure == "removal":
-        yield from oracle_figures.removal_figure(samples, args.seed)
-    elif args.figure in ("evidence", "rules"):
-        from ..studies.evidence_figures import evidence_figure, rules_figure
+def write_matrix(args: argparse.Namespace, table: list[Row]) -> list[str]:
+    """Draw the matrix, print it as a table of samplers and schedulers, and return the lines of that table."""
+    from ..headless.figures.matrix_picture import heat_map
+    from ..headless.figures.sampler_matrix import matrix_table, nodes_agree
 
-        figure = evidence_figure if args.figure == "evidence" else rules_figure
-        yield from figure(samples, args.steps[0] if args.steps else 50, args.seed)
-    else:
-        # These need aiohttp, which the mathematics' figures do without.
-        from ..headless.figures import comfyui_figures, cost_figures
-        from ..headless.figures.oracle_choice import oracle_rows
-        from ..headless.figures.oracle_runs import OracleRunner
-        from ..headless.server import comfyui_server
+    node = args.nodes[0] if args.nodes else "ksampler"
+    lines = [matrix_table(table, node)]
+    print("", *lines, f"The nodes differ by at most {100 * nodes_agree(table):.2g} points.", sep="\n")
+    measured = f"Oracle, {args.prediction}, {args.settings} settings, {node}, {args.samples} samples"
+    heat_map(table, node, " ".join([measured, *args.set])).save(args.output / "matrix.png")
+    return lines
 
-        location = find_comfyui(args.comfyui) or ensure_installed()
-        pack = checkout()
-        if pack is None:
-            raise HeadlessError("This figure needs the node pack: run it in a checkout of the project.")
-        if args.figure == "start":
-            yield from cost_figures.start_figure(location, pack, args.repeats)
-            return
-        with comfyui_server(location, pack, log=args.output / "comfyui.log") as server:
-            if args.figure == "live-chart":
-                yield from cost_figures.live_chart_figure(server, samples, args.repeats)
-                return
-            cache = args.output / f"{args.figure}.cache.json"
-            if args.figure == "mnist":
-                yield from comfyui_figures.mnist_figure(server, pack / WORKFLOW, samples, cache)
-                return
-            runs = OracleRunner(server, pack, cache)
-            if args.figure == "comfyui":
-                yield from comfyui_figures.oracle_figure(runs, samples, args.seed)
-            else:
-                yield from oracle_rows(args, samples, runs)
+
+def head(row: Row) -> list[str]:
+    """The first two lines of a Markdown table with the columns of ``row``."""
+    return [line(list(row)), line(["---"] * len(row))]
 
 
 def line(cells: list[Any]) -> str:
@@ -169,3 +147,158 @@ def show(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def of_the_network(help: str, name: str) -> Figure:
+    """A figure on the shipped MNIST network: a function of studies/evidence_figures."""
+
+    def rows(args: argparse.Namespace) -> Iterator[Row]:
+        from ..studies import evidence_figures
+
+        steps = args.steps or [NETWORK_STEPS]
+        if len(steps) > 1:
+            raise HeadlessError(f"--steps: the figure {args.figure} takes one step count, not {len(steps)}.")
+        yield from getattr(evidence_figures, name)(args.samples, steps[0], args.seed)
+
+    return Figure(help, rows, 512)
+
+
+def over_samplers(
+    help: str,
+    name: str,
+    samplers: Sequence[str] = ALL,
+    schedulers: Sequence[str] = ("karras",),
+    steps: Sequence[int] = (30,),
+) -> Figure:
+    """A figure on the oracle: MODULE.FUNCTION of headless/figures, over these unless the arguments say otherwise."""
+
+    def rows(args: argparse.Namespace) -> Iterator[Row]:
+        from ..headless.figures.oracle_choice import chosen_by
+
+        module, function = name.split(".")
+        figure = getattr(importlib.import_module(f"..headless.figures.{module}", __package__), function)
+        with oracle_runner(args) as runner:
+            yield from figure(runner, chosen_by(args, runner.options(), samplers, schedulers, steps))
+
+    return Figure(help, rows, over_samplers=True)
+
+
+def comfyui(args: argparse.Namespace) -> Iterator[Row]:
+    from ..headless.figures.comfyui_figures import oracle_figure
+
+    with oracle_runner(args) as runner:
+        yield from oracle_figure(runner, args.samples, args.seed)
+
+
+def mnist(args: argparse.Namespace) -> Iterator[Row]:
+    from ..headless.figures.comfyui_figures import mnist_figure
+
+    with server_with_pack(args) as (server, pack):
+        yield from mnist_figure(server, pack / WORKFLOW, args.samples, kept_in(args))
+
+
+def live_chart(args: argparse.Namespace) -> Iterator[Row]:
+    from ..headless.figures.cost_figures import live_chart_figure
+
+    with server_with_pack(args) as (server, _):
+        yield from live_chart_figure(server, args.samples, args.repeats)
+
+
+def start(args: argparse.Namespace) -> Iterator[Row]:
+    from ..headless.figures.cost_figures import start_figure
+
+    yield from start_figure(*comfyui_and_pack(args), args.repeats)
+
+
+@contextmanager
+def oracle_runner(args: argparse.Namespace) -> Iterator["OracleRunner"]:
+    """A ComfyUI that samples the oracle."""
+    from ..headless.figures.oracle_runs import OracleRunner
+
+    with server_with_pack(args) as (server, pack):
+        yield OracleRunner(server, pack, kept_in(args))
+
+
+@contextmanager
+def server_with_pack(args: argparse.Namespace) -> Iterator[tuple["Server", Path]]:
+    """A ComfyUI with the node pack, and the pack's folder."""
+    from ..headless.server import comfyui_server
+
+    location, pack = comfyui_and_pack(args)
+    with comfyui_server(location, pack, log=args.output / "comfyui.log") as server:
+        yield server, pack
+
+
+def comfyui_and_pack(args: argparse.Namespace) -> tuple[Location, Path]:
+    """The ComfyUI to start and the checkout with the node pack; raises HeadlessError outside a checkout."""
+    location = find_comfyui(args.comfyui) or ensure_installed()
+    pack = checkout()
+    if pack is None:
+        raise HeadlessError("This figure needs the node pack: run it in a checkout of the project.")
+    return location, pack
+
+
+def kept_in(args: argparse.Namespace) -> Path:
+    """The file that keeps what a figure measured already."""
+    output: Path = args.output
+    return output / f"{args.figure}.cache.json"
+
+
+FIGURES = {
+    "increment": Figure(
+        "1: the increment against the paper's formula in float64",
+        lambda args: oracle_figures.increment_figure(args.seed),
+    ),
+    "posterior": Figure(
+        "2: the tracked posterior against the exact one, over step counts",
+        lambda args: oracle_figures.posterior_figure(args.samples, args.seed),
+    ),
+    "removal": Figure(
+        "3: the oracle under the paper's CIFAR-10 settings, over step counts and schedules",
+        lambda args: oracle_figures.removal_figure(args.samples, args.seed),
+    ),
+    "comfyui": Figure("4: the oracle in a real ComfyUI, KSampler (DNG) and patch", comfyui),
+    "mnist": Figure("5: MNIST in a real ComfyUI, all ten digits, against negative prompting", mnist, 512),
+    "evidence": of_the_network(
+        "whether the two predictions of the MNIST network agree: evidence for their class in its own images",
+        "evidence_figure",
+    ),
+    "rules": of_the_network(
+        "how well the posterior's rules foretell the classes of the MNIST network's images", "rules_figure"
+    ),
+    "matrix": over_samplers(
+        "every sampler and scheduler of a real ComfyUI against the oracle's exact answer, through every node",
+        "sampler_matrix.matrix_figure",
+        schedulers=ALL,
+    ),
+    "predictions": over_samplers(
+        "flow and v oracles against the epsilon one", "exact_figures.predictions_figure"
+    ),
+    "concepts": over_samplers(
+        "two forbidden components of eight, as a list and as chained patches",
+        "exact_figures.concepts_figure",
+        ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_2m"),
+    ),
+    "step-counts": over_samplers(
+        "the same settings at several step counts, per sampler",
+        "exact_figures.step_counts_figure",
+        steps=(15, 30, 60, 250),
+    ),
+    "references": over_samplers(
+        "what is left under CFG, by what the undesired prediction is compared with",
+        "exact_figures.references_figure",
+        ("euler_ancestral",),
+    ),
+    "off": over_samplers(
+        "whether guidance scale 0 is the stock sampler, bit for bit, per sampler",
+        "exact_figures.off_figure",
+        steps=(8,),
+    ),
+    "unrelated": over_samplers(
+        "a related and an unrelated concept, against a constant negative prompt",
+        "exact_figures.unrelated_figure",
+        ("euler_ancestral",),
+    ),
+    "start": Figure("what the pack adds to ComfyUI's start", start),
+    "live-chart": Figure("what the live chart adds to a 30-step MNIST run", live_chart, 16),
+}

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ..errors import HeadlessError
 from .oracle_runs import ORACLE_SETTINGS, UNGUIDED, OracleRun, OracleRunner, Task
-from .sampler_matrix import Choice, Row, progress, reason
+from .sampler_matrix import Choice, Row, progress, refusal_noted
 
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
 CFG_SCALES = (1.0, 3.0, 7.0)
@@ -25,7 +24,7 @@ def predictions_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
         row: Row = {"sampler": task.sampler, "scheduler": task.scheduler, "steps": task.steps, "samples": task.samples}
         row |= {f"{p} {measure}": None for p in PREDICTIONS for measure in ("unguided", "left", "KL")}
         row |= {f"{p} standard errors": None for p in PREDICTIONS[1:]} | {"note": ""}
-        try:
+        with refusal_noted(runs, row):
             shares = {}
             for prediction in PREDICTIONS:
                 reports = runs.reports(
@@ -38,9 +37,6 @@ def predictions_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
                 row[f"{prediction} standard errors"] = standard_errors(
                     shares["epsilon"], shares[prediction], task.samples
                 )
-        except HeadlessError as error:
-            runs.check_alive()
-            row["note"] = reason(error)
         yield row
 
 
@@ -88,15 +84,12 @@ def step_counts_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
         row: Row = {"sampler": sampler, "scheduler": scheduler, "samples": tasks[0].samples}
         row |= {f"{task.steps} steps": None for task in tasks} | {"spread": None, "note": ""}
         shares: list[float] = []
-        try:
+        with refusal_noted(runs, row):
             for task in tasks:
                 report = runs.reports(task, {"dng": choice.run("ksampler")})["dng"]
                 row[f"{task.steps} steps"] = report["forbidden_share"]
                 shares.append(math.nan if report["forbidden_share"] is None else report["forbidden_share"])
             row["spread"] = max(shares) - min(shares)
-        except HeadlessError as error:
-            runs.check_alive()
-            row["note"] = reason(error)
         yield row
 
 
@@ -153,8 +146,11 @@ def off_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
         wanted[node] = OracleRun(node, OFF, baseline="custom" if node == "guider" else "unguided")
     for task in progress(choice.tasks(), "off"):
         row: Row = {"sampler": task.sampler, "scheduler": task.scheduler, "steps": task.steps, "samples": task.samples}
-        reports = runs.reports(task, wanted)
-        yield row | {node: "identical" if reports[node]["identical"] else "DIFFERS" for node in choice.nodes}
+        row |= {node: None for node in choice.nodes} | {"note": ""}
+        with refusal_noted(runs, row):
+            reports = runs.reports(task, wanted)
+            row |= {node: "identical" if reports[node]["identical"] else "DIFFERS" for node in choice.nodes}
+        yield row
 
 
 def unrelated_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:

@@ -2,67 +2,46 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..errors import HeadlessError
-from . import exact_figures
-from .oracle_runs import REFUSED, OracleRunner, Task
-from .sampler_matrix import NODES, SETTINGS, Choice, Row, matrix_figure
+from .oracle_runs import Task
+from .sampler_matrix import NODES, SETTINGS, Choice
 
-ALL = ("all",)
 Name = TypeVar("Name", bound=str)
 
 
-@dataclass(frozen=True)
-class Figure:
-    """The rows of a figure, and what it runs over unless the arguments say otherwise."""
+def chosen_by(
+    args: argparse.Namespace,
+    known: Mapping[str, Sequence[str]],
+    samplers: Sequence[str],
+    schedulers: Sequence[str],
+    steps: Sequence[int],
+) -> Choice:
+    """What the arguments choose, and else ``samplers``, ``schedulers`` and ``steps``; ("all",) stands for all.
 
-    rows: Callable[[OracleRunner, Choice], Iterator[Row]]
-    samplers: Sequence[str] = ALL
-    schedulers: Sequence[str] = ("karras",)
-    steps: Sequence[int] = (30,)
-
-
-FIGURES = {
-    "matrix": Figure(matrix_figure, schedulers=ALL),
-    "predictions": Figure(exact_figures.predictions_figure),
-    "concepts": Figure(exact_figures.concepts_figure, samplers=("euler_ancestral", "dpmpp_2m_sde", "dpmpp_2m")),
-    "step-counts": Figure(exact_figures.step_counts_figure, steps=(15, 30, 60, 250)),
-    "references": Figure(exact_figures.references_figure, samplers=("euler_ancestral",)),
-    "off": Figure(exact_figures.off_figure, steps=(8,)),
-    "unrelated": Figure(exact_figures.unrelated_figure, samplers=("euler_ancestral",)),
-}
-
-
-def oracle_rows(args: argparse.Namespace, samples: int, runs: OracleRunner) -> Iterator[Row]:
-    """The rows of the figure that the arguments name; raises HeadlessError for a name that ComfyUI does not have."""
-    figure = FIGURES[args.figure]
-    known = runs.options()
-    samplers, schedulers = known["sampler_name"], known["scheduler"]
-    if args.figure != "matrix":
-        samplers = [name for name in samplers if name not in REFUSED]
+    ``known``: ComfyUI's names (:meth:`OracleRunner.options`); raises HeadlessError for a name that is not among them.
+    """
     prediction = {"v": "v_prediction"}.get(args.prediction, args.prediction)
-    choice = Choice(
-        Task(samples=samples, seed=args.seed, prediction=prediction),
-        chosen("samplers", args.samplers or figure.samplers, samplers),
-        chosen("schedulers", args.schedulers or figure.schedulers, schedulers),
-        args.steps or figure.steps,
+    return Choice(
+        Task(samples=args.samples, seed=args.seed, prediction=prediction),
+        chosen("samplers", args.samplers or samplers, known["sampler_name"]),
+        chosen("schedulers", args.schedulers or schedulers, known["scheduler"]),
+        args.steps or steps,
         SETTINGS[args.settings],
         node_inputs(args.set),
         chosen("nodes", args.nodes or NODES, NODES),
     )
-    return figure.rows(runs, choice)
 
 
 def chosen(option: str, wanted: Sequence[Name], known: Sequence[Name]) -> Sequence[Name]:
-    """``wanted``, or all that are known; raises HeadlessError for a name that is not."""
-    if wanted == ALL:
+    """``wanted``, or all that are known; raises HeadlessError for a name that is not known."""
+    if tuple(wanted) == ("all",):
         return known
     for name in wanted:
         if name not in known:
-            raise HeadlessError(f"--{option} {name}: for this figure there is {', '.join(known)}.")
+            raise HeadlessError(f"--{option} {name}: there is only {', '.join(known)}.")
     return wanted
 
 

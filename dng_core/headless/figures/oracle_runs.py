@@ -19,8 +19,6 @@ DNG_INPUTS = (
     "guidance_scale", "prior", "temperature", "offset", "offset_form", "p_min", "p_max", "max_scale", "method", "rule",
 )  # fmt: skip
 Node = Literal["stock", "stock guider", "ksampler", "guider", "patch"]
-REFUSED = ("lcm",)
-"""Samplers that no kernel describes; the nodes refuse them with a message."""
 
 
 @dataclass(frozen=True)

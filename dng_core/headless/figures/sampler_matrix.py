@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,11 +47,11 @@ def matrix_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
     wanted = {"unguided": UNGUIDED} | {node: choice.run(node) for node in choice.nodes}
     for task in progress(choice.tasks(), "matrix"):
         cell: Row = {"sampler": task.sampler, "scheduler": task.scheduler, "steps": task.steps}
-        try:
+        refused = cell | {"node": "all", **guided_columns(None, None), "note": ""}
+        with refusal_noted(runs, refused):
             reports = runs.reports(task, wanted)
-        except HeadlessError as error:
-            runs.check_alive()
-            yield cell | {"node": "all", **guided_columns(None, None), "note": reason(error)}
+        if refused["note"]:
+            yield refused
             continue
         for node in choice.nodes:
             yield cell | {"node": node, **guided_columns(reports["unguided"], reports[node]), "note": ""}
@@ -71,9 +72,14 @@ def guided_columns(unguided: Row | None, guided: Row | None) -> Row:
     }
 
 
-def reason(error: HeadlessError) -> str:
-    """What an error says at its end: the node's own words."""
-    return str(error).strip().splitlines()[-1].strip(" |")
+@contextmanager
+def refusal_noted(runs: OracleRunner, row: Row) -> Iterator[None]:
+    """Note in a row why ComfyUI or a node refuses what is measured here; HeadlessError where the server has ended."""
+    try:
+        yield
+    except HeadlessError as error:
+        runs.check_alive()
+        row["note"] = str(error).strip().splitlines()[-1].strip(" |")  # the node's own words are its last
 
 
 def progress(tasks: Sequence[Any], name: str) -> Iterable[Any]:

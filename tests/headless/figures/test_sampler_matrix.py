@@ -8,9 +8,16 @@ import pytest
 
 from dng_core.headless.client import RunResult
 from dng_core.headless.errors import HeadlessError
-from dng_core.headless.figures import oracle_choice, oracle_runs
-from dng_core.headless.figures.exact_figures import standard_errors, unrelated_figure
+from dng_core.headless.figures import oracle_runs
+from dng_core.headless.figures.exact_figures import (
+    off_figure,
+    predictions_figure,
+    standard_errors,
+    step_counts_figure,
+    unrelated_figure,
+)
 from dng_core.headless.figures.matrix_picture import BAD, GOOD, PANELS, _colour, heat_map
+from dng_core.headless.figures.oracle_choice import chosen_by, node_inputs
 from dng_core.headless.figures.oracle_runs import OracleRun, OracleRunner, Task, oracle_prompt
 from dng_core.headless.figures.sampler_matrix import Choice, matrix_figure, matrix_table, nodes_agree
 from dng_core.headless.server import Server
@@ -32,7 +39,8 @@ class FakeComfyUI:
         for name in prompt:
             if name.endswith(" report"):
                 share = 0.125 if name.startswith("unguided") else 0.03
-                figures = {"forbidden_share": share, "kl_renormalised": 0.01, "median_distance": 2.0, "finite": True}
+                figures = {"forbidden_share": share, "kl_renormalised": 0.01, "median_distance": 2.0, "finite": True,
+                           "identical": True}  # fmt: skip
                 ui[name] = {"figures": [figures]}
         names = {"sampler_name": [["euler", "lcm"]], "scheduler": ["COMBO", {"options": ["karras", "simple"]}]}
         return RunResult("1", ui=ui, node_info={"KSamplerDNG": {"input": {"required": names}}})
@@ -112,10 +120,11 @@ def test_every_link_of_a_prompt_leads_to_a_node_and_the_chain_holds_every_concep
 def test_arguments_choose_a_part_and_name_what_there_is(fake, tmp_path):
     runs = OracleRunner(Server("http://nowhere"), ROOT, tmp_path / "cache.json")
     given = argparse.Namespace(
-        figure="matrix", samplers=None, schedulers=["simple"], steps=None, settings="cifar10", prediction="v", seed=3,
+        samples=10, samplers=None, schedulers=["simple"], steps=None, settings="cifar10", prediction="v", seed=3,
         set=["temperature=0.5"], nodes=["ksampler", "patch"],
     )  # fmt: skip
-    rows = list(oracle_choice.oracle_rows(given, 10, runs))
+    defaults = (runs.options(), ("all",), ("all",), (30,))
+    rows = list(matrix_figure(runs, chosen_by(given, *defaults)))
     assert [(row["sampler"], row["scheduler"], row["steps"]) for row in rows[::2]] == [
         ("euler", "simple", 30),
         ("lcm", "simple", 30),
@@ -125,9 +134,17 @@ def test_arguments_choose_a_part_and_name_what_there_is(fake, tmp_path):
     assert sampled["ksampler"]["inputs"].items() >= {"temperature": 0.5, "guidance_scale": 5, "seed": 3}.items()
     given.samplers = ["eulr"]
     with pytest.raises(HeadlessError, match=r"eulr.*euler, lcm"):
-        oracle_choice.oracle_rows(given, 10, runs)
+        chosen_by(given, *defaults)
     with pytest.raises(HeadlessError, match="INPUT=VALUE"):
-        oracle_choice.node_inputs(["temperature"])
+        node_inputs(["temperature"])
+
+
+@pytest.mark.parametrize("figure", [predictions_figure, step_counts_figure, off_figure])
+def test_a_figure_over_all_samplers_notes_a_refusal_and_goes_on(fake, tmp_path, figure):
+    runs = OracleRunner(Server("http://nowhere"), ROOT, tmp_path / "cache.json")
+    refused, measured = figure(runs, Choice(Task(samples=10), ["lcm", "euler"], ["karras"], [8]))
+    assert refused["note"] == "ValueError: lcm cannot be tracked" and measured["note"] == ""
+    assert list(refused) == list(measured)
 
 
 def test_the_constant_prompt_is_the_weakest_that_removes_as_much():

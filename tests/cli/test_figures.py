@@ -1,0 +1,72 @@
+"""`dng figures`: what it refuses before anything is measured, and what it records."""
+
+import argparse
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from dng_core.cli import figures
+from dng_core.headless.errors import HeadlessError
+from dng_core.headless.figures import comfyui_figures, cost_figures, exact_figures, sampler_matrix
+from dng_core.studies import evidence_figures, oracle_figures
+
+
+def dng_figures(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    figures.add_arguments(parser)
+    return figures.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_a_figure_is_printed_and_recorded_with_its_default_samples(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(figures.oracle_figures, "posterior_figure", lambda samples, seed: iter([{"error": 1 / 3}]))
+    assert dng_figures("posterior", "--output", tmp_path) == 0
+    assert capsys.readouterr().out.startswith("| error |\n| --- |\n| 0.3333 |\n")
+    record = json.loads((tmp_path / "posterior.json").read_text())
+    assert (record["samples"], record["seed"], record["rows"]) == (2000, 0, [{"error": 1 / 3}])
+    assert (tmp_path / "posterior.md").read_text() == "| error |\n| --- |\n| 0.3333 |\n"
+
+
+@pytest.mark.parametrize(
+    ("figure", "options", "message"),
+    [
+        ("posterior", ["--samples", 0], "--samples must be at least 1, not 0"),
+        ("start", ["--repeats", 0], "--repeats must be at least 1, not 0"),
+        ("rules", ["--steps", 0], "--steps must be at least 1, not 0"),
+        ("rules", ["--steps", 20, 50], "takes one step count"),
+    ],
+)
+def test_numbers_that_make_no_figure_are_refused(tmp_path: Path, figure, options, message):
+    with pytest.raises(HeadlessError, match=message):
+        dng_figures(figure, *options, "--output", tmp_path)
+
+
+@pytest.mark.parametrize("figure", list(figures.FIGURES))
+def test_every_figure_finds_the_function_that_measures_it(tmp_path, monkeypatch, figure):
+    options = {"sampler_name": ["euler_ancestral", "dpmpp_2m_sde", "dpmpp_2m"], "scheduler": ["karras"]}
+    runner = argparse.Namespace(options=lambda: options)
+    monkeypatch.setattr(figures, "oracle_runner", lambda args: nullcontext(runner))
+    monkeypatch.setattr(figures, "server_with_pack", lambda args: nullcontext(("server", Path("pack"))))
+    monkeypatch.setattr(figures, "comfyui_and_pack", lambda args: ("location", Path("pack")))
+    monkeypatch.setattr(figures, "write_matrix", lambda args, table: [])
+    for module in (comfyui_figures, cost_figures, evidence_figures, exact_figures, oracle_figures, sampler_matrix):
+        for name, function in vars(module).items():
+            if name.endswith("_figure"):
+                monkeypatch.setattr(module, name, Measured(name, inspect.signature(function)))
+    assert dng_figures(figure, "--output", tmp_path) == 0
+    (row,) = json.loads((tmp_path / f"{figure}.json").read_text())["rows"]
+    assert row["by"].removesuffix("_figure").replace("_", "-") in {figure, "oracle"}
+
+
+class Measured:
+    """Stands for a figure's function: it yields one row with its name, and takes what the function takes."""
+
+    def __init__(self, name: str, signature: inspect.Signature) -> None:
+        self.name, self.signature = name, signature
+
+    def __call__(self, *given: object) -> Iterator[dict[str, str]]:
+        self.signature.bind(*given)
+        yield {"by": self.name}
