@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..guidance import NegativeGuidance
 from ..models.checkpoints import open_denoiser
+from ..models.devices import devices
 from ..models.networks import UNet
 from ..models.predictors import LabelConditional, denoised
 from ..sampling import Predictor, ddpm_sample
@@ -54,9 +55,7 @@ def run(args: argparse.Namespace) -> int:
                 f"--timed-steps {args.timed_steps} is no multiple of --undesired-every {args.undesired_every}: the "
                 "undesired class would be predicted too often"
             )
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
-        device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+        device = devices(args.device)[0]
         unet, info = open_denoiser(args.denoiser)
         chain = DDPMSchedule.named(chain_name(info))
         compared = variants(unet.to(device), chain, args.undesired_every)
@@ -135,7 +134,7 @@ def timings(tasks: Sequence[Callable[[], object]], repeats: int, device: str) ->
         for task, seconds in zip(tasks, taken, strict=True):
             began = time.perf_counter()
             task()
-            if device == "cuda":
+            if device != "cpu":
                 torch.cuda.synchronize()
             if turn:
                 seconds.append(time.perf_counter() - began)

@@ -13,6 +13,7 @@ import torch
 
 from .. import __version__
 from ..models.datasets import Dataset, load_dataset
+from ..models.devices import machine
 from ..models.weight_files import ClassifierInfo, load_classifier, shipped_classifiers
 from ..settings import Settings
 from ..studies.class_removal import METHOD_NAMES, image_shape, network
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--search-classes", help="search for settings on these classes alone, with commas")
     parser.add_argument(
-        "--jobs", type=int, default=0, help="batches drawn side by side (default: one per GPU or two cores)"
+        "--jobs", type=int, default=0, help="batches drawn side by side (default: 0, one per GPU or two cores)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--engine", choices=ENGINES, default="local", help="what draws the batches (default: local)")
@@ -121,8 +122,7 @@ def prepare(args: argparse.Namespace) -> Runner:
     about: dict[str, Any] = {
         "command": shlex.join(["dng", *sys.argv[1:]]),
         "versions": {"dng": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
-        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+        "machine": machine(),
         "note": note,
     }
     settings_of: TunedSettings = {}
@@ -155,11 +155,11 @@ def changed(experiment: Experiment, args: argparse.Namespace) -> Experiment:
         if getattr(args, name) is not None
     }
     for name in ("classes", "search_classes"):
-        if getattr(args, name):
+        if getattr(args, name) is not None:
             changes[name] = tuple(getattr(args, name).split(","))
     if args.adaptive:
         changes["adaptive"] = True
-    if args.methods:
+    if args.methods is not None:
         names = args.methods.split(",")
         if unknown := set(names) - METHOD_OF.keys():
             raise ValueError(

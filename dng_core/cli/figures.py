@@ -24,6 +24,7 @@ from ..headless.errors import HeadlessError
 from ..headless.install import ensure_installed
 from ..headless.locate import Location, find_comfyui
 from ..headless.paths import checkout
+from ..models.devices import machine
 from ..studies import oracle_figures
 
 if TYPE_CHECKING:
@@ -106,8 +107,7 @@ def run(args: argparse.Namespace) -> int:
         "samples": args.samples,
         "seconds": round(time.monotonic() - started, 1),
         "versions": {"dng": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
-        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+        "machine": machine(),
         "rows": table,
     }
     write_whole(args.output / f"{args.figure}.json", (json.dumps(record, indent=2) + "\n").encode())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..files import write_json
 from ..models.datasets import Dataset, load_dataset
+from ..models.devices import devices
 from ..models.mnist import MNIST_MD5
 from ..models.networks import Classifier, UNet
 from ..models.training import PRECISIONS, TrainingResult, classifier_accuracy, train_classifier, train_denoiser
@@ -90,7 +91,7 @@ def train(args: argparse.Namespace) -> None:
     FloatingPointError: if the loss is no longer finite.
     """
     plan = read_plan(args.plan).with_training(**{name: getattr(args, name) for name in OPTIONS})
-    device = _device(args.device)
+    device = torch.device(devices(args.device)[0])
     everything = load_dataset(plan.dataset, args.data, train=True, download=args.download, size=plan.size or None)
     data, class_names = plan.chosen(everything), plan.class_names(everything)
     shape = data.images.shape[1:]
@@ -150,12 +151,6 @@ def _test_split(plan: TrainingPlan, folder: Path, training: Dataset) -> Dataset 
             f"({', '.join(test.class_names)})"
         )
     return None if test.digest() == training.digest() else test
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _record(

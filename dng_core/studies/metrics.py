@@ -16,9 +16,12 @@ log(1 - forbidden share). A class that nobody drew counts as one image, as in th
 With few images the other two are too large even for a balanced model, by about (K - 2) / (2 (N - n_f)). For a
 Poisson count, E[H(n)] = gamma + log E[n] + E_1(E[n]) (Grassberger 2003), so the third has no bias but E_1, less than
 1e-5 at ten images a class; it scatters around 0 for a balanced model, and can be negative.
+
+The intervals need scipy, which every ComfyUI has; it is imported by those alone, as the divergences do without.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -40,12 +43,12 @@ def forbidden_share(histogram: Sequence[int], forbidden: int) -> float:
     return histogram[forbidden] / _total(histogram)
 
 
-def wilson_interval(count: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927); the default z gives 95 %."""
-    share = count / total
-    centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    radius = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    return max(0.0, centre - radius), min(1.0, centre + radius)
+def wilson_interval(count: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share (Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(count, total).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def balance_kl(histogram: Sequence[int], forbidden: int) -> float:
@@ -70,16 +73,20 @@ def balance_kl_unbiased(histogram: Sequence[int], forbidden: int) -> float:
 def bootstrap_interval(
     statistic: Callable[[np.ndarray], float], count: int, resamples: int = 200, seed: int = 0, share: float = 0.95
 ) -> tuple[float, float]:
-    """The basic bootstrap interval (Davison & Hinkley 1997, eq. 5.6) of ``statistic(indices)`` over ``count`` images.
+    """The basic bootstrap interval (Davison & Hinkley 1997, eq. 5.6) of ``statistic(indices)`` over 2 or more images.
 
     2 t - q for the quantiles q of resamples with replacement: where fewer distinct images raise a statistic, as they
     do divergences and distances, this form takes the rise away instead of counting it twice.
     """
-    generator = np.random.default_rng(seed)
-    values = [statistic(generator.integers(0, count, count)) for _ in range(resamples)]
-    low, high = np.quantile(values, [(1 - share) / 2, (1 + share) / 2])
-    whole = 2 * statistic(np.arange(count))
-    return float(whole - high), float(whole - low)
+    from scipy.stats import DegenerateDataWarning, bootstrap
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # a statistic that is NaN has NaN for its interval
+        interval = bootstrap(
+            (np.arange(count),), statistic, vectorized=False, method="basic", confidence_level=share,
+            n_resamples=resamples, batch=1, rng=np.random.default_rng(seed),
+        ).confidence_interval  # fmt: skip
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)

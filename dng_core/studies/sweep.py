@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..models.devices import devices
 from .class_removal import Batch, Drawn, Point, draw_batch
 
 EngineName = Literal["local", "ray"]
@@ -42,18 +43,18 @@ class Workers:
     device: str = "auto"
     address: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.jobs < 0:
+            raise ValueError(f"--jobs must be 0 or more, not {self.jobs}")
+
     def count(self) -> int:
         """How many batches are drawn side by side."""
-        return self.jobs or self._gpus() or max(1, (os.cpu_count() or 2) // 2)
+        gpus = [device for device in self.devices() if device != "cpu"]
+        return self.jobs or len(gpus) or max(1, (os.cpu_count() or 2) // 2)
 
     def devices(self) -> list[str]:
         """The devices that batches are drawn on, in turn."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
-        return [f"cuda:{i}" for i in range(self._gpus())] or ["cpu"]
-
-    def _gpus(self) -> int:
-        return torch.cuda.device_count() if self.device != "cpu" and torch.cuda.is_available() else 0
+        return devices(self.device)
 
 
 def draw_all(batches: Sequence[Batch], workers: Workers) -> Iterator[tuple[Batch, Drawn | Exception]]:

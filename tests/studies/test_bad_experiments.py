@@ -93,6 +93,21 @@ def test_bad_experiments_are_refused_before_anything_is_drawn(files, capsys, cha
     assert not (files / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--images", 0, "images must be a whole number of at least 4, not 0"),
+        ("--steps", 0, "steps must be a whole number of at least 1 and at most 1000, not 0"),
+        ("--classes", "", "class '' is not one of the data set's"),
+        ("--methods", "", "--methods: there is no "),
+        ("--jobs", -1, "--jobs must be 0 or more, not -1"),
+    ],
+)
+def test_a_value_that_is_nothing_is_not_taken_for_the_default(files, capsys, option, value, message):
+    assert dng_experiment(files, option, value) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_data_of_other_classes_or_sizes_is_refused(files, capsys):
     (files / "data" / "ant").rename(files / "data" / "elk")
     assert dng_experiment(files, "--data", files / "data") == 1

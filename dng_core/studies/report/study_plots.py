@@ -1,6 +1,5 @@
 """Plots of class removal, by matplotlib; each returns a figure."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,10 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from ...plots.class_pictures import image_sheet
 from ...settings import Settings
 from ..class_removal import Drawn
 from ..metrics import forbidden_share, wilson_interval
-from .class_report import MethodFigures, Pictures, Report, contact_sheet
 from .results import Result, Results
 
 COLOURS = {"none": "#7f7f7f", "NP": "#e69f00", "SLD": "#009e73", "DNG": "#0072b2"}  # Okabe and Ito
@@ -135,34 +134,15 @@ def traces(results: Results, removed: str) -> Figure | None:
 def grid(results: Results, removed: str) -> Image.Image:
     """The first images of each method at its best, the same seed in the same place; framed: still removed class."""
     rows = [*results.of(removed, "baseline"), *results.best(removed).values()]
-    report = Report(results.class_names, rows[0].label)
-    for row in rows:
-        report = report.with_row(_report_row(row), _pictures(row, results.drawn(row)))
-    return contact_sheet(report)
+    return image_sheet([_of_sheet(row, results.drawn(row)) for row in rows])
 
 
-def _report_row(result: Result) -> MethodFigures:
-    histogram = list(result.measures["histogram"].values())
-    low, high = result.interval("forbidden_share")
-    return MethodFigures(
-        name=_title(result),
-        images=result.point.images,
-        forbidden_class=result.removed,
-        forbidden_share=forbidden_share(histogram, result.label),
-        forbidden_low=low or 0.0,
-        forbidden_high=high or 0.0,
-        kl=result.value("kl") or math.nan,
-        kl_renormalised=result.value("kl_renormalised"),
-        kept=None,
-        rms_change=None,
-        compared=None,
-        histogram=result.measures["histogram"],
-    )
-
-
-def _pictures(result: Result, drawn: Drawn) -> Pictures:
+def _of_sheet(result: Result, drawn: Drawn) -> tuple[str, np.ndarray, list[bool]]:
+    """What :func:`image_sheet` shows of a method: its title, its first images, and which of them are framed."""
     images = np.repeat(drawn.images[:SHEET_IMAGES], 3 // drawn.images.shape[1], axis=1).transpose(0, 2, 3, 1)
-    return Pictures(images, tuple(kind == result.label for kind in result.classes[:SHEET_IMAGES]))
+    share = forbidden_share(list(result.measures["histogram"].values()), result.label)
+    framed = [kind == result.label for kind in result.classes[:SHEET_IMAGES]]
+    return f"{_title(result)}: {share:.1%} still {result.removed}", images, framed
 
 
 def _title(result: Result) -> str:
