@@ -19,7 +19,7 @@ from ..sampling import Predictor, ddpm_sample
 from ..schedules import DDPMSchedule, ddpm_sigmas
 from ..settings import Settings
 from ..studies.class_removal import chain_name, image_shape, starting_noise
-from .figures import line
+from ..studies.report.markdown import line, table_lines
 
 PRODUCT_SIZE = 1024
 
@@ -68,11 +68,11 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{args.batch} images at once, {device}, {threads} threads, torch {torch.__version__}, {args.steps} steps:\n"
     )
-    print(line(["variant", "images per second", "against plain", "half of the turns"]), line(["---"] * 4), sep="\n")
+    print(*table_lines(["variant", "images per second", "against plain", "half of the turns"], []), sep="\n")
     for name, taken in zip(compared, turns, strict=True):
         rate = args.batch / (median(taken) / args.timed_steps * args.steps)
         low, ratio, high = quantiles([plain / other for plain, other in zip(turns[0], taken, strict=True)], n=4)
-        print(line([name, rate, f"{ratio:.2f} x", f"{low:.2f} .. {high:.2f}"]))
+        print(line([name, f"{rate:.4g}", f"{ratio:.2f} x", f"{low:.2f} .. {high:.2f}"]))
     flops = flops_of_a_prediction(unet)
     plain, batched = (2 * args.batch * args.timed_steps * flops / median(taken) / 1e9 for taken in turns[:2])
     most = 2 * PRODUCT_SIZE**3 / median(products) / 1e9

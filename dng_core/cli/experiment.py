@@ -20,6 +20,8 @@ from ..studies.class_removal import METHOD_NAMES, image_shape, network
 from ..studies.experiment import METHOD_OF, Experiment, read_experiment
 from ..studies.features import require_inception
 from ..studies.measuring import Measurer
+from ..studies.report.pages import write_reports
+from ..studies.report.results import read_results
 from ..studies.runner import Runner
 from ..studies.sweep import ENGINES, Workers
 
@@ -83,8 +85,6 @@ def run(args: argparse.Namespace) -> int:
         failed = runner.run()
         if failed:
             print(f"dng experiment: {failed} points failed:", *runner.errors, sep="\n  ", file=sys.stderr)
-        from .report import write_reports
-
         for path in write_reports(runner.folder):
             print(path)
     except OSError as error:
@@ -177,8 +177,6 @@ def tuned(folder: Path, experiment: Experiment, class_names: tuple[str, ...]) ->
 
     ValueError if the folder lacks a class or method of this experiment.
     """
-    from ..studies.report.results import read_results
-
     results = read_results(folder)
     settings: TunedSettings = {}
     left: dict[str, dict[str, float | None]] = {}

@@ -26,6 +26,7 @@ from ..headless.locate import Location, find_comfyui
 from ..headless.paths import checkout
 from ..models.devices import machine
 from ..studies import oracle_figures
+from ..studies.report.markdown import line, table_lines
 
 if TYPE_CHECKING:
     from ..headless.figures.oracle_runs import OracleRunner
@@ -96,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
     table: list[Row] = []
     for row in figure.rows(args):
         if not table:
-            tqdm.write("\n".join(head(row)))
-        tqdm.write(line(list(row.values())))
+            tqdm.write("\n".join(table_lines(list(row), [])))
+        tqdm.write(line(map(show, row.values())))
         sys.stdout.flush()
         table.append(row)
     record = {
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         "rows": table,
     }
     write_whole(args.output / f"{args.figure}.json", (json.dumps(record, indent=2) + "\n").encode())
-    lines = [*head(table[0]), *(line(list(row.values())) for row in table)]
+    lines = table_lines(list(table[0]), [list(map(show, row.values())) for row in table])
     if args.figure == "matrix":
         lines = write_matrix(args, table)
     write_whole(args.output / f"{args.figure}.md", ("\n".join(lines) + "\n").encode())
@@ -130,16 +131,6 @@ def write_matrix(args: argparse.Namespace, table: list[Row]) -> list[str]:
     measured = f"Oracle, {args.prediction}, {args.settings} settings, {node}, {args.samples} samples"
     heat_map(table, node, " ".join([measured, *args.set])).save(args.output / "matrix.png")
     return lines
-
-
-def head(row: Row) -> list[str]:
-    """The first two lines of a Markdown table with the columns of ``row``."""
-    return [line(list(row)), line(["---"] * len(row))]
-
-
-def line(cells: list[Any]) -> str:
-    """One row of a Markdown table."""
-    return "| " + " | ".join(show(cell) for cell in cells) + " |"
 
 
 def show(value: Any) -> str:

@@ -53,9 +53,12 @@ def test_every_image_has_its_colour_and_every_concept_a_dash():
     picture = np.asarray(trace_chart(random_trace(5, images=MOST_LINES))).reshape(-1, 3).astype(int)
     for colour in THEMES["light"].series:
         assert (np.abs(picture - colour).max(axis=1) < 3).any()
-    solid = trace_chart(constant(0.5, concepts=1, images=2))
-    dashed = trace_chart(constant(0.5, concepts=2, images=2))
-    assert solid.tobytes() != dashed.tobytes()
+    trace = constant(0.0, concepts=2, images=2)
+    trace.posterior[:, :, 0] = torch.tensor([0.2, 0.8])
+    pixels = np.asarray(trace_chart(trace, view="lines")).astype(int)
+    drawn = (np.abs(pixels - THEMES["light"].series[0]).max(axis=2) < 12).sum(axis=1)
+    dashed, solid = drawn[120:230].max(), drawn[230:340].max()  # the upper panel's halves: one concept's line in each
+    assert 0.3 * solid < dashed < 0.8 * solid
 
 
 def test_auto_draws_lines_up_to_eight_images_and_quantiles_above():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dng_core.cli import report as report_command
+from dng_core.cli import report
 from dng_core.models.networks import Classifier, UNetConfig
 from dng_core.models.weight_files import ClassifierInfo, save_classifier
 from dng_core.settings import PRESETS as SETTINGS
@@ -18,6 +18,7 @@ from dng_core.settings import Settings
 from dng_core.studies import class_removal, runner, sweep
 from dng_core.studies.class_removal import NONE, Point
 from dng_core.studies.experiment import METHOD_OF, PRESETS, read_experiment
+from dng_core.studies.report import pages
 from dng_core.studies.report.results import Result, Results, read_results
 
 from .small_experiment import NAMES, dng_experiment, experiment, random_denoiser, runs
@@ -82,10 +83,8 @@ def test_settings_tuned_at_one_step_count_are_used_at_another(files, capsys):
     assert fewer.of("ant", "search") == []
     before, now = (read_results(files / name).best("ant")["SLD"].value("forbidden_share") for name in ("out", "fewer"))
     row = f"| ant | SLD | {before:.1%} | {now:.1%} | {100 * (now - before):+.1f} |"
-    report = (files / "fewer" / "report.md").read_text()
-    assert (
-        "| removed | method | left, 3 steps (tuned) | left, 2 steps | difference, points |" in report and row in report
-    )
+    text = (files / "fewer" / "report.md").read_text()
+    assert "| removed | method | left, 3 steps (tuned) | left, 2 steps | difference, points |" in text and row in text
     assert dng_experiment(files, *tuned, "--methods", "NP,DNG") == 1
     assert f"{files / 'out'} has no point of DNG on ant" in capsys.readouterr().err
 
@@ -111,11 +110,11 @@ def test_the_verdict_counts_the_classes_at_which_dng_beats_every_safe_rival():
         ("e", "NP", 0.0, 0.2, 3.0),  # not measured
     )  # fmt: skip
     kl, both = ("kl_renormalised",), ("kl_renormalised", "frechet_without")
-    assert "for 3 of 4 classes" in report_command.verdict(results, "kl_renormalised", *kl)
-    text = report_command.verdict(results, "kl_renormalised", *both)
+    assert "for 3 of 4 classes" in pages.verdict(results, "kl_renormalised", *kl)
+    text = pages.verdict(results, "kl_renormalised", *both)
     assert "for 2 of 4 classes" in text and "does not get there for: d." in text
     only_np = results_by_hand(("a", "NP", 0.0, 0.2, 3.0))
-    assert report_command.verdict(only_np, "kl_renormalised", *kl).endswith("not yet measured.")
+    assert pages.verdict(only_np, "kl_renormalised", *kl).endswith("not yet measured.")
 
 
 def test_a_report_is_made_again_from_the_runs_alone(files):
@@ -124,22 +123,22 @@ def test_a_report_is_made_again_from_the_runs_alone(files):
     for path in (files / "out").glob("r*.*"):
         path.unlink()
     parser = argparse.ArgumentParser()
-    report_command.add_arguments(parser)
-    assert report_command.run(parser.parse_args([str(files / "out")])) == 0
+    report.add_arguments(parser)
+    assert report.run(parser.parse_args([str(files / "out")])) == 0
     assert (files / "out" / "report.md").read_text() == before
 
 
 def test_every_class_has_pictures_of_its_own():
     names = ("a b", "a_b", "a-b", "a_20_b", "ant", "été")
-    slugs = [report_command._slug(name) for name in names]
+    slugs = [pages._slug(name) for name in names]
     assert len(set(slugs)) == len(names) and slugs[4:] == ["ant", "été"]
     assert all(c.isalnum() or c == "_" for slug in slugs for c in slug)
 
 
 def test_a_report_of_nothing_says_what_to_do(tmp_path, capsys):
     parser = argparse.ArgumentParser()
-    report_command.add_arguments(parser)
-    assert report_command.run(parser.parse_args([str(tmp_path)])) == 1
+    report.add_arguments(parser)
+    assert report.run(parser.parse_args([str(tmp_path)])) == 1
     assert "name the --output folder" in capsys.readouterr().err
 
 
@@ -174,7 +173,7 @@ def test_a_report_leaves_out_what_is_not_measured_for_a_class_yet(files):
     path.write_text(json.dumps(record))
     results = read_results(files / "out")
     assert not results.of("bee", "baseline") and results.of("ant", "baseline") and results.missing == 1
-    assert report_command.write_reports(files / "out")
+    assert pages.write_reports(files / "out")
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in PRESETS.glob("*.toml")))

@@ -20,6 +20,7 @@ from ..metrics import (
     forbidden_share,
     wilson_interval,
 )
+from .markdown import line
 
 SHEET_IMAGES = 64  # per method
 
@@ -123,32 +124,20 @@ def measure(
 def markdown_table(report: Report) -> str:
     """The figures as a Markdown table, the shares of every class included."""
     forbidden = report.class_names[report.forbidden]
-    head = [
-        "method",
-        "images",
-        f"still {forbidden} (95 %)",
-        "KL, paper",
-        "KL, others",
-        "keep class",
-        "RMS change",
-        *(f"{name}" for name in report.class_names),
-    ]
-    lines = [_line(head), _line(["---"] + ["---:"] * (len(head) - 1))]
+    measures = ["images", f"still {forbidden} (95 %)", "KL, paper", "KL, others", "keep class", "RMS change"]
+    head = ["method", *measures, *report.class_names]
+    lines = [line(head), line(["---"] + ["---:"] * (len(head) - 1))]
     for row in report.rows:
-        lines.append(
-            _line(
-                [
-                    row.name.replace("|", "\\|"),
-                    str(row.images),
-                    f"{row.forbidden_share:.1%} ({row.forbidden_low:.1%} .. {row.forbidden_high:.1%})",
-                    f"{row.kl:.3f}",
-                    "–" if row.kl_renormalised is None else f"{row.kl_renormalised:.3f}",
-                    "–" if row.kept is None else f"{row.kept:.1%}",
-                    "–" if row.rms_change is None else f"{row.rms_change:.3f}",
-                    *(f"{n / row.images:.1%}" for n in row.histogram.values()),
-                ]
-            )
-        )
+        cells = [
+            row.name.replace("|", "\\|"),
+            str(row.images),
+            f"{row.forbidden_share:.1%} ({row.forbidden_low:.1%} .. {row.forbidden_high:.1%})",
+            f"{row.kl:.3f}",
+            "–" if row.kl_renormalised is None else f"{row.kl_renormalised:.3f}",
+            "–" if row.kept is None else f"{row.kept:.1%}",
+            "–" if row.rms_change is None else f"{row.rms_change:.3f}",
+        ]
+        lines.append(line([*cells, *(f"{n / row.images:.1%}" for n in row.histogram.values())]))
     return "\n".join(lines)
 
 
@@ -176,7 +165,3 @@ def contact_sheet(report: Report) -> Image.Image:
 
 def _none_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

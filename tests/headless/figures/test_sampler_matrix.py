@@ -16,11 +16,25 @@ from dng_core.headless.figures.exact_figures import (
     step_counts_figure,
     unrelated_figure,
 )
-from dng_core.headless.figures.matrix_picture import BAD, GOOD, PANELS, _colour, heat_map
+from dng_core.headless.figures.matrix_picture import (
+    BAD,
+    CELL_HEIGHT,
+    CELL_WIDTH,
+    GAP,
+    GOOD,
+    HEAD_HEIGHT,
+    LABEL_WIDTH,
+    PANEL_WIDTH,
+    PANELS,
+    TITLE_HEIGHT,
+    _colour,
+    heat_map,
+)
 from dng_core.headless.figures.oracle_choice import chosen_by, node_inputs
 from dng_core.headless.figures.oracle_runs import OracleRun, OracleRunner, Task, oracle_prompt
 from dng_core.headless.figures.sampler_matrix import Choice, matrix_figure, matrix_table, nodes_agree
 from dng_core.headless.server import Server
+from dng_core.plots.drawing import THEMES
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -94,9 +108,19 @@ def test_a_dead_server_is_no_refusal(fake, tmp_path, monkeypatch):
 
 
 def test_the_heat_map_has_a_cell_for_every_sampler_scheduler_and_measure(fake, tmp_path):
-    rows = matrix(tmp_path)
-    one, both = (heat_map(part, "ksampler", "t") for part in ([r for r in rows if r["scheduler"] == "karras"], rows))
-    assert both.height == one.height and len(both.getcolors(100000)) > 3
+    rows = [row | {"left": 0.03 if row["scheduler"] == "karras" else 0.2} for row in matrix(tmp_path)]
+    picture = heat_map([*rows[:3], *rows[3:6], *matrix(tmp_path, samplers=["lcm"])], "ksampler", "t")
+    top = TITLE_HEIGHT + HEAD_HEIGHT
+
+    def colour(panel: int, column: int, sampler: int) -> tuple[int, ...]:
+        """The colour of a cell, in a corner that its text leaves free."""
+        x = LABEL_WIDTH + panel * (PANEL_WIDTH + GAP) + column * CELL_WIDTH
+        return picture.getpixel((x + 2, top + sampler * CELL_HEIGHT + 2))
+
+    assert [colour(0, column, 0) for column in (0, 1)] == [_colour(PANELS[0], 0.03), BAD]
+    assert [colour(1, column, 0) for column in (0, 1)] == [_colour(PANELS[1], 0.01)] * 2
+    assert [colour(2, column, 0) for column in (0, 1)] == [GOOD] * 2  # as far from the mixture as unguided
+    assert {colour(panel, column, 1) for panel in range(3) for column in (0, 1)} == {THEMES["light"].background}
     assert _colour(PANELS[0], 0.0) == GOOD and _colour(PANELS[0], 0.5) == BAD
 
 
