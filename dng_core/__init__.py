@@ -1,4 +1,4 @@
-"""Dynamic Negative Guidance: the mathematics, the experiments and the headless runner, without ComfyUI.
+"""Dynamic Negative Guidance: the mathematics, the study of class removal and the headless runner, without ComfyUI.
 
 Importing this package imports nothing else; take what is needed from its modules.
 """

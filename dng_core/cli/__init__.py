@@ -1,0 +1,1 @@
+"""The command line: `dng`, and a module for each of its commands."""

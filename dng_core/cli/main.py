@@ -1,7 +1,7 @@
-"""The command line `dng`. Each command lives in a module of its own, imported when it is used.
+"""The command line `dng`: each command is the module of its name beside this one, imported when it is used.
 
-A command's module has `add_arguments(parser)` and `run(args) -> int`. Those named with needs are imported only once
-the interpreter has what they need: where it has not, the same command is started again under the Python of the ComfyUI
+A command's module has `add_arguments(parser)` and `run(args) -> int`. A command with needs is imported only where the
+interpreter has these modules; where it lacks one, the same command is started again under the Python of the ComfyUI
 that this project installs.
 """
 
@@ -16,33 +16,33 @@ from types import FrameType
 from .. import __version__
 from ..headless.environment import missing_modules, restart_under
 from ..headless.errors import HeadlessError
+from ..headless.install import ensure_installed
+
+TORCH = ("torch", "tqdm")
 
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: its name, the module that implements it, a line of help, and what that module imports."""
+    """A command: its name, a line of help, the modules that it cannot do without, and what happens to other arguments.
+
+    ``passes_on``: arguments that the command does not know go to another program, as ``args.passed_on``.
+    """
 
     name: str
-    module: str
     help: str
     needs: tuple[str, ...] = ()
-    passes_on: bool = False  # what the command does not know itself goes to another program, as args.passed_on
+    passes_on: bool = False
 
 
 COMMANDS = (
-    Command("run", "dng_core.cli.run", "run an API-format workflow in a real ComfyUI"),
-    Command("install", "dng_core.cli.install", "install the pinned ComfyUI into the user's cache"),
-    Command("test", "dng_core.cli.test", "run all tests of this checkout", passes_on=True),
-    Command("train", "dng_core.cli.train", "train the shipped models, or your own", ("torch", "tqdm")),
-    Command(
-        "experiment",
-        "dng_core.cli.experiment",
-        "remove classes by every method, and measure what is left",
-        ("torch", "tqdm"),
-    ),
-    Command("report", "dng_core.cli.report", "report on an experiment's runs", ("torch", "tqdm")),
-    Command("bench", "dng_core.cli.bench", "measure how fast images are drawn", ("torch", "tqdm")),
-    Command("figures", "dng_core.cli.figures", "print the project's figures", ("torch", "tqdm")),
+    Command("run", "run an API-format workflow in a real ComfyUI"),
+    Command("install", "install the pinned ComfyUI into the user's cache"),
+    Command("test", "run all tests of this checkout", passes_on=True),
+    Command("train", "train the shipped models, or your own", TORCH),
+    Command("experiment", "remove classes by every method, and measure what is left", TORCH),
+    Command("report", "report on an experiment's runs", TORCH),
+    Command("bench", "measure how fast images are drawn", TORCH),
+    Command("figures", "print the project's figures", TORCH),
 )
 
 
@@ -69,10 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.parse_args(arguments)
             return 2
         if missing := missing_modules(chosen.needs):
-            from ..headless.install import ensure_installed
-
             return restart_under(ensure_installed().python, arguments, missing)
-        module = importlib.import_module(chosen.module)
+        module = importlib.import_module(f".{chosen.name}", __package__)
         module.add_arguments(subparsers_by_name[chosen.name])
         args, unknown = parser.parse_known_args(arguments)
         if chosen.passes_on:

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -24,6 +24,7 @@ from ..files import write_whole
 from ..schedules import DDPMSchedule
 from .mnist import images_digest, to_model_range
 from .networks import Classifier, UNet, UNetConfig
+from .weight_files import read_safetensors
 
 Precision = Literal["float32", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
@@ -239,9 +240,7 @@ def _load_checkpoint(
 ) -> tuple[int, float, list[float]]:
     remedy = f"remove {path} to start afresh"
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        tensors, metadata = read_safetensors(path)
     except SafetensorError as error:
         raise ValueError(f"the checkpoint is damaged ({error}); {remedy}") from error
     if metadata.get("identity") != identity:

@@ -124,15 +124,19 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}: {RETRAIN}")
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        tensors, metadata = read_safetensors(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): {RETRAIN}") from error
     if metadata.get("kind") != kind:
         raise ValueError(f"{path} holds {metadata.get('kind', 'something that DNG did not write')}, not a {kind}")
     with _reading(path):
         return tensors, dict(json.loads(metadata["info"]))
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file; SafetensorError where it is damaged or of another kind."""
+    with safe_open(path, "pt") as file:
+        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def _tuples(raw: dict[str, Any]) -> dict[str, Any]:
