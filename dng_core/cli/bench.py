@@ -21,7 +21,7 @@ from ..settings import Settings
 from ..studies.class_removal import chain_name, image_shape, starting_noise
 from ..studies.report.markdown import line, table_lines
 
-PRODUCT_SIZE = 1024
+PRODUCT_SIZE = 1024  # large enough that a product runs near the machine's full speed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--undesired-every",
         type=int,
         default=10,
-        help="one variant predicts the undesired class at every so many-th step; a divisor of --timed-steps "
+        help="one variant predicts the undesired class only once in so many steps; --timed-steps is a multiple of it "
         "(default: 10)",
     )
     parser.add_argument("--repeats", type=int, default=15, help="turns of each variant (default: 15)")

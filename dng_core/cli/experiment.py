@@ -37,17 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "experiment", help="mnist, cifar10, cifar10_conditional, tiny, or a TOML file (see docs/experiments.md)"
     )
-    parser.add_argument("--data", type=Path, help="folder of the data set to compare with; without it, no distances")
+    parser.add_argument("--data", type=Path, help="folder of the data set that distances are measured to")
     parser.add_argument("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data")
     parser.add_argument("--output", type=Path, help="folder of the runs and the report (default: output/NAME)")
-    parser.add_argument("--classes", help="names of the classes to remove, with commas (default: the experiment's)")
-    parser.add_argument("--methods", help=f"which of {', '.join(METHOD_OF)}, with commas (default: the experiment's)")
+    parser.add_argument("--classes", help="classes to remove, separated by commas (default: the experiment's)")
+    parser.add_argument("--methods", help=f"some of {','.join(METHOD_OF)} (default: the experiment's)")
     for name, text in (
         ("images", "images per point"),
         ("search-images", "images per point of the search for settings"),
         ("steps", "sampling steps, 1 .. 1000"),
         ("batch", "images drawn at once"),
-        ("undesired-every", "predict the undesired class at every so many-th step; faster where steps are many"),
+        ("undesired-every", "predict the undesired class only once in so many steps, which is faster"),
         ("seed", "seed of the noise"),
     ):
         parser.add_argument(f"--{name}", type=int, help=f"{text} (default: the experiment's)")
@@ -55,18 +55,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--settings-of",
         type=Path,
         metavar="FOLDER",
-        help="take each method's best settings from this experiment's folder, tuned at other steps, say",
+        help="take each method's best settings from this experiment's folder (tuned at another number of steps, say)",
     )
     parser.add_argument(
-        "--adaptive", action="store_true", help="at full size draw only the smallest scales that are safe, not all"
+        "--adaptive", action="store_true", help="draw all images only at the smallest scales that are safe"
     )
-    parser.add_argument("--search-classes", help="search for settings on these classes alone, with commas")
+    parser.add_argument("--search-classes", help="search for settings on these classes alone, separated by commas")
     parser.add_argument(
         "--jobs", type=int, default=0, help="batches drawn side by side (default: 0, one per GPU or two cores)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    parser.add_argument("--engine", choices=ENGINES, default="local", help="what draws the batches (default: local)")
-    parser.add_argument("--ray-address", help="of a running Ray cluster (default: one on this machine)")
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="local processes, or Ray (default: local)")
+    parser.add_argument("--ray-address", help="address of a running Ray cluster (default: start one here)")
     parser.add_argument("--fid", action="store_true", help="measure FID too, by torch-fidelity")
     parser.add_argument("--estimate", action="store_true", help="only say how long it would take")
 

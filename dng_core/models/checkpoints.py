@@ -20,7 +20,7 @@ from .weight_files import DenoiserInfo, load_denoiser, shipped_denoisers
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 UNCONDITIONAL: tuple[str, ...] = ()
-DIFFUSERS_FIXED = {  # what this U-Net does in one way only; a config may leave them out
+DIFFUSERS_FIXED = {  # the one value that this U-Net has of each; a config may leave them out
     "act_fn": "silu",
     "center_input_sample": False,
     "downsample_padding": 0,
@@ -37,7 +37,7 @@ DIFFUSERS_FIXED = {  # what this U-Net does in one way only; a config may leave 
     "resnet_time_scale_shift": "default",
 }
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.15
-CIFAR10_NETWORK = UNetConfig(image_size=32, in_channels=3)  # both public CIFAR-10 models: Ho et al. (2020)
+CIFAR10_NETWORK = UNetConfig(image_size=32, in_channels=3)  # Ho et al. (2020): both public CIFAR-10 models
 RESNET = {"GroupNorm_0": "norm1", "Conv_0": "conv1", "Dense_0": "time_emb_proj", "GroupNorm_1": "norm2",
           "Conv_1": "conv2", "NIN_0": "conv_shortcut"}  # fmt: skip
 ATTENTION = {"GroupNorm_0": "group_norm", "NIN_0": "to_q", "NIN_1": "to_k", "NIN_2": "to_v", "NIN_3": "to_out.0"}
@@ -50,12 +50,12 @@ def open_denoiser(source: str, class_only: UNetConfig = CIFAR10_NETWORK) -> tupl
     ----------
     source: a name of :func:`shipped_denoisers`; a ``.safetensors`` file of `dng train`; a ``.pt`` file of the paper's
         authors; a folder with ``config.json``; else "owner/name" on the hub, downloaded by its own client.
-    class_only: the shape of the network in a ``.pt`` file, which says nothing of it.
+    class_only: the shape of the network in a ``.pt`` file, which does not tell it.
 
     Raises
     ------
-    FileNotFoundError: if there is no such thing.
-    ValueError: if it is damaged, or of another shape.
+    FileNotFoundError: if nothing is found under that name.
+    ValueError: if the weights are damaged, or of another shape.
     """
     shipped = shipped_denoisers()
     if source in shipped:

@@ -29,9 +29,9 @@ JPEG_NOTE = "CIFAR-10 re-encoded as JPEG, not the original pixels"
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled images: uint8 (n, channels, height, width), labels (n,) long, the classes' names, and what to know.
+    """Labelled images: uint8 (n, channels, height, width), labels (n,) long, and the classes' names.
 
-    ``note`` goes beside every result: "" for original data.
+    ``note``: what has to be said beside every result on these data; "" for original data.
     """
 
     name: str
@@ -72,7 +72,7 @@ def load_dataset(name: str, folder: Path, train: bool, download: bool = False, s
     name: "mnist" (four IDX files), "cifar10" (the original's ``cifar-10-batches-py``, or ``cifar10_jpeg.npz``), or
         "folder": images as ``folder/CLASS/*``, or ``folder/train/CLASS/*`` and ``folder/test/CLASS/*``.
     download: fetch MNIST or CIFAR-10 with torchvision where it is not in the folder.
-    size: for "folder": the side to which images are cropped and scaled; None takes that of the first.
+    size: the side to which a folder's images are cropped and scaled; None takes that of the first image.
 
     Raises
     ------

@@ -33,11 +33,11 @@ class TrainingPlan:
     Parameters
     ----------
     name: of the files in the output folder.
-    labels: of a denoiser: "conditional" trains it on all classes with their labels (and the null label), "none"
+    labels: "conditional" trains a denoiser on all classes with their labels (and the null label), "none" trains it
         without labels.
-    only: of a denoiser without labels: the one class that it is trained on; "" for all.
+    only: the one class that a denoiser without labels is trained on; "" for all.
     network: fields of :class:`UNetConfig` that differ from its defaults; for a classifier, ``width`` alone.
-    size: of images from a folder; 0 takes theirs.
+    size: the side to which a folder's images are cropped and scaled; 0 takes that of the first image.
     """
 
     name: str

@@ -26,7 +26,7 @@ class DenoiserInfo:
     """What a denoiser's file says of it: an epsilon network on images of ``data_range``, black to white.
 
     ``schedule``: the training chain's name (:meth:`DDPMSchedule.named`); ``class_names``: the names of labels 0, 1,
-    ... (the label after the last is the null label). The only data range is -1 .. 1.
+    ... (the label after the last is the null label). Every file has the data range -1 .. 1 so far.
     """
 
     name: str
@@ -49,7 +49,7 @@ class ClassifierInfo:
 
 
 def shipped_denoisers() -> dict[str, Path]:
-    """The denoisers that come with the project: name -> file (which :func:`load_denoiser` finds missing, if it is)."""
+    """The denoisers that come with the project: name -> file (:func:`load_denoiser` says if it is missing)."""
     return {"mnist": SHIPPED / "mnist_denoiser.safetensors"}
 
 

@@ -77,7 +77,7 @@ class Point:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations of single images: what the point costs."""
+        """How often a network predicts for a single image: what the point costs."""
         return sum(batch.evaluations for batch in self.batches())
 
     def batches(self) -> list["Batch"]:
@@ -115,7 +115,7 @@ class Batch:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations of single images: what the batch costs."""
+        """How often a network predicts for a single image: what the batch costs."""
         guided = 0 if self.point.settings is None else math.ceil(self.point.steps / self.point.undesired_every)
         return (self.point.steps + guided) * self.images
 

@@ -25,7 +25,8 @@ from .metrics import (
     wilson_interval,
 )
 
-FORMAT = 1  # of the measures' records; another number has them taken again
+FORMAT = 1  # of the measures' records: to be raised when measures change, so that all of them are taken again
+# Bootstrap resamples. A histogram's statistics take microseconds; a Fréchet distance takes a matrix root each time.
 HISTOGRAM_RESAMPLES = 400
 FEATURE_RESAMPLES = 60
 
@@ -49,7 +50,7 @@ class Measurer:
 
     Parameters
     ----------
-    classifier, info: decides the classes, and gives the features.
+    classifier, info: the network that decides the classes and gives the features, and what its file says of it.
     real: images to compare with; None leaves the distances unmeasured.
     fid_cache: folder for FID's statistics; None leaves FID out.
 

@@ -1,4 +1,4 @@
-"""Runs an experiment: the search, then the sweep, each point from the cache where it is there."""
+"""Runs an experiment: the search, then the sweep. Points that the cache holds are not drawn again."""
 
 import itertools
 import math
@@ -43,6 +43,7 @@ class Runner:
     Parameters
     ----------
     about: what the manifest says beside the points (command, versions, notes on the data).
+    settings_of: (class, method) -> settings chosen elsewhere, which are used instead of a search and a sweep.
     """
 
     experiment: Experiment
@@ -85,7 +86,7 @@ class Runner:
             done |= self._complete(wanted)
 
     def estimate(self) -> str:
-        """What a run would cost, by one timed batch: an order of magnitude."""
+        """How long a run would take, from one timed batch: good for an order of magnitude."""
         entries = [*self._baselines(), *self._searched()]
         for label, plan in itertools.product(self.labels, self.experiment.methods):
             swept = plan.sweep({})

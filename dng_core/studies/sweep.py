@@ -32,10 +32,10 @@ class Workers:
     Parameters
     ----------
     engine: "local" for joblib's processes, "ray" for a cluster.
-    jobs: processes (local; 0 for one per GPU, else one per two cores), or batches in flight (ray; 0 for two per GPU
-        or core of the cluster).
+    jobs: how many processes there are ("local"; 0 stands for one per GPU, or one per two cores without a GPU), or how
+        many batches are in flight ("ray"; 0 stands for two per GPU, or two per core without one).
     device: "auto", "cpu" or "cuda"; several GPUs are taken in turn.
-    address: of the Ray cluster; None starts one on this machine.
+    address: where the Ray cluster is; None starts one on this machine.
     """
 
     engine: EngineName = "local"
@@ -60,7 +60,7 @@ class Workers:
 def draw_all(batches: Sequence[Batch], workers: Workers) -> Iterator[tuple[Batch, Drawn | Exception]]:
     """Draw batches, in the order in which they are done.
 
-    A batch that cannot be drawn comes with its error, once a point; the point's other batches are left out.
+    A batch that cannot be drawn comes with its error. The other batches of its point are then left out.
 
     Raises
     ------

@@ -13,12 +13,13 @@ from .oracle_runs import UNGUIDED, OracleRun, OracleRunner, Task
 
 DIGITS = 10
 NP_SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
+"""Scales tried for negative prompting, from the weakest."""
 NP_TRIAL_IMAGES = 128
-NP_FIRST_TRIAL = 3
+NP_FIRST_TRIAL = 3  # index of the scale that is tried first
 
 
 def oracle_figure(runs: OracleRunner, samples: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Figure 4: ``euler_ancestral`` on the oracle in ComfyUI, exact setting, through both nodes."""
+    """Figure 4: ``euler_ancestral`` on the oracle in ComfyUI, at the oracle's settings, through both nodes."""
     for steps in (30, 100):
         reports = runs.reports(
             Task(steps=steps, samples=samples, seed=seed),

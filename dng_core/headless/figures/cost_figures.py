@@ -27,16 +27,17 @@ from ..server import LOG_TAIL_LINES, PACK_NAME, Server, server_options, visible_
 CHART_EVENT = "dynamic_negative_guidance.chart"
 CLIENT = "dng-figures"
 STEPS = 30
-POLL_SECONDS = 0.25
+POLL_SECONDS = 0.25  # between looks at ComfyUI's history
 IMPORT_SECONDS = re.compile(rf"([\d.]+) seconds: .*{PACK_NAME}")
-RUN_SECONDS = 600
+RUN_SECONDS = 600  # after which a run counts as hanging
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a start or a run takes: seconds by the clock, seconds of the processor, and of the first the pack's own.
+    """What a start or a run takes: seconds by the clock and seconds of the processor.
 
-    ``own``: the pack's import, by ComfyUI's log, or what the run spent in the live chart, by the chart's last message.
+    ``own``: the part of the clock's seconds that the pack itself took. For a start it is the pack's import, by
+    ComfyUI's log; for a run it is the time spent in the live chart, by the chart's last message.
     """
 
     seconds: float
@@ -56,7 +57,7 @@ def start_figure(location: Location, pack: Path, repeats: int) -> Iterator[dict[
 
 
 def _start(location: Location, pack: Path | None, device: list[str]) -> Cost:
-    """What a start takes; of it for the pack, by ComfyUI's own log, to a tenth of a second."""
+    """What one start takes. ComfyUI's log tells the pack's part to a tenth of a second."""
     with tempfile.TemporaryDirectory(prefix="dng-", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
         arguments = [str(location.path / "main.py"), *server_options(folder, None), *device, "--quick-test-for-ci"]
@@ -101,7 +102,7 @@ async def _live_chart_runs(server: Server, images: int, repeats: int) -> dict[st
 
 
 async def _run(server: Server, session: aiohttp.ClientSession, prompt: dict[str, Any], ours: bool) -> Cost:
-    """What the run takes from its start to its end, and of that in the chart."""
+    """What the run takes from its start to its end, and how much of that in the chart."""
     if server.process is None:
         raise ValueError("only a server that was started here tells what it takes")
     process = psutil.Process(server.process.pid)
@@ -149,7 +150,9 @@ def mnist_prompt(seed: int, images: int) -> dict[str, Any]:
 
 
 def _rows(what: str, costs: dict[str, list[Cost]], own: str) -> Iterator[dict[str, Any]]:
-    """A row for each, and what it adds to the first: by difference within a turn, and by what took itself the time."""
+    """A row for each way to run. What the second adds to the first is told by the difference within each turn, and by
+    the seconds that were measured in the pack itself.
+    """
     first = next(iter(costs.values()))
     for name, taken in costs.items():
         row: dict[str, Any] = {what: name, "turns": len(taken)}

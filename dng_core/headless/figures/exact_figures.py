@@ -1,6 +1,7 @@
 """What the exact answer says of model families, several concepts, step counts, references and unrelated concepts.
 
-Each function yields rows for a table, measured with the oracle in a real ComfyUI; what they show is in the docs.
+Each function yields the rows of a table, measured with the oracle in a real ComfyUI; docs/samplers.md says what they
+show.
 """
 
 import math

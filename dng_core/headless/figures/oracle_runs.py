@@ -1,4 +1,4 @@
-"""The oracle in a real ComfyUI: prompts that sample it through any node, and runs that are never asked for twice."""
+"""The oracle in a real ComfyUI: prompts that sample it through any node, and their reports, each measured once."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ Node = Literal["stock", "stock guider", "ksampler", "guider", "patch"]
 
 @dataclass(frozen=True)
 class Task:
-    """What is sampled, and how: the oracle (see the Oracle nodes), what is asked of it, and the sampler's inputs."""
+    """What is sampled, and how: the mixture (see the Oracle nodes), its conditions, and the sampler's inputs."""
 
     sampler: str = "euler_ancestral"
     scheduler: str = "karras"
@@ -139,8 +139,8 @@ def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
 class OracleRunner:
     """Runs prompts on a server and keeps their reports in a file, so that a stopped figure goes on where it was.
 
-    What is kept is known by the prompt, by the code that answers it and by ComfyUI's version: after a change it is
-    run anew.
+    A kept report belongs to its prompt, to the code that answered it and to ComfyUI's version: when one of them
+    changes, the prompt is run anew.
 
     Parameters
     ----------
