@@ -21,6 +21,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..files import write_whole
 from ..headless.errors import HeadlessError
+from ..headless.figures.kept import Row
 from ..headless.install import ensure_installed
 from ..headless.locate import Location, find_comfyui
 from ..headless.paths import checkout
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 ALL = ("all",)
 NETWORK_STEPS = 50  # of the figures on the MNIST network
 WORKFLOW = Path("workflows", "api", "mnist_class_removal.json")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

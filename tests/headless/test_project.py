@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
@@ -11,61 +10,15 @@ from pathlib import Path
 import pytest
 
 import dng_core
-from dng_core.cli.main import COMMANDS
 from dng_core.headless.environment import LAUNCHER
 from dng_core.headless.install import TORCH, managed, write_marker
 from dng_core.headless.locate import Location
 from dng_core.headless.paths import venv_python
 
+from ..cli.bare_python import bare_python
+
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-
-
-def bare_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python without any installed package."""
-    return subprocess.run([sys.executable, "-I", "-S", *arguments], capture_output=True, text=True, timeout=60)
-
-
-def test_the_command_line_starts_on_a_bare_python() -> None:
-    done = bare_python(str(LAUNCHER), "--help")
-    assert done.returncode == 0, done.stderr
-    assert all(command.name in done.stdout for command in COMMANDS)
-
-
-@pytest.mark.parametrize("command", ["run", "install", "test"])
-def test_the_commands_that_install_explain_themselves_on_a_bare_python(command: str) -> None:
-    done = bare_python(str(LAUNCHER), command, "--help")
-    assert done.returncode == 0, done.stderr
-    assert f"dng {command}" in done.stdout
-
-
-def test_arguments_of_the_test_command_reach_pytest() -> None:
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from dng_core.cli import main, test\n"
-        "test.run = lambda args: print(args.passed_on) or 0\n"
-        "raise SystemExit(main.main(['test', '-k', 'posterior', 'tests/headless', '-q']))"
-    )
-    done = bare_python("-c", code, str(ROOT))
-    assert done.stdout == "['-k', 'posterior', 'tests/headless', '-q']\n", done.stderr
-
-
-def test_an_argument_that_a_command_does_not_know_is_refused() -> None:
-    done = bare_python(str(LAUNCHER), "install", "--fast")
-    assert done.returncode == 2
-    assert "unrecognized arguments: --fast" in done.stderr
-
-
-def test_a_server_without_aiohttp_and_without_an_install_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workflow = tmp_path / "w.json"
-    workflow.write_text('{"1": {"class_type": "A", "inputs": {}}}')
-    monkeypatch.setenv("DNG_CACHE", str(tmp_path / "empty"))
-    done = bare_python(str(LAUNCHER), "run", str(workflow), "--server", "127.0.0.1:1")
-    assert done.returncode == 1
-    assert "needs aiohttp and tqdm" in done.stderr
-    assert "pip install aiohttp tqdm" in done.stderr
 
 
 def test_a_bare_python_runs_a_workflow_in_the_installed_comfyui(

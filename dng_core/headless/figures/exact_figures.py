@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from .kept import Row
 from .oracle_runs import ORACLE_SETTINGS, UNGUIDED, OracleRun, OracleRunner, Task
-from .sampler_matrix import Choice, Row, progress, refusal_noted
+from .sampler_matrix import Choice, progress, refusal_noted
 
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
 CFG_SCALES = (1.0, 3.0, 7.0)

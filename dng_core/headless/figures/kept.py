@@ -1,4 +1,4 @@
-"""What a figure measured already, in a file, so that a stopped figure goes on where it was."""
+"""The rows that figures consist of, and a file of what was measured, so that a stopped figure goes on where it was."""
 
 import json
 from collections.abc import Callable
@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ...files import write_whole
+
+Row = dict[str, Any]
+"""One row of a figure's table: its cells by the names of their columns."""
 
 
 class Kept:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ...plots.drawing import Colour, Drawing, Position, text_width
-from .sampler_matrix import Row, cells_of, columns_of, percent
+from .kept import Row
+from .sampler_matrix import cells_of, columns_of, percent
 
 GOOD, AIM, BAD = (49, 104, 173), (245, 245, 245), (196, 84, 18)
 """Blue, grey-white and orange, which colour-blind readers can tell apart, also in print."""

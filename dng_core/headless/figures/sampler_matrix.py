@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from ...settings import PRESETS, Settings
 from ..errors import HeadlessError
+from .kept import Row
 from .oracle_runs import ORACLE_SETTINGS, UNGUIDED, Node, OracleRun, OracleRunner, Task
 
 NODES: tuple[Node, ...] = ("ksampler", "guider", "patch")
 SETTINGS = {"oracle": ORACLE_SETTINGS, "cifar10": PRESETS["CIFAR-10"].settings}
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
