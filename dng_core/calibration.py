@@ -1,11 +1,11 @@
 """Settings proposed from one unguided run: how much evidence for a concept its images bring, and when.
 
-The run is recorded once, as increments of log p(c-|x); whatever other settings would have tracked along it follows
-from the record without another evaluation of the model.
+The run is recorded once, as evidence: the changes of log p(c-|x). Whatever other settings would have tracked along the
+run follows from the record without another evaluation of the model.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,21 +15,42 @@ from torch import Tensor
 
 from .guidance import NegativeGuidance
 from .kernels import ReverseKernel
-from .posterior import PosteriorTracker, advance, offset_increment
+from .posterior import advance, offset_evidence
 from .settings import Settings
 
-LIKELY = 0.5  # a posterior above this is "on": the push is then above guidance_scale
-SMALLEST_PRIOR = 0.01  # evidence that would ask for less is taken for accumulated errors: the temperature is lowered
+LIKELY = 0.5
+"""Guidance is "on" in an image whose posterior is above this: the push is then above guidance_scale."""
+
+SMALLEST_PRIOR = 0.01
+"""Evidence that would ask for a smaller prior is taken for accumulated errors, and the temperature is lowered. The
+smallest prior that the paper uses."""
+
 LARGEST_PRIOR = 0.5
-CLEAR = 0.5  # an image shows the concept if its evidence peaks above this share of a clear image's
-TOP = 0.95  # quantile of the peaks that stands for a clear image: the very largest may be an outlier
-UPPER = 0.75  # quantile of these images' peaks that is taken for log(1 / prior): some are borderline cases
-LEAST_EVIDENCE = 0.5  # nats; where no image peaks above it, none shows the concept
-TYPICAL = 0.5  # quantile over the related images that must be on in time
-NEARLY_ALL = 0.95  # quantile over the unrelated images that must stay below the scale
+"""A concept that more than half of the images show is better put into the prompt than avoided."""
+
+# The quantiles and grids below are choices, not measurements: tests/core/test_calibration.py shows what they lead to.
+CLEAR = 0.5
+"""An image shows the concept if its evidence peaks above this share of a clear image's."""
+
+TOP = 0.95
+"""The quantile of the peaks that stands for a clear image: the very largest may be an outlier."""
+
+UPPER = 0.75
+"""The quantile of the clear images' peaks that is taken for log(1 / prior): some images are borderline cases."""
+
+LEAST_EVIDENCE = 0.5
+"""Where no image's evidence peaks above this, in nats, none shows the concept."""
+
+TYPICAL = 0.5
+"""The share of the related images that must be on in time."""
+
+NEARLY_ALL = 0.95
+"""The share of the unrelated images that must stay below the scale."""
+
 PRIOR_FACTORS = (1.0, 1.5, 2.5, 5.0, 10.0, 0.6, 0.3, 0.1)
 TEMPERATURE_FACTORS = (1.0, 0.75, 0.5, 0.35, 0.2, 0.1)
-OFFSETS = tuple(0.5 * i for i in range(21))  # nats over the whole chain
+OFFSETS = tuple(0.5 * i for i in range(21))
+"""Offsets of the grid, in nats over the whole chain."""
 
 
 @dataclass(frozen=True)
@@ -53,38 +74,25 @@ class Evidence:
         return self.increments.cumsum(dim=0).amax(dim=0).clamp(min=0)
 
 
-class UnboundedTracker(PosteriorTracker):
-    """A tracker without clamps, whose differences are the evidence itself."""
+def evidence_of(guidance: NegativeGuidance) -> list[Evidence]:
+    """What a run without guidance showed of each of its concepts; waits for the device.
 
-    def _clamp(self, log_posterior: Tensor) -> Tensor:
-        return log_posterior
+    The run's settings must have a guidance scale of 0; none of the others counts but the rule.
 
-
-class Observer(NegativeGuidance):
-    """Stands where guidance would be: it leaves the samples as they are and records the evidence for each concept.
-
-    Takes what :class:`NegativeGuidance` takes; of the settings only their number counts. The evidence is that of
-    Algorithm 2, whatever their rule.
+    Raises
+    ------
+    ValueError: if the run was too short to tell.
     """
-
-    tracker_type = UnboundedTracker
-
-    def __init__(self, settings: Sequence[Settings], *args: Any, **kwargs: Any) -> None:
-        settings = [Settings(guidance_scale=0, prior=0.5 / len(settings))] * len(settings)
-        super().__init__(settings, *args, **kwargs)
-
-    def evidence(self) -> list[Evidence]:
-        """One for each concept; waits for the device. Raises ValueError where the run was too short to tell."""
-        one_nat = Settings(offset=1.0, offset_form="total")
-        found = []
-        for tracker in self.trackers:
-            if len(tracker.anchors) < 3:
-                raise ValueError(f"calibration needs a run of at least 3 steps, not {len(tracker.anchors)}")
-            logs = torch.stack([anchor.log_posterior for anchor in tracker.anchors]).double().cpu()
-            sigmas = [self.frame.sigma(anchor.level) for anchor in tracker.anchors]
-            offsets = [offset_increment(one_nat, ReverseKernel(a, b), tracker.integrated) for a, b in pairwise(sigmas)]
-            found.append(Evidence(logs.diff(dim=0), torch.tensor(offsets, dtype=torch.float64)))
-        return found
+    one_nat = Settings(offset=1.0, offset_form="total")
+    found = []
+    for path in guidance.paths:
+        if len(path.points) < 3:
+            raise ValueError(f"calibration needs a run of at least 3 steps, not {len(path.points)}")
+        evidence = torch.stack([point.evidence for point in path.points[1:]]).double().cpu()
+        kernels = [ReverseKernel(start.sigma, end.sigma) for start, end in pairwise(path.points)]
+        offsets = [offset_evidence(one_nat, kernel, guidance.chain.offset) for kernel in kernels]
+        found.append(Evidence(evidence, torch.tensor(offsets, dtype=torch.float64)))
+    return found
 
 
 def replay(
@@ -131,13 +139,13 @@ class Goals:
 class Proposal:
     """Settings, and what they would have done along the recorded run.
 
-    ``level``: the peak of the evidence of clear related images, in nats. ``related``, ``images``: how many of how many
+    ``peak``: that of the evidence of clear related images, in nats. ``related``, ``images``: how many of how many
     images show the concept. ``on_at``: the share of the steps by which half of these are on; infinite if never.
     ``unrelated_scale``: what the scale stays below in 95 % of the unrelated images; None if there are none.
     """
 
     settings: Settings
-    level: float
+    peak: float
     related: int
     images: int
     on_at: float
@@ -171,16 +179,16 @@ def propose(related: Evidence, unrelated: Evidence | None = None, goals: Goals |
     for evidence in (related, unrelated):
         if evidence is not None and not bool(evidence.increments.isfinite().all()):
             raise ValueError("the run gave NaN or infinite values, so that there is nothing to calibrate on")
-    peak = related.peak
-    if float(peak.max()) < LEAST_EVIDENCE:
+    peaks = related.peak
+    if float(peaks.max()) < LEAST_EVIDENCE:
         raise ValueError(
-            f"none of the {len(peak)} images shows the related concept: let the positive prompt ask for it, or draw "
+            f"none of the {len(peaks)} images shows the related concept: let the positive prompt ask for it, or draw "
             "more images"
         )
-    shown = peak > CLEAR * float(peak.quantile(TOP))
-    level = float(peak[shown].quantile(UPPER))
-    prior = min(max(math.exp(-level), SMALLEST_PRIOR), LARGEST_PRIOR)
-    temperature = min(1.0, -math.log(prior) / level)
+    shown = peaks > CLEAR * float(peaks.quantile(TOP))
+    peak = float(peaks[shown].quantile(UPPER))
+    prior = min(max(math.exp(-peak), SMALLEST_PRIOR), LARGEST_PRIOR)
+    temperature = min(1.0, -math.log(prior) / peak)
 
     base = Settings(guidance_scale=goals.guidance_scale, prior=prior, offset_form="total")
     priors, temperatures, offsets = torch.meshgrid(
@@ -211,7 +219,7 @@ def propose(related: Evidence, unrelated: Evidence | None = None, goals: Goals |
             temperature=round(float(temperatures[best]), 3),
             offset=float(offsets[best]),
         ),
-        level,
+        peak,
         int(shown.sum()),
         len(shown),
         float(on_at[best]),
@@ -239,13 +247,13 @@ def _quantile(values: Tensor, q: float) -> Tensor:
 def explanation(proposal: Proposal, goals: Goals) -> str:
     """The proposal in Markdown: what was measured, what follows, and whether the goals are met."""
     s = proposal.settings
-    exact = math.exp(-proposal.level)
+    exact = math.exp(-proposal.peak)
     lines = [
         f"**Proposed**: prior {s.prior:g}, temperature {s.temperature:g}, offset {s.offset:g} (offset_form total), at "
         f"guidance_scale {s.guidance_scale:g}.",
         "",
         f"- {proposal.related} of {proposal.images} images show the related concept. Their evidence "
-        f"peaks at {proposal.level:.3g} nats.",
+        f"peaks at {proposal.peak:.3g} nats.",
     ]
     if exact >= SMALLEST_PRIOR:
         lines.append(
@@ -256,7 +264,7 @@ def explanation(proposal: Proposal, goals: Goals) -> str:
         lines.append(
             f"- That is more than the {-math.log(SMALLEST_PRIOR):.2g} nats of a concept with a share of "
             f"{SMALLEST_PRIOR:g}: errors add up over many elements, so a temperature near "
-            f"{-math.log(SMALLEST_PRIOR) / proposal.level:.2g} brings it back to size."
+            f"{-math.log(SMALLEST_PRIOR) / proposal.peak:.2g} brings it back to size."
         )
     if math.isfinite(proposal.on_at):
         lines.append(f"- Half of the related images have p above {LIKELY:g} by {proposal.on_at:.0%} of the steps.")

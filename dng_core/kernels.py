@@ -1,56 +1,13 @@
-"""Noise frames and the reverse kernel between any two noise levels.
+"""The reverse kernel between any two noise levels, in the variance-exploding (VE) frame, x = x_0 + sigma n.
 
-Everything is computed in the variance-exploding (VE) frame, x = x_0 + sigma n. A :class:`NoiseFrame` says how the
-states and noise levels of a model or sampler convert into it. Noise levels are Python floats: they are known before
-the sampling loop, and arithmetic on them never touches the device.
+Noise levels are Python floats: they are known before the sampling loop, and arithmetic on them never touches the
+device.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class NoiseFrame:
-    """The frame in which a sampler holds its states.
-
-    ``kind``
-
-    - "ve": state x, level sigma (k-diffusion and ComfyUI for epsilon, v and EDM models).
-    - "vp": state x / sqrt(1 + sigma^2), level sigma (DDPM's own states).
-    - "flow": state (1 - t) x_0 + t k n, level t in (0, 1], with k the ``noise_scale`` (rectified flow; ComfyUI's
-      CONST). Then x = state / (1 - t) and sigma = k t / (1 - t), infinite at t = 1.
-    """
-
-    kind: Literal["ve", "vp", "flow"] = "ve"
-    noise_scale: float = 1.0
-
-    def sigma(self, level: float) -> float:
-        """The VE noise level of ``level``; infinite for a flow at t = 1."""
-        if self.kind == "flow":
-            return self.noise_scale * level / (1 - level) if level < 1 else math.inf
-        return level
-
-    def scale(self, level: float) -> float:
-        """The factor that takes a state at ``level`` into the VE frame; infinite for a flow at t = 1."""
-        if self.kind == "flow":
-            return 1 / (1 - level) if level < 1 else math.inf
-        return math.sqrt(1 + level**2) if self.kind == "vp" else 1.0
-
-    def carry(self, level: float, next_level: float) -> float:
-        """r times :meth:`scale`, for r = sigma(next_level)^2 / sigma(level)^2; finite also where scale is not."""
-        if self.kind == "flow":
-            if level >= 1:
-                return 0.0
-            return next_level**2 * (1 - level) / (level**2 * (1 - next_level) ** 2)
-        return (next_level / level) ** 2 * self.scale(level)
-
-
-VE = NoiseFrame("ve")
-VP = NoiseFrame("vp")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .guidance import NegativeGuidance
+from .guidance import Guidance
 from .kernels import ReverseKernel
 
 Predictor = Callable[[Tensor, float], tuple[Tensor, Sequence[Tensor]]]
@@ -18,7 +18,7 @@ def ddpm_sample(
     predict: Predictor,
     noise: Tensor,
     sigmas: Sequence[float],
-    guidance: NegativeGuidance | None = None,
+    guidance: Guidance | None = None,
     generator: torch.Generator | None = None,
     variance: Literal["posterior", "forward"] = "posterior",
     between: Predictor | None = None,
@@ -37,10 +37,11 @@ def ddpm_sample(
         guidance.
     variance: of the noise added: "posterior" is beta-tilde, the exact kernel's; "forward" is beta, as in the
         authors' code. No noise is added after the last level.
-    undesired_every: guidance is asked at every so many-th step, from the first on; in between, its last push stays as
-        it is, and the posterior jumps over (its kernel is exact for a jump of any size). ``guidance`` is made for the
-        levels ``sigmas[::undesired_every]``.
-    between: the denoisers for the steps in between, where the reference alone is needed; None for ``predict``.
+    between: the denoisers for steps at which guidance is not asked, and the reference alone is needed; None for
+        ``predict``.
+    undesired_every: N, to ask guidance at every N-th step only, from the first on. At the other steps its last push
+        stays as it is. The posterior jumps over these steps, which its kernel does exactly. ``guidance`` is then made
+        for the levels ``sigmas[::N]``.
 
     Returns
     -------
@@ -61,7 +62,7 @@ def ddpm_sample(
         denoised = reference
         if guidance and asked:
             probe = guidance.probe(x, sigma)
-            probed = (probe, *predict(probe.state, sigma)) if probe else None
+            probed = (probe, *predict(probe.x, sigma)) if probe else None
             denoised = guidance(x, sigma, reference, reference, negatives, probed)
             push = denoised - reference
         elif guidance:

@@ -1,56 +1,28 @@
 """Settings proposed from a short run without guidance."""
 
-import comfy.sample
+from collections.abc import Sequence
+
 import comfy.samplers
-import comfy.utils
-import latent_preview
 from comfy_api.latest import io
 
-from ..dng_core.calibration import Evidence, Goals, Observer, explanation, propose
+from ..dng_core.calibration import Evidence, Goals, explanation, propose
 from ..dng_core.settings import Settings
-from .bridge import Concept, begin_run
 from .guider import NegativeGuider
 from .inputs import reference_input
-from .sampling import UNCONDITIONAL_TIP
+from .run.concept import Concept, Reference
+from .sampling import UNCONDITIONAL_TIP, Conditionings, Schedule, run_guider
 
 DEFAULTS = Goals()
 
 
-class ObservingGuider(NegativeGuider):
-    """A NegativeGuider that leaves the samples alone; ``evidence`` is what the last run showed of each concept."""
-
-    evidence: list[Evidence]
-
-    def outer_sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
-        shape = noise.shape
-        run = begin_run(self, self._concepts, self._keys, sampler, sigmas, shape, denoise_mask, guidance_type=Observer)
-        samples = comfy.samplers.CFGGuider.outer_sample(
-            self, noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs
-        )
-        observer = run.guidance
-        assert isinstance(observer, Observer)
-        self.evidence = observer.evidence()
-        return samples
-
-
 def observe(
-    model, seed, steps, cfg, sampler_name, scheduler, positive, concepts, unconditional, latent: dict
+    model, schedule: Schedule, wanted: Conditionings, latent: dict, negatives: Sequence[list], reference: Reference
 ) -> list[Evidence]:
-    """The evidence for each concept in one run without guidance; errors as those of KSampler (DNG)."""
-    guider = ObservingGuider(model, positive, concepts, unconditional, cfg)
-    image = comfy.sample.fix_empty_latent_channels(
-        model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
-    )
-    guider.sample(
-        comfy.sample.prepare_noise(image, seed, latent.get("batch_index")),
-        image,
-        comfy.samplers.sampler_object(sampler_name),
-        comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, 1.0).sigmas,
-        denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, steps),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-    )
+    """The evidence for each of ``negatives`` in one run without guidance; errors as those of KSampler (DNG)."""
+    settings = Settings(guidance_scale=0, prior=0.5 / len(negatives))
+    concepts = [Concept(negative, settings, reference) for negative in negatives]
+    guider = NegativeGuider(model, wanted.positive, concepts, wanted.unconditional, wanted.cfg, observing=True)
+    run_guider(guider, model, schedule, latent)
     return guider.evidence
 
 
@@ -176,9 +148,13 @@ class Calibrate(io.ComfyNode):
                 "`negative` is empty, so there is nothing to calibrate for; connect what is to be avoided"
             )
         goals = Goals(on_by, below_scale, guidance_scale)
-        concepts = [Concept(given, Settings(), reference) for given in (negative, unrelated) if given is not None]
         evidence = observe(
-            model, seed, steps, cfg, sampler_name, scheduler, positive, concepts, unconditional, latent_image
+            model,
+            Schedule(seed, steps, sampler_name, scheduler),
+            Conditionings(positive, unconditional, cfg),
+            latent_image,
+            [given for given in (negative, unrelated) if given is not None],
+            reference,
         )
         proposal = propose(evidence[0], evidence[1] if len(evidence) > 1 else None, goals)
         settings, text = proposal.settings, explanation(proposal, goals)

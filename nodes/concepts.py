@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from .bridge import check_conditioning
 from .inputs import CONCEPTS, concepts_from, preset_input, rule_input, settings_inputs
+from .run.checks import check_conditioning
 
 
 class DNGConcept(io.ComfyNode):

@@ -5,21 +5,41 @@ from collections.abc import Sequence
 
 import comfy.samplers
 
-from ..dng_core.guidance import Trace
-from .bridge import Concept, begin_run, check_conditioning, check_unconditional, seed_of
+from ..dng_core.calibration import Evidence, evidence_of
+from ..dng_core.guidance import NegativeGuidance, Trace
 from .patch import has_dng_patch
-from .sampler_kernels import name_of
+from .run.begin import begin_run, seed_of
+from .run.checks import check_conditioning, check_unconditional
+from .run.concept import Concept
+from .run.samplers import name_of
 
 
 class NegativeGuider(comfy.samplers.CFGGuider):
-    """A CFGGuider that also guides away from concepts. ``trace`` is that of the last run; None if it was unguided."""
+    """A CFGGuider that also guides away from concepts.
+
+    Parameters
+    ----------
+    previous: the trace of the run that the next one goes on from.
+    observing: also follow concepts whose guidance scale is 0, without a live chart.
+
+    After a run, ``trace`` is what was tracked, None where nothing was; and ``evidence`` is what was observed of each
+    concept, empty unless ``observing``.
+    """
 
     def __init__(
-        self, model, positive, concepts: Sequence[Concept], unconditional, cfg: float, previous: Trace | None = None
+        self,
+        model,
+        positive,
+        concepts: Sequence[Concept],
+        unconditional,
+        cfg: float,
+        previous: Trace | None = None,
+        observing: bool = False,
     ) -> None:
         super().__init__(model)
-        self._previous = previous
-        self._concepts = [concept for concept in concepts if concept.active]
+        self.previous = previous
+        self._observing = observing
+        self._concepts = [concept for concept in concepts if concept.active or observing]
         if self._concepts and has_dng_patch(model):
             raise ValueError(
                 "the model already carries a Dynamic Negative Guidance patch; use either the patch with a stock "
@@ -40,6 +60,7 @@ class NegativeGuider(comfy.samplers.CFGGuider):
                 "prompt through the same node as `positive`, or classifier-free guidance would compare two images"
             )
         self.trace: Trace | None = None
+        self.evidence: list[Evidence] = []
         conds = {"positive": positive}
         if unconditional is not None:
             conds["negative"] = unconditional
@@ -54,14 +75,24 @@ class NegativeGuider(comfy.samplers.CFGGuider):
             return super().outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         for concept in self._concepts:
             check_conditioning(concept.conditioning, "negative", batch=noise.shape[0])
-        seed = seed_of(args, kwargs)
         run = begin_run(
-            self, self._concepts, self._keys, sampler, sigmas, noise.shape, denoise_mask, self._previous, seed
+            self,
+            self._concepts,
+            self._keys,
+            sampler,
+            sigmas,
+            noise.shape,
+            denoise_mask,
+            self.previous,
+            seed_of(args, kwargs),
+            charted=not self._observing,
         )
         samples = super().outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
-        run.finish()
-        trace = run.trace()
-        self.trace = trace if self._previous is None else self._previous.then(trace)
+        self.trace = run.finish()
+        if self.previous is not None and self.trace is not None:
+            self.trace = self.previous.then(self.trace)
+        if self._observing and isinstance(run.guidance, NegativeGuidance):
+            self.evidence = evidence_of(run.guidance)
         return samples
 
 

@@ -1,12 +1,13 @@
 """The DNG settings as node inputs, shared by every node that guides."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..dng_core.settings import METHODS, OFFSET_FORMS, PRESETS, RULES, Settings
-from .bridge import REFERENCES, Concept
+from ..dng_core.methods import METHODS, MethodSettings
+from ..dng_core.settings import OFFSET_FORMS, PRESETS, RULES, Settings
+from .run.concept import REFERENCES, Concept
 
 TRACE = io.Custom("DNG_TRACE")
 CONCEPTS = io.Custom("DNG_CONCEPTS")
@@ -114,7 +115,7 @@ def settings_inputs() -> list[io.Input]:
             "method",
             optional=True,
             options=list(METHODS),
-            default=DEFAULTS.method,
+            default=Settings.method,
             advanced=True,
             tooltip="dng: dynamic, by the posterior. For comparison: negative_prompting pushes at guidance_scale all "
             "the time; safe_latent_diffusion masks the push per element.",
@@ -155,14 +156,22 @@ def preset_input() -> io.Input:
     )
 
 
-def settings_from(values: dict[str, Any]) -> Settings:
-    """The settings that ``preset`` names; for "custom", or without it, those of the inputs."""
-    preset = values.pop("preset", CUSTOM)
-    if preset == CUSTOM:
+def settings_from(values: dict[str, Any]) -> MethodSettings:
+    """The settings that ``preset`` names; for "custom", or without it, those of the inputs.
+
+    A baseline takes the inputs that it has a setting for, and leaves the others.
+    """
+    preset, method = values.pop("preset", CUSTOM), values.pop("method", Settings.method)
+    if preset != CUSTOM:
+        if preset not in PRESETS:
+            raise ValueError(f"preset must be {CUSTOM} or one of {', '.join(PRESETS)}; it is {preset!r}")
+        return PRESETS[preset].with_(rule=values.get("rule", DEFAULTS.rule))
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; it is {method!r}")
+    if method == Settings.method:
         return Settings(**values)
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be {CUSTOM} or one of {', '.join(PRESETS)}; it is {preset!r}")
-    return PRESETS[preset].settings.with_(rule=values.get("rule", DEFAULTS.rule))
+    known = {field.name for field in fields(METHODS[method])}
+    return METHODS[method](**{name: value for name, value in values.items() if name in known})
 
 
 def rule_input() -> io.Input:

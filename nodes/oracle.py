@@ -18,8 +18,8 @@ import comfy.supported_models_base
 import torch
 from comfy_api.latest import io
 
+from ..dng_core.frames import VE, NoiseFrame
 from ..dng_core.guidance import Trace
-from ..dng_core.kernels import VE, NoiseFrame
 from ..dng_core.oracle import GaussianMixture, with_attributes
 from ..dng_core.studies.metrics import balance_kl_renormalised
 from .inputs import TRACE
@@ -124,7 +124,7 @@ class OracleModel(comfy.model_base.BaseModel):
                 weights = self.mixture.weights[components]
                 denoised[rows] = torch.tensordot(weights / weights.sum(), self.mixture.means[components], dims=1).to(x)
             else:
-                state = self.frame.scale(level) * x[rows]
+                state = self.frame.to_ve(x[rows], level)
                 denoised[rows] = self.mixture.denoised(state, self.frame.sigma(level), components)
         return denoised
 

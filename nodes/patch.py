@@ -7,7 +7,6 @@ import comfy.sampler_helpers
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
-from .bridge import WRAPPER_KEY, Concept, begin_run, check_conditioning, seed_of
 from .inputs import (
     concepts_from,
     more_concepts_input,
@@ -16,6 +15,10 @@ from .inputs import (
     rule_input,
     settings_inputs,
 )
+from .run.begin import begin_run, seed_of
+from .run.checks import check_conditioning
+from .run.concept import Concept
+from .run.hooks import WRAPPER_KEY
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """KSampler (DNG), KSampler Advanced (DNG) and DNG Guider."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import comfy.sample
 import comfy.samplers
@@ -9,9 +10,9 @@ import latent_preview
 import torch
 from comfy_api.latest import io
 from nodes import common_ksampler
+from torch import Tensor
 
 from ..dng_core.guidance import Trace
-from .bridge import Concept, check_unconditional
 from .guider import NegativeGuider
 from .inputs import (
     TRACE,
@@ -22,6 +23,8 @@ from .inputs import (
     rule_input,
     settings_inputs,
 )
+from .run.checks import check_unconditional
+from .run.concept import Concept
 
 POSITIVE_TIP = "What the image should show."
 NEGATIVE_TIP = "What the image should not show. Guidance switches on only for images that are turning into it."
@@ -31,22 +34,53 @@ UNCONDITIONAL_TIP = (
 )
 
 
+@dataclass(frozen=True)
+class Conditionings:
+    """What classifier-free guidance works with; ``unconditional`` is None where none is connected."""
+
+    positive: list
+    unconditional: list | None
+    cfg: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a KSampler node samples: its widgets, by ComfyUI's names in ``common_ksampler``."""
+
+    seed: int
+    steps: int
+    sampler_name: str
+    scheduler: str
+    denoise: float = 1.0
+    disable_noise: bool = False
+    start_step: int | None = None
+    last_step: int | None = None
+    force_full_denoise: bool = False
+
+    def sigmas(self, model) -> Tensor:
+        """The noise levels from the first step to the last; fewer than two where there is no step to take."""
+        sigmas = comfy.samplers.KSampler(
+            model,
+            self.steps,
+            model.load_device,
+            self.sampler_name,
+            self.scheduler,
+            self.denoise,
+            model.model_options,
+        ).sigmas
+        if self.last_step is not None and self.last_step < len(sigmas) - 1:
+            sigmas = sigmas[: self.last_step + 1].clone()
+            if self.force_full_denoise:
+                sigmas[-1] = 0
+        return sigmas[self.start_step or 0 :]
+
+
 def sample_with_dng(
     model,
-    seed: int,
-    steps: int,
-    cfg: float,
-    sampler_name: str,
-    scheduler: str,
-    positive,
+    schedule: Schedule,
+    wanted: Conditionings,
     concepts: Sequence[Concept],
-    unconditional,
     latent: dict,
-    denoise: float = 1.0,
-    disable_noise: bool = False,
-    start_step: int | None = None,
-    last_step: int | None = None,
-    force_full_denoise: bool = False,
     previous: Trace | None = None,
 ):
     """ComfyUI's ``common_ksampler`` with concepts to avoid: (LATENT, trace or None).
@@ -54,62 +88,42 @@ def sample_with_dng(
     With guidance off it is ``common_ksampler``, with the unconditional in the negative's place. A run that goes on
     from another one's latent takes that one's trace as ``previous``, and its posterior goes on too.
     """
-    guider = NegativeGuider(model, positive, concepts, unconditional, cfg, previous)
+    guider = NegativeGuider(model, wanted.positive, concepts, wanted.unconditional, wanted.cfg, previous)
     if not any(concept.active for concept in concepts):
-        check_unconditional(sampler_name, unconditional)
-        negative = positive if unconditional is None else unconditional
+        check_unconditional(schedule.sampler_name, wanted.unconditional)
+        negative = wanted.positive if wanted.unconditional is None else wanted.unconditional
         (out,) = common_ksampler(
-            model,
-            seed,
-            steps,
-            cfg,
-            sampler_name,
-            scheduler,
-            positive,
-            negative,
-            latent,
-            denoise=denoise,
-            disable_noise=disable_noise,
-            start_step=start_step,
-            last_step=last_step,
-            force_full_denoise=force_full_denoise,
+            model, cfg=wanted.cfg, positive=wanted.positive, negative=negative, latent=latent, **asdict(schedule)
         )
         return out, previous
+    return run_guider(guider, model, schedule, latent)
 
+
+def run_guider(guider: NegativeGuider, model, schedule: Schedule, latent: dict):
+    """What ``common_ksampler`` does with a guider in place of its own: (LATENT, the guider's trace)."""
     latent_image = comfy.sample.fix_empty_latent_channels(
         model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
     )
     out = {k: v for k, v in latent.items() if k not in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
-    sigmas = _sigmas(model, steps, sampler_name, scheduler, denoise, start_step, last_step, force_full_denoise)
+    sigmas = schedule.sigmas(model)
     if len(sigmas) < 2:
-        return {**out, "samples": latent_image}, previous
-    if disable_noise:
+        return {**out, "samples": latent_image}, guider.previous
+    if schedule.disable_noise:
         noise = torch.zeros(latent_image.size(), dtype=latent_image.dtype, layout=latent_image.layout, device="cpu")
     else:
-        noise = comfy.sample.prepare_noise(latent_image, seed, latent.get("batch_index"))
+        noise = comfy.sample.prepare_noise(latent_image, schedule.seed, latent.get("batch_index"))
     samples = guider.sample(
         noise,
         latent_image,
-        comfy.samplers.sampler_object(sampler_name),
+        comfy.samplers.sampler_object(schedule.sampler_name),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, steps),
+        callback=latent_preview.prepare_callback(model, schedule.steps),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
+        seed=schedule.seed,
     )
     samples = samples.to(comfy.model_management.intermediate_device(), comfy.model_management.intermediate_dtype())
     return {**out, "samples": samples}, guider.trace
-
-
-def _sigmas(model, steps, sampler_name, scheduler, denoise, start_step, last_step, force_full_denoise):
-    sigmas = comfy.samplers.KSampler(
-        model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options
-    ).sigmas
-    if last_step is not None and last_step < len(sigmas) - 1:
-        sigmas = sigmas[: last_step + 1].clone()
-        if force_full_denoise:
-            sigmas[-1] = 0
-    return sigmas[start_step or 0 :]
 
 
 def _cfg_input() -> io.Input:
@@ -211,21 +225,9 @@ class KSamplerDNG(io.ComfyNode):
         unconditional=None,
         **values,
     ) -> io.NodeOutput:
-        return io.NodeOutput(
-            *sample_with_dng(
-                model,
-                seed,
-                steps,
-                cfg,
-                sampler_name,
-                scheduler,
-                positive,
-                concepts_from(negative, values),
-                unconditional,
-                latent_image,
-                denoise,
-            )
-        )
+        schedule = Schedule(seed, steps, sampler_name, scheduler, denoise)
+        wanted = Conditionings(positive, unconditional, cfg)
+        return io.NodeOutput(*sample_with_dng(model, schedule, wanted, concepts_from(negative, values), latent_image))
 
 
 class KSamplerAdvancedDNG(io.ComfyNode):
@@ -295,25 +297,18 @@ class KSamplerAdvancedDNG(io.ComfyNode):
         previous_trace=None,
         **values,
     ) -> io.NodeOutput:
-        return io.NodeOutput(
-            *sample_with_dng(
-                model,
-                noise_seed,
-                steps,
-                cfg,
-                sampler_name,
-                scheduler,
-                positive,
-                concepts_from(negative, values),
-                unconditional,
-                latent_image,
-                disable_noise=add_noise == "disable",
-                start_step=start_at_step,
-                last_step=end_at_step,
-                force_full_denoise=return_with_leftover_noise == "disable",
-                previous=previous_trace,
-            )
+        schedule = Schedule(
+            noise_seed,
+            steps,
+            sampler_name,
+            scheduler,
+            disable_noise=add_noise == "disable",
+            start_step=start_at_step,
+            last_step=end_at_step,
+            force_full_denoise=return_with_leftover_noise == "disable",
         )
+        wanted, concepts = Conditionings(positive, unconditional, cfg), concepts_from(negative, values)
+        return io.NodeOutput(*sample_with_dng(model, schedule, wanted, concepts, latent_image, previous_trace))
 
 
 class DNGGuider(io.ComfyNode):

@@ -15,6 +15,7 @@ from ..models.checkpoints import open_denoiser
 from ..models.devices import devices
 from ..models.networks import UNet
 from ..models.predictors import LabelConditional, denoised
+from ..posterior import Chain
 from ..sampling import Predictor, ddpm_sample
 from ..schedules import DDPMSchedule, ddpm_sigmas
 from ..settings import Settings
@@ -113,7 +114,7 @@ def sampling(
     reference = LabelConditional(network, chain, None)
 
     def run() -> None:
-        guidance = NegativeGuidance([Settings()], chain, levels=levels[::every])
+        guidance = NegativeGuidance([Settings()], Chain(levels[::every]))
         generator = torch.Generator().manual_seed(1)
         ddpm_sample(predict, noise, levels, guidance, generator, between=reference, undesired_every=every)
 

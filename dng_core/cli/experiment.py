@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..methods import MethodSettings
 from ..models.datasets import Dataset, load_dataset
 from ..models.devices import machine
 from ..models.weight_files import ClassifierInfo, load_classifier, shipped_classifiers
-from ..settings import Settings
 from ..studies.class_removal import METHOD_NAMES, image_shape, network
 from ..studies.experiment import METHOD_OF, Experiment, read_experiment
 from ..studies.features import require_inception
@@ -25,7 +25,7 @@ from ..studies.report.results import read_results
 from ..studies.runner import Runner
 from ..studies.sweep import ENGINES, Workers
 
-TunedSettings = dict[tuple[str, str], Settings | None]
+TunedSettings = dict[tuple[str, str], MethodSettings | None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

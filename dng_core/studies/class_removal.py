@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
@@ -16,21 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..guidance import NegativeGuidance
 from ..kernels import ReverseKernel
+from ..methods import METHODS, MethodSettings, guidance_by
 from ..models.checkpoints import CIFAR10_NETWORK, open_denoiser
 from ..models.networks import UNet
 from ..models.predictors import LabelConditional, NetworkPair
 from ..models.weight_files import DenoiserInfo
+from ..posterior import Chain
 from ..sampling import ddpm_sample
-from ..schedules import ChainName, DDPMSchedule, ddpm_sigmas, karras_sigmas
-from ..settings import Settings
+from ..schedules import ChainName, DDPMSchedule, IntegratedOffset, ddpm_sigmas, karras_sigmas
 
 NONE = "none"
 METHOD_NAMES = {NONE: "none", "negative_prompting": "NP", "safe_latent_diffusion": "SLD", "dng": "DNG"}
 TRACED = 8  # images whose posterior and scale are kept: the first, and as many that still show the class
 KEY_LENGTH = 24
-VERSION = 1  # of what is drawn for the same point: to be raised with every change that alters images
+VERSION = 2  # of what is drawn for the same point: to be raised with every change that alters images
 
 Spacing = Literal["ddpm", "karras"]
 Variance = Literal["posterior", "forward"]
@@ -54,7 +54,7 @@ class Point:
     class_only: str
     weights: str
     forbidden: int | None
-    settings: Settings | None
+    settings: MethodSettings | None
     steps: int
     images: int
     batch: int
@@ -86,20 +86,21 @@ class Point:
 
     def key(self) -> str:
         """A hash of everything that decides the images."""
-        named = asdict(self) | {"denoiser": "", "class_only": bool(self.class_only)}  # the weights' digest names them
-        named["version"] = VERSION
-        if self.undesired_every == 1:
-            del named["undesired_every"]  # so that runs from before there was the choice are still found
+        named = self.to_dict() | {"version": VERSION}
+        named |= {"denoiser": "", "class_only": bool(self.class_only)}  # the weights' digest names the networks
         return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        settings = None if self.settings is None else {"method": self.settings.method, **asdict(self.settings)}
+        return asdict(self) | {"settings": settings}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Point":
-        settings = None if raw["settings"] is None else Settings(**raw["settings"])
-        known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}  # older records lack what came later
-        return cls(**known | {"settings": settings})
+        settings = None
+        if raw["settings"] is not None:
+            chosen = dict(raw["settings"])
+            settings = METHODS[chosen.pop("method")](**chosen)
+        return cls(**raw | {"settings": settings})
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ def draw_batch(batch: Batch, device: str = "cpu") -> Drawn:
     tracked = levels[:: point.undesired_every]
     if point.settings:
         fraction = partial(noise_fraction, point.variance, levels)
-        guidance = NegativeGuidance([point.settings], predict.chain, levels=tracked, noise_fraction=fraction)
+        chain = Chain(tracked, IntegratedOffset(predict.chain), noise_fraction=fraction)
+        guidance = guidance_by([point.settings], chain)
     drawn = ddpm_sample(
         predict, noise.to(device), levels, guidance, generator, point.variance, between, point.undesired_every
     )

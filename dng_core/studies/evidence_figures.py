@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import Observer
+from ..calibration import evidence_of
 from ..guidance import NegativeGuidance
 from ..models.networks import Classifier, UNet
 from ..models.predictors import LabelConditional, denoised
 from ..models.weight_files import load_classifier, load_denoiser, shipped_classifiers, shipped_denoisers
+from ..posterior import Chain
 from ..sampling import Predictor, ddpm_sample
 from ..schedules import DDPMSchedule, ddpm_sigmas
 from ..settings import Rule, Settings
@@ -38,10 +39,10 @@ def evidence_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, An
         shown, increments = [], []
         for start in range(0, images, BATCH):
             noise, generator = starting_noise(start, min(BATCH, images - start), seed, image_shape(network))
-            observer = Observer([Settings()], chain, levels=levels)
+            observer = NegativeGuidance([Settings(guidance_scale=0.0)], Chain(levels))
             drawn = ddpm_sample(predict, noise, levels, observer, generator)
             shown.append(classifier(drawn).argmax(dim=1) == digit)
-            increments.append(observer.evidence()[0].increments)
+            increments.append(evidence_of(observer)[0].increments)
         yield {"class": name, "images": images} | summed(torch.cat(increments, dim=1), torch.cat(shown), levels)
 
 
@@ -69,7 +70,7 @@ def rules_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, Any]]
         noise, generator = starting_noise(start, min(BATCH, images - start), seed, image_shape(network))
         trackers = [
             NegativeGuidance(
-                [concept.with_(rule=rule)] * len(names), chain, levels=levels, noise_fraction=lambda *levels: 1.0
+                [concept.with_(rule=rule)] * len(names), Chain(levels, noise_fraction=lambda *levels: 1.0)
             )
             for rule in rules
         ]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..settings import METHODS, Method, Settings
+from ..methods import METHODS, MethodSettings
 from .class_removal import METHOD_NAMES, Point, Spacing, Variance
 
 PRESETS = Path(__file__).parent / "presets"
@@ -30,7 +30,7 @@ class MethodPlan:
     fixed: other settings, the same everywhere.
     """
 
-    method: Method
+    method: str
     scales: tuple[float, ...]
     search: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     search_scales: tuple[float, ...] = ()
@@ -41,10 +41,9 @@ class MethodPlan:
             raise ValueError(f"{METHOD_NAMES[self.method]} has no scales to sweep over")
         if self.search and not self.search_scales:
             raise ValueError(f"{METHOD_NAMES[self.method]} has a search without search_scales")
-        for settings in (*self.candidates(), *self.sweep({})):
-            assert isinstance(settings, Settings)  # made, and so validated, before anything runs
+        self.candidates(), self.sweep({})  # made, and so validated, before anything runs
 
-    def candidates(self) -> list[Settings]:
+    def candidates(self) -> list[MethodSettings]:
         """All settings that the search tries; none without a search."""
         if not self.search:
             return []
@@ -55,22 +54,22 @@ class MethodPlan:
             for scale in self.search_scales
         ]
 
-    def sweep(self, best: Mapping[str, Any]) -> list[Settings]:
+    def sweep(self, best: Mapping[str, Any]) -> list[MethodSettings]:
         """The settings of the sweep by rising scale, with the best of the search."""
         return [self._settings(scale, best) for scale in sorted(self.scales)]
 
-    def searched(self, settings: Settings) -> dict[str, Any]:
+    def searched(self, settings: MethodSettings) -> dict[str, Any]:
         """Of ``settings``, those that the search decides."""
         return {name: getattr(settings, name) for name in self.search}
 
-    def _settings(self, scale: float, others: Mapping[str, Any]) -> Settings:
-        names = {f.name for f in fields(Settings)} - {"method", "guidance_scale"}
+    def _settings(self, scale: float, others: Mapping[str, Any]) -> MethodSettings:
+        names = {f.name for f in fields(METHODS[self.method])} - {"guidance_scale"}
         chosen = {**self.fixed, **others}
         if unknown := chosen.keys() - names:
             raise ValueError(f"{METHOD_NAMES[self.method]}: there is no setting {', '.join(sorted(unknown))}")
         if infinite := [key for key, value in chosen.items() if value in (math.inf, -math.inf)]:
             raise ValueError(f"{METHOD_NAMES[self.method]}: {infinite[0]} is infinite: give a large number instead")
-        return Settings(method=self.method, guidance_scale=scale, **chosen)
+        return METHODS[self.method](guidance_scale=scale, **chosen)
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ class Experiment:
         return [class_names.index(name) for name in chosen]
 
     def point(
-        self, weights: Mapping[str, str], label: int | None, name: str, settings: Settings | None, images: int
+        self, weights: Mapping[str, str], label: int | None, name: str, settings: MethodSettings | None, images: int
     ) -> Point:
         """A point; ``weights``: class name -> digest of the networks ("" for the denoiser alone)."""
         return Point(

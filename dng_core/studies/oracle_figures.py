@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..evidence import Call, held_evidence
+from ..frames import VP
 from ..guidance import NegativeGuidance
-from ..kernels import VP
 from ..oracle import GaussianMixture
-from ..posterior import posterior_increment
+from ..posterior import Chain
 from ..sampling import ddpm_sample
 from ..schedules import DDPMSchedule, ddpm_sigmas, karras_sigmas
 from ..settings import PRESETS, Settings
@@ -60,7 +61,8 @@ def increment_figure(seed: int) -> Iterator[dict[str, Any]]:
         negative, reference = scale * x - sigma * eps_negative, scale * x - sigma * eps
         for dtype in worst:
             state, following, d_negative, d_reference = (v.to(dtype) for v in (x, x_next, negative, reference))
-            ours = posterior_increment(following, state, d_negative, d_reference, next_sigma, sigma, VP)
+            start = Call(VP.to_ve(state, sigma), sigma, d_reference, d_negative)
+            ours = held_evidence(start, Call(VP.to_ve(following, next_sigma), next_sigma), start)
             worst[dtype] = max(worst[dtype], ((ours.double() - truth).norm() / truth.norm()).item())
     for dtype, error in worst.items():
         yield {"precision": str(dtype).removeprefix("torch."), "steps": 999, "largest relative error": error}
@@ -79,7 +81,7 @@ def removal_figure(samples: int, seed: int) -> Iterator[dict[str, Any]]:
     """Figure 3: what is left of the forbidden component under the paper's CIFAR-10 settings, over step counts."""
     mixture = GaussianMixture.random(COMPONENTS, (DIMENSIONS,), STD)
     chain = DDPMSchedule.named("linear")
-    cifar = PRESETS["CIFAR-10"].settings
+    cifar = PRESETS["CIFAR-10"]
     for steps in STEP_COUNTS:
         schedules = {
             "DDPM": ddpm_sigmas(chain, steps),
@@ -112,7 +114,7 @@ def _sample(
     start = noise * (1 + sigmas[0] ** 2) ** 0.5
     exact = settings.with_(guidance_scale=1.0) == NO_CLAMP.with_(guidance_scale=1.0)
     priors = [mixture.log_posterior(start, sigmas[0], [0])] if exact else None
-    guidance = NegativeGuidance([settings], levels=sigmas, log_priors=priors)
+    guidance = NegativeGuidance([settings], Chain(sigmas), priors)
     last: list[Tensor] = []
 
     def predict(x: Tensor, sigma: float) -> tuple[Tensor, list[Tensor]]:

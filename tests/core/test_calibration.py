@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dng_core.calibration import Evidence, Goals, Observer, Proposal, explanation, propose, replay
+from dng_core.calibration import Evidence, Goals, Proposal, evidence_of, explanation, propose, replay
 from dng_core.guidance import NegativeGuidance
 from dng_core.oracle import GaussianMixture
 from dng_core.sampling import ddpm_sample
@@ -26,10 +26,13 @@ def run(guidance: NegativeGuidance | None, samples: int, steps: int, seed: int =
     return ddpm_sample(predict, noise, karras_sigmas(steps, 0.01, 157.0), guidance, generator)
 
 
-def recorded(samples: int = 256, steps: int = 60, seed: int = 0) -> Evidence:
-    observer = Observer([Settings()])
-    run(observer, samples, steps, seed)
-    return observer.evidence()[0]
+OFF = Settings(guidance_scale=0)
+
+
+def recorded(samples: int = 256, steps: int = 60, seed: int = 0, settings: Settings = OFF) -> Evidence:
+    guidance = NegativeGuidance([settings])
+    run(guidance, samples, steps, seed)
+    return evidence_of(guidance)[0]
 
 
 def single(value: float) -> Tensor:
@@ -47,7 +50,14 @@ def test_on_exact_predictions_the_exact_settings_are_proposed(seed):
 
 
 def test_observing_leaves_the_samples_as_they_are():
-    assert torch.equal(run(Observer([Settings()]), 8, 10), run(None, 8, 10))
+    assert torch.equal(run(NegativeGuidance([OFF]), 8, 10), run(None, 8, 10))
+
+
+def test_what_is_recorded_depends_on_the_rule_alone_of_the_settings_of_the_run():
+    others = OFF.with_(prior=0.5, temperature=0.2, offset=3.0, offset_form="total", p_min=0.4, p_max=0.6)
+    assert torch.equal(recorded(16, 20, settings=others).increments, recorded(16, 20).increments)
+    probed = recorded(16, 20, settings=OFF.with_(rule="probe"))
+    assert not torch.equal(probed.increments, recorded(16, 20).increments)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
-"""How predictions are combined: DNG, negative prompting, Safe Latent Diffusion and CFG, by their formulas."""
+"""How predictions are combined: DNG, negative prompting and Safe Latent Diffusion, by their formulas."""
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -7,15 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dng_core.guidance import (
-    NegativeGuidance,
-    classifier_free_guidance,
-    combine,
-    dynamic_scales,
-    safe_latent_direction,
-)
-from dng_core.kernels import NoiseFrame
-from dng_core.settings import Settings
+from dng_core.baselines import BaselineGuidance, NegativePrompting, SafeLatentDiffusion, safe_latent_direction
+from dng_core.frames import VE, NoiseFrame
+from dng_core.guidance import Guidance, NegativeGuidance, Trace, combine, dynamic_scales
+from dng_core.methods import METHODS, MethodSettings, guidance_by
+from dng_core.posterior import Chain
+from dng_core.settings import RULES, Settings
 
 WIDE = Settings(prior=0.3, p_min=1e-30, p_max=1 - 1e-9, max_scale=math.inf)
 
@@ -60,15 +59,6 @@ def test_exact_scales_of_two_exclusive_concepts_leave_the_mixture_of_the_rest():
     torch.testing.assert_close(combine(whole, [parts[0] - whole, parts[1] - whole], scales), parts[2])
 
 
-def test_classifier_free_guidance():
-    positive, unconditional = tensors(2, 3, 4)
-    assert torch.equal(classifier_free_guidance(positive, unconditional, 0), unconditional)
-    torch.testing.assert_close(classifier_free_guidance(positive, unconditional, 1), positive)
-    torch.testing.assert_close(
-        classifier_free_guidance(positive, unconditional, 7.5), 7.5 * positive - 6.5 * unconditional
-    )
-
-
 def test_combine_pushes_each_image_by_its_own_scale():
     base, first, second = tensors(3, 2, 3, 4, 5)
     out = combine(base, [first, second], [torch.tensor([0.0, 2.0]), torch.tensor([3.0, 0.0])])
@@ -84,12 +74,12 @@ def test_at_scale_0_combine_returns_the_bases_values_in_its_dtype(dtype):
 
 
 def guide(
-    settings: Sequence[Settings], levels: Sequence[float], points: Sequence[Tensor], frame: NoiseFrame | None = None
-) -> tuple[list[Tensor], NegativeGuidance]:
+    settings: Sequence[MethodSettings], levels: Sequence[float], points: Sequence[Tensor], frame: NoiseFrame = VE
+) -> tuple[list[Tensor], Guidance]:
     """Run over points (state, base, reference, one prediction per concept): the outputs, and the guidance."""
-    guidance = NegativeGuidance(settings, frame=frame or NoiseFrame("ve"), levels=levels)
+    guidance = guidance_by(settings, Chain([frame.sigma(level) for level in levels]))
     outs = [
-        guidance(point[0], level, point[1], point[2], list(point[3:]))
+        guidance(frame.to_ve(point[0], level), frame.sigma(level), point[1], point[2], list(point[3:]))
         for point, level in zip(points, levels, strict=True)
     ]
     return outs, guidance
@@ -98,25 +88,24 @@ def guide(
 def test_dng_pushes_the_base_by_the_tracked_scale_along_negative_minus_reference():
     points = [tensors(4, 5, 2, 4, seed=s) * 0.3 for s in range(3)]
     outs, guidance = guide([WIDE.with_(guidance_scale=2.0)], [4.0, 2.0, 1.0], points)
-    posterior = guidance.trackers[0].anchors
-    assert not torch.allclose(posterior[1].log_posterior, posterior[0].log_posterior)
-    for point, out, anchor in zip(points, outs, posterior, strict=True):
-        p = anchor.log_posterior.exp()[:, None, None]
+    tracked = guidance.paths[0].points
+    assert not torch.allclose(tracked[1].log_p, tracked[0].log_p)
+    for point, out, there in zip(points, outs, tracked, strict=True):
+        p = there.log_p.exp()[:, None, None]
         torch.testing.assert_close(out, point[1] - 2 * p / (1 - p) * (point[3] - point[2]))
 
 
-def test_negative_prompting_pushes_by_a_constant_whatever_the_posterior():
+def test_negative_prompting_pushes_by_a_constant_whatever_the_state():
     points = [tensors(4, 5, 2, 4, seed=s) for s in range(3)]
-    outs, guidance = guide([WIDE.with_(method="negative_prompting", guidance_scale=1.5)], [4.0, 2.0, 1.0], points)
+    outs, _ = guide([NegativePrompting(1.5)], [4.0, 2.0, 1.0], points)
     for point, out in zip(points, outs, strict=True):
         torch.testing.assert_close(out, point[1] - 1.5 * (point[3] - point[2]))
-    assert guidance.trace().scale.unique().tolist() == [1.5]
 
 
 @pytest.mark.parametrize("threshold", [0.04, math.inf])
 def test_safe_latent_diffusion_is_its_formula_in_noise_predictions(threshold):
     """eps_hat = eps - lambda g over three steps, literally, and brought back to a denoised prediction."""
-    settings = WIDE.with_(method="safe_latent_diffusion", guidance_scale=7.0, sld_threshold=threshold)
+    settings = SafeLatentDiffusion(guidance_scale=7.0, threshold=threshold)
     levels = [4.0, 2.0, 0.5]
     points = [tensors(4, 5, 2, 4, seed=s) * 0.1 for s in range(3)]
     outs, _ = guide([settings], levels, points)
@@ -134,44 +123,79 @@ def test_safe_latent_diffusion_is_its_formula_in_noise_predictions(threshold):
 
 def test_safe_latent_direction_at_infinite_noise_is_zero_and_keeps_its_momentum():
     difference, momentum = tensors(2, 2, 3)
-    direction, kept = safe_latent_direction(difference, math.inf, momentum, Settings())
+    direction, kept = safe_latent_direction(difference, math.inf, momentum, SafeLatentDiffusion())
     assert not direction.any()
     assert torch.equal(kept, momentum)
 
 
-def test_concepts_of_different_methods_add_up():
-    dng, prompting = WIDE.with_(prior=0.25), WIDE.with_(method="negative_prompting", guidance_scale=0.5)
-    (out,), _ = guide([dng, prompting], [4.0], [point := tensors(5, 3, 2, 2)])
-    scale = 0.25 / (1 - 0.25 - 0.3)
-    torch.testing.assert_close(out, point[1] - scale * (point[3] - point[2]) - 0.5 * (point[4] - point[2]))
+def test_concepts_of_one_method_add_up():
+    point = tensors(5, 3, 2, 2)
+    first, second = point[3] - point[2], point[4] - point[2]
+    (out,), _ = guide([NegativePrompting(1.5), NegativePrompting(0.5)], [4.0], [point])
+    torch.testing.assert_close(out, point[1] - 1.5 * first - 0.5 * second)
+    (out,), _ = guide([WIDE.with_(prior=0.25), WIDE], [4.0], [point])
+    torch.testing.assert_close(out, point[1] - 0.25 / 0.45 * first - 0.3 / 0.45 * second)
 
 
-@pytest.mark.parametrize("method", ["dng", "negative_prompting", "safe_latent_diffusion"])
+def test_concepts_of_different_methods_are_refused():
+    for a, b in itertools.permutations((Settings(), NegativePrompting(), SafeLatentDiffusion()), 2):
+        with pytest.raises(ValueError, match="one method, not .*" + ", ".join(sorted((a.method, b.method)))):
+            guidance_by([a, a, b])
+
+
+def test_every_method_is_run_by_its_name_and_the_baselines_track_no_posterior():
+    points = [tensors(4, 5, 2, 4, seed=s) for s in range(3)]
+    kinds = {
+        "dng": NegativeGuidance,
+        "negative_prompting": BaselineGuidance,
+        "safe_latent_diffusion": BaselineGuidance,
+    }
+    assert METHODS.keys() == kinds.keys()
+    for method, settings in METHODS.items():
+        _, guidance = guide([settings()], [4.0, 2.0, 1.0], points)
+        assert type(guidance) is kinds[method] and settings.method == method
+        trace = guidance.trace((points[0][0], 0.5))
+        assert isinstance(trace, Trace) if method == "dng" else trace is None
+        assert method == "dng" or guidance.probe(points[0][0], 0.5) is None
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_negative_equal_to_the_reference_changes_nothing(method):
     x, base, reference = tensors(3, 2, 3, 4, dtype=torch.float32)
-    settings = Settings(method=method)
-    outs, guidance = guide([settings], [4.0, 2.0], [torch.stack([x, base, reference, reference])] * 2)
+    outs, guidance = guide([METHODS[method]()], [4.0, 2.0], [torch.stack([x, base, reference, reference])] * 2)
     assert all(torch.equal(out, base) for out in outs)
-    torch.testing.assert_close(guidance.trace().posterior, torch.full((2, 1, 2), 0.2))
+    if method == "dng":
+        torch.testing.assert_close(guidance.trace().posterior, torch.full((2, 1, 2), 0.2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_not_finite_in_an_undesired_prediction_does_not_push_and_is_told(method):
+    point = tensors(4, 2, 3, 4)
+    point[3, 0, 0, :2] = torch.tensor([math.nan, math.inf])
+    repaired = torch.where(point.isfinite(), point, point[2])
+    (out,), guidance = guide([METHODS[method]()], [4.0], [point])
+    (wanted,), fine = guide([METHODS[method]()], [4.0], [repaired])
+    assert torch.equal(out, wanted)
+    assert guidance.ignored() and not fine.ignored()
 
 
 @pytest.mark.parametrize("shape", [(2, 6), (2, 2, 3), (2, 1, 2, 3), (2, 1, 1, 2, 3)], ids=str)
-@pytest.mark.parametrize("method", ["dng", "negative_prompting", "safe_latent_diffusion"])
+@pytest.mark.parametrize("method", METHODS)
 def test_any_latent_rank_gives_the_same_result(shape, method):
     points = [tensors(4, 2, 6, seed=s) for s in range(2)]
-    flat, _ = guide([Settings(method=method)], [4.0, 2.0], points)
-    shaped, _ = guide([Settings(method=method)], [4.0, 2.0], [p.reshape(4, *shape) for p in points])
+    flat, _ = guide([METHODS[method]()], [4.0, 2.0], points)
+    shaped, _ = guide([METHODS[method]()], [4.0, 2.0], [p.reshape(4, *shape) for p in points])
     for a, b in zip(flat, shaped, strict=True):
         torch.testing.assert_close(b.reshape(2, 6), a)
 
 
-@pytest.mark.parametrize("method", ["dng", "negative_prompting", "safe_latent_diffusion"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_batch_of_three_is_three_batches_of_one(method):
     points = [tensors(4, 3, 2, 4, seed=s) * 0.3 for s in range(4)]
     levels = [4.0, 2.0, 1.0, 0.5]
-    together, _ = guide([Settings(method=method)], levels, points)
+    together, _ = guide([METHODS[method]()], levels, points)
     for i in range(3):
-        alone, _ = guide([Settings(method=method)], levels, [p[:, i : i + 1] for p in points])
+        alone, _ = guide([METHODS[method]()], levels, [p[:, i : i + 1] for p in points])
         for whole, part in zip(together, alone, strict=True):
             torch.testing.assert_close(part, whole[i : i + 1])
 
@@ -182,21 +206,25 @@ def test_half_precision_in_is_tracked_in_float32_and_half_precision_out(dtype):
     halves, half = guide([Settings()], [4.0, 2.0, 1.0], points)
     wholes, whole = guide([Settings()], [4.0, 2.0, 1.0], [p.float() for p in points])
     assert {out.dtype for out in halves} == {dtype}
-    assert {a.log_posterior.dtype for a in half.trackers[0].anchors} == {torch.float32}
+    assert {point.log_p.dtype for point in half.paths[0].points} == {torch.float32}
     torch.testing.assert_close(half.trace().posterior, whole.trace().posterior, rtol=1e-5, atol=1e-7)
     for a, b in zip(halves, wholes, strict=True):
         assert torch.equal(a, b.to(dtype))
 
 
-def test_the_callers_tensors_may_be_overwritten_after_a_call():
-    """Samplers reuse their buffers: the tracker must not see what is written into them later."""
-    points = [tensors(4, 2, 3, 4, seed=s, dtype=torch.float32) for s in range(2)]
-    expected, _ = guide([Settings()], [4.0, 2.0], points)
-    guidance = NegativeGuidance([Settings()], levels=[4.0, 2.0])
-    for point, level, wanted in zip(points, [4.0, 2.0], expected, strict=True):
-        state, base, reference, negative = (x.clone() for x in point)
-        torch.testing.assert_close(guidance(state, level, base, reference, [negative]), wanted)
-        for buffer in (state, base, reference, negative):
+@pytest.mark.parametrize("rule", RULES)
+def test_the_callers_tensors_may_be_overwritten_after_a_call(rule):
+    """Samplers reuse their buffers: the path must not see what is written into them later."""
+    settings = WIDE.with_(rule=rule)
+    points = [tensors(4, 2, 3, 4, seed=s, dtype=torch.float32) * 0.3 for s in range(2)]
+    chain = Chain([4.0, 2.0], noise_fraction=lambda *sigmas: 1.0)
+    overwritten, left = (NegativeGuidance([settings], chain) for _ in range(2))
+    for (x, base, reference, negative), sigma in zip(points, [4.0, 2.0], strict=True):
+        wanted = left(x, sigma, base, reference, [negative]).clone()
+        buffers = [tensor.clone() for tensor in (x, base, reference, negative)]
+        out = overwritten(buffers[0], sigma, *buffers[1:3], buffers[3:])
+        torch.testing.assert_close(out, wanted)
+        for buffer in (*buffers, out):
             buffer.fill_(math.nan)
 
 
@@ -210,6 +238,55 @@ def test_the_trace_holds_each_step_concept_and_image():
     assert trace.posterior.dtype == trace.scale.dtype == torch.float32
     torch.testing.assert_close(trace.posterior[0], torch.tensor([[0.2] * 7, [0.1] * 7]))
     assert float(trace.posterior.min()) >= 0.01 - 1e-6 and float(trace.posterior.max()) <= 0.9 + 1e-6
+
+
+def test_of_a_concept_that_does_not_apply_the_trace_holds_no_scale():
+    points = [tensors(4, 2, 3, seed=s) for s in range(2)]
+    guidance = NegativeGuidance([Settings(), Settings(prior=0.1)], Chain([4.0, 2.0]))
+    for (x, base, reference, negative), sigma, applies in zip(points, [4.0, 2.0], [False, True], strict=True):
+        out = guidance(x, sigma, base, reference, [None, negative if applies else None])
+        assert torch.equal(out, base) != applies
+    assert [bool(scale) for scale in guidance.trace().scale.flatten(1).T[2]] == [False, True]
+    assert not guidance.trace().scale[:, 0].any() and guidance.trace().posterior.all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_trace_with_its_end_is_a_question(rule):
+    """Asked twice it answers the same, and neither a later trace nor the run that goes on knows that it was asked."""
+    points = [tensors(4, 2, 3, seed=s) * 0.3 for s in range(4)]
+    levels, settings = [4.0, 3.0, 2.0, 1.0], [WIDE.with_(rule=rule)]
+    asked, left = (NegativeGuidance(settings, Chain(levels, noise_fraction=lambda *sigmas: 0.8)) for _ in range(2))
+    for (x, base, reference, negative), sigma in zip(points, levels, strict=True):
+        outs = [guidance(x, sigma, base, reference, [negative]) for guidance in (asked, left)]
+        assert torch.equal(*outs)
+        for end in (0.0, 0.7 * sigma, sigma, 2.5):
+            first, second = (asked.trace((points[0][0], end)) for _ in range(2))
+            assert_same_trace(first, second)
+            assert first.log_posterior is not None and first.log_posterior.shape == (1, 2)
+            assert_same_trace(dataclasses.replace(first, log_posterior=None), left.trace())
+        assert_same_trace(asked.trace(), left.trace())
+    assert asked.trace().sigmas.tolist() == levels
+    assert not torch.equal(first.log_posterior, asked.trace((points[0][0], 0.7)).log_posterior)
+
+
+def assert_same_trace(a: Trace, b: Trace) -> None:
+    for field in dataclasses.fields(Trace):
+        ours, theirs = getattr(a, field.name), getattr(b, field.name)
+        assert ours is theirs is None or torch.equal(ours, theirs), field.name
+
+
+def test_a_run_that_goes_on_from_where_another_stopped_is_one_run_with_it():
+    points = [tensors(4, 2, 3, seed=s) * 0.3 for s in range(4)]
+    levels = [4.0, 3.0, 2.0, 1.0]
+    _, whole = guide([WIDE], levels, points)
+    _, first = guide([WIDE], levels[:2], points[:2])
+    stopped = first.trace((points[2][0], 2.0))
+    second = NegativeGuidance([WIDE], Chain(levels[2:]), stopped.log_posterior.double())
+    for (x, base, reference, negative), sigma in zip(points[2:], levels[2:], strict=True):
+        second(x, sigma, base, reference, [negative])
+    joined = stopped.then(second.trace())
+    assert torch.equal(joined.sigmas, whole.trace().sigmas)
+    torch.testing.assert_close(joined.posterior, whole.trace().posterior, rtol=1e-5, atol=0)
 
 
 def test_a_flow_trace_is_in_noise_levels_of_the_ve_frame():
@@ -231,5 +308,6 @@ def test_impossible_setups_are_refused():
     with pytest.raises(ValueError, match="priors"):
         NegativeGuidance([Settings(prior=0.5), Settings(prior=0.5)])
     x = torch.zeros(1, 2)
-    with pytest.raises(ValueError, match="1 concepts were set up but 2"):
-        NegativeGuidance([Settings()])(x, 1.0, x, x, [x, x])
+    for settings in METHODS.values():
+        with pytest.raises(ValueError, match="1 concepts were set up but 2"):
+            guidance_by([settings()])(x, 1.0, x, x, [x, x])

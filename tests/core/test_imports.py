@@ -19,8 +19,12 @@ class NoComfyUI:
 sys.meta_path.insert(0, NoComfyUI())
 import torch
 before = set(sys.modules)
+import importlib, pkgutil
 import dng_core
-from dng_core import guidance, kernels, oracle, posterior, sampling, schedules, settings
+for module in pkgutil.iter_modules(dng_core.__path__, "dng_core."):
+    if not module.ispkg and module.name != "dng_core.__main__":
+        importlib.import_module(module.name)
+assert {"posterior", "guidance", "baselines", "methods"} <= set(vars(dng_core)), vars(dng_core)
 print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - before})))
 """
 

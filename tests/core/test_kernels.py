@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from dng_core.kernels import VE, VP, NoiseFrame, ReverseKernel, at_least_float32, per_image
+from dng_core.frames import VE, VP, NoiseFrame
+from dng_core.kernels import ReverseKernel, at_least_float32, per_image
 from dng_core.schedules import ChainName, DDPMSchedule
 
 CHAINS: tuple[ChainName, ...] = ("linear", "scaled_linear")
@@ -65,7 +66,7 @@ def test_a_kernel_that_does_not_go_down_in_noise_is_refused(sigma, next_sigma):
 
 
 @pytest.mark.parametrize("frame", [VE, VP, NoiseFrame("flow"), NoiseFrame("flow", 8.0)], ids=str)
-def test_scale_takes_a_state_of_the_frame_to_x0_plus_sigma_noise(frame):
+def test_to_ve_takes_a_state_of_the_frame_to_x0_plus_sigma_noise_and_from_ve_takes_it_back(frame):
     x_0, noise = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for level in (0.001, 0.2, 0.9):
         state = {
@@ -73,21 +74,23 @@ def test_scale_takes_a_state_of_the_frame_to_x0_plus_sigma_noise(frame):
             "vp": (x_0 + level * noise) / math.sqrt(1 + level**2),
             "flow": (1 - level) * x_0 + level * frame.noise_scale * noise,
         }[frame.kind]
-        torch.testing.assert_close(frame.scale(level) * state, x_0 + frame.sigma(level) * noise, rtol=1e-12, atol=0)
+        x = frame.to_ve(state, level)
+        torch.testing.assert_close(x, x_0 + frame.sigma(level) * noise, rtol=1e-12, atol=0)
+        torch.testing.assert_close(frame.from_ve(x, level), state, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("frame", [VE, VP, NoiseFrame("flow"), NoiseFrame("flow", 8.0)], ids=str)
-def test_carry_is_the_ratio_of_variances_times_scale(frame):
-    for level, next_level in ((0.9, 0.6), (0.5, 0.01), (0.999, 0.998)):
-        ratio = (frame.sigma(next_level) / frame.sigma(level)) ** 2
-        assert frame.carry(level, next_level) == pytest.approx(ratio * frame.scale(level), rel=1e-12)
-
-
-def test_a_flow_at_t_1_is_infinite_noise_whose_state_carries_nothing():
-    frame = NoiseFrame("flow")
+@pytest.mark.parametrize("noise_scale", [1.0, 8.0])
+def test_a_flow_at_t_1_is_infinite_noise_whose_state_carries_nothing(noise_scale):
+    """r x, what a jump to t = 0.9 keeps of a state, is 0 there and comes to it from below."""
+    frame, state = NoiseFrame("flow", noise_scale), torch.full((2,), 3.0, dtype=torch.float64)
     assert frame.sigma(1.0) == math.inf
-    assert frame.carry(1.0, 0.9) == 0.0
-    assert frame.carry(1 - 1e-12, 0.9) == pytest.approx(0.0, abs=1e-9)
+    assert not frame.to_ve(state, 1.0).any()
+    carried = [
+        ReverseKernel(frame.sigma(level), frame.sigma(0.9)).ratio * frame.to_ve(state, level)
+        for level in (1.0, 1 - 1e-12)
+    ]
+    assert torch.equal(carried[0], torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close(carried[1], carried[0], rtol=0, atol=1e-9)
 
 
 def test_per_image_values_broadcast_over_any_rank():

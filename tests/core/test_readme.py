@@ -1,7 +1,6 @@
 """The README's lines do what it says."""
 
 import re
-import runpy
 from pathlib import Path
 
 import torch
@@ -12,8 +11,9 @@ from dng_core.schedules import DDPMSchedule, ddpm_sigmas
 README = Path(__file__).parents[2] / "README.md"
 
 
-def test_the_lines_around_a_plain_loop_remove_the_undesired_component(tmp_path: Path) -> None:
-    (lines,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def test_the_lines_around_a_plain_loop_remove_the_undesired_component() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
     mixture = GaussianMixture.random(8, (16,))
     sigmas = ddpm_sigmas(DDPMSchedule.named("linear"), 50)
     torch.manual_seed(0)
@@ -23,8 +23,6 @@ def test_the_lines_around_a_plain_loop_remove_the_undesired_component(tmp_path: 
         return mixture.denoised(x, sigma, [0] if label == "undesired" else None)
 
     names = {"torch": torch, "denoise": denoise, "sigmas": sigmas, "x": start.clone()}
-    script = tmp_path / "readme.py"
-    script.write_text(lines, encoding="utf-8")
-    done = runpy.run_path(str(script), init_globals=names)
-    share = (mixture.classify(done["x"]) == 0).float().mean()
+    exec("".join(blocks), names)
+    share = (mixture.classify(names["x"]) == 0).float().mean()
     assert share < 0.05  # of 12.5 % without guidance

@@ -6,13 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from dng_core.baselines import NegativePrompting
 from dng_core.guidance import NegativeGuidance
+from dng_core.methods import MethodSettings, guidance_by
 from dng_core.oracle import GaussianMixture
+from dng_core.posterior import Chain
 from dng_core.sampling import ddpm_sample
-from dng_core.schedules import DDPMSchedule, ddpm_sigmas, karras_sigmas
-from dng_core.settings import PRESETS, Settings
+from dng_core.schedules import DDPMSchedule, IntegratedOffset, ddpm_sigmas, karras_sigmas
+from dng_core.settings import PRESETS, Rule, Settings
 
 CHAIN = DDPMSchedule.named("linear")
+OFFSET = IntegratedOffset(CHAIN)
 MIXTURE = GaussianMixture.random(8, (32,), std=0.2)
 EXACT = Settings(prior=1 / 8, p_min=1e-30, p_max=1 - 1e-12)
 
@@ -40,8 +44,8 @@ def schedule(name: str, steps: int) -> list[float]:
     return karras_sigmas(steps, float(CHAIN.sigmas[0]), float(CHAIN.sigmas[-1]))
 
 
-def run(settings: Settings | None, sigmas: list[float], samples: int, seed: int = 0) -> Tensor:
-    guidance = NegativeGuidance([settings], CHAIN, levels=sigmas) if settings else None
+def run(settings: MethodSettings | None, sigmas: list[float], samples: int, seed: int = 0) -> Tensor:
+    guidance = guidance_by([settings], Chain(sigmas, OFFSET)) if settings else None
     return ddpm_sample(predictor(), start(samples, seed), sigmas, guidance, torch.Generator().manual_seed(seed + 1))
 
 
@@ -49,18 +53,18 @@ def forbidden_share(x: Tensor) -> float:
     return float((MIXTURE.classify(x) == 0).float().mean())
 
 
-def tracking_error(steps: int, samples: int, guidance_scale: float, correction: bool = False) -> float:
+def tracking_error(steps: int, samples: int, guidance_scale: float, rule: Rule = "algorithm_2") -> float:
     """mean |tracked - exact posterior| at the last step, from the exact posterior of the first state, in float64."""
     sigmas = ddpm_sigmas(CHAIN, steps)
     noise = start(samples, dtype=torch.float64)
     first = MIXTURE.log_posterior(noise * (1 + sigmas[0] ** 2) ** 0.5, sigmas[0], [0])
-    settings = EXACT.with_(guidance_scale=guidance_scale, rule="probe" if correction else "algorithm_2")
-    guidance = NegativeGuidance([settings], CHAIN, levels=sigmas, log_priors=[first])
+    settings = EXACT.with_(guidance_scale=guidance_scale, rule=rule)
+    guidance = NegativeGuidance([settings], Chain(sigmas, OFFSET), [first])
     ddpm_sample(predictor(), noise, sigmas, guidance, torch.Generator().manual_seed(1))
-    last = guidance.trackers[0].anchors[-1]
-    assert last.state is not None
-    assert last.level == sigmas[-1]
-    return float((last.log_posterior.exp() - MIXTURE.log_posterior(last.state, last.level, [0]).exp()).abs().mean())
+    last = guidance.paths[0].points[-1]
+    assert last.call is not None
+    assert last.sigma == sigmas[-1]
+    return float((last.log_p.exp() - MIXTURE.log_posterior(last.call.x, last.sigma, [0]).exp()).abs().mean())
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0], ids=["unguided", "guided"])
@@ -71,7 +75,7 @@ def test_the_tracked_posterior_approaches_the_exact_one_as_steps_grow(guidance_s
 
 
 def test_the_ancestral_sampler_probes_where_the_rule_probe_asks_for_it():
-    assert tracking_error(30, 600, 0.0, correction=True) < 0.5 * tracking_error(30, 600, 0.0)
+    assert tracking_error(30, 600, 0.0, "probe") < 0.5 * tracking_error(30, 600, 0.0)
 
 
 @pytest.mark.slow
@@ -84,7 +88,7 @@ def test_at_1000_steps_the_tracked_posterior_is_within_0_01(guidance_scale):
 @pytest.mark.parametrize("spacing", ["ddpm", "karras"])
 def test_the_papers_cifar_10_setting_leaves_at_most_1_percent_at_few_steps(spacing, steps):
     sigmas = schedule(spacing, steps)
-    assert forbidden_share(run(PRESETS["CIFAR-10"].settings, sigmas, 800)) <= 0.01
+    assert forbidden_share(run(PRESETS["CIFAR-10"], sigmas, 800)) <= 0.01
     assert 0.09 < forbidden_share(run(None, sigmas, 500)) < 0.16
 
 
@@ -92,12 +96,12 @@ def test_the_papers_cifar_10_setting_leaves_at_most_1_percent_at_few_steps(spaci
 @pytest.mark.parametrize("steps", [20, 30, 50, 100, 250, 1000])
 @pytest.mark.parametrize("spacing", ["ddpm", "karras"])
 def test_the_papers_cifar_10_setting_leaves_at_most_1_percent_at_any_step_count(spacing, steps):
-    assert forbidden_share(run(PRESETS["CIFAR-10"].settings, schedule(spacing, steps), 2000)) <= 0.01
+    assert forbidden_share(run(PRESETS["CIFAR-10"], schedule(spacing, steps), 2000)) <= 0.01
 
 
 def test_the_per_step_offset_does_not_carry_over_to_few_steps():
     """What the integrated form is for."""
-    per_step = PRESETS["CIFAR-10"].settings.with_(offset_form="per_step")
+    per_step = PRESETS["CIFAR-10"].with_(offset_form="per_step")
     assert forbidden_share(run(per_step, schedule("ddpm", 50), 500)) > 0.05
 
 
@@ -120,7 +124,7 @@ def test_guidance_leaves_almost_all_other_samples_where_they_were():
 
 def test_negative_prompting_at_scale_0_is_unguided():
     sigmas = schedule("ddpm", 10)
-    off = Settings(method="negative_prompting", guidance_scale=0)
+    off = NegativePrompting(0)
     assert torch.equal(run(off, sigmas, 16), run(None, sigmas, 16))
 
 
@@ -139,7 +143,7 @@ def test_the_product_mixture_needs_the_reference_that_its_negative_is_a_part_of(
     sigmas = schedule("karras", 40)
     left = {}
     for name, (reference, negative, prior) in cases.items():
-        guidance = NegativeGuidance([Settings(prior=prior)], CHAIN, levels=sigmas)
+        guidance = NegativeGuidance([Settings(prior=prior)], Chain(sigmas, OFFSET))
         generator = torch.Generator().manual_seed(1)
         x = start(500) * (1 + sigmas[0] ** 2) ** 0.5
 
@@ -161,9 +165,9 @@ def test_the_step_noise_does_not_depend_on_guidance_or_on_what_else_draws_number
     sigmas = schedule("ddpm", 6)
     generator = torch.Generator()
     outs = []
-    for settings in (None, Settings(), Settings(method="negative_prompting", guidance_scale=3.0)):
+    for settings in (None, Settings(), NegativePrompting(3.0)):
         torch.rand(7)  # the global generator moves on
-        guidance = NegativeGuidance([settings], CHAIN, levels=sigmas) if settings else None
+        guidance = guidance_by([settings], Chain(sigmas, OFFSET)) if settings else None
         same: Callable[[Tensor, float], tuple[Tensor, list[Tensor]]] = lambda x, s: (x / 2, [x / 2])  # noqa: E731
         outs.append(ddpm_sample(same, start(4), sigmas, guidance, generator.manual_seed(3)))
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
@@ -188,7 +192,7 @@ def test_the_undesired_prediction_at_every_fourth_of_many_steps_removes_as_much(
 
     for every in (1, 4):
         counted = 0
-        guidance = NegativeGuidance([EXACT], CHAIN, levels=sigmas[::every])
+        guidance = NegativeGuidance([EXACT], Chain(sigmas[::every], OFFSET))
         generator = torch.Generator().manual_seed(1)
         reference_alone = lambda x, sigma: (MIXTURE.denoised(x, sigma), [])  # noqa: E731
         out = ddpm_sample(
@@ -208,9 +212,8 @@ def test_between_the_steps_that_ask_the_push_stays():
         return torch.zeros_like(x), [torch.ones_like(x)]
 
     sigmas = [4.0, 3.0, 2.0, 1.0]
-    settings = Settings(method="negative_prompting", guidance_scale=0.5)
     for every in (1, 2, 3, 9):
-        guidance = NegativeGuidance([settings], CHAIN, levels=sigmas[::every])
+        guidance = guidance_by([NegativePrompting(0.5)])
         generator = torch.Generator().manual_seed(0)
         estimates.append(ddpm_sample(predict, start(2), sigmas, guidance, generator, undesired_every=every))
     assert all(torch.equal(e, torch.full((2, 32), -0.5)) for e in estimates)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dng_core.kernels import ReverseKernel
-from dng_core.posterior import offset_increment
+from dng_core.posterior import offset_evidence
 from dng_core.schedules import DDPMSchedule, IntegratedOffset, ddpm_sigmas, karras_sigmas
 from dng_core.settings import Settings
 
@@ -119,10 +119,10 @@ def test_integrated_offset_is_monotone_and_constant_outside_the_chain():
 def test_a_split_jump_collects_the_same_offset(form):
     integrated = IntegratedOffset(LINEAR)
     settings = Settings(offset=0.3, offset_form=form)
-    whole = offset_increment(settings, ReverseKernel(30.0, 0.05), integrated)
+    whole = offset_evidence(settings, ReverseKernel(30.0, 0.05), integrated)
     for middle in (0.06, 1.234, 29.0):
-        first = offset_increment(settings, ReverseKernel(30.0, middle), integrated)
-        second = offset_increment(settings, ReverseKernel(middle, 0.05), integrated)
+        first = offset_evidence(settings, ReverseKernel(30.0, middle), integrated)
+        second = offset_evidence(settings, ReverseKernel(middle, 0.05), integrated)
         assert first + second == pytest.approx(whole, rel=1e-12)
 
 
@@ -139,12 +139,12 @@ def test_both_offset_forms_agree_at_neighbouring_ddpm_steps(chain):
     integrated = IntegratedOffset(chain)
     for t in range(1, 1000):
         kernel = ReverseKernel(float(chain.sigmas[t]), float(chain.sigmas[t - 1]))
-        per_step = offset_increment(Settings(offset=2e-4, offset_form="per_step"), kernel, integrated)
-        assert offset_increment(Settings(offset=2e-4), kernel, integrated) == pytest.approx(per_step, rel=1e-9)
+        per_step = offset_evidence(Settings(offset=2e-4, offset_form="per_step"), kernel, integrated)
+        assert offset_evidence(Settings(offset=2e-4), kernel, integrated) == pytest.approx(per_step, rel=1e-9)
 
 
 def chain_offset(settings: Settings, sigmas: list[float], chain: DDPMSchedule = LINEAR) -> float:
     """What the offset adds over a whole run."""
     integrated = IntegratedOffset(chain)
     jumps = itertools.pairwise(sigmas)
-    return sum(offset_increment(settings, ReverseKernel(a, b), integrated) for a, b in jumps)
+    return sum(offset_evidence(settings, ReverseKernel(a, b), integrated) for a, b in jumps)

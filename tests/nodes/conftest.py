@@ -14,8 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-SLD_FIELDS = ("sld_threshold", "sld_warmup_scale", "sld_momentum_scale", "sld_momentum_decay")
-
 
 class Bench:
     """The nodes of the pack and of ComfyUI on the oracle model, with few samples and steps by default."""
@@ -24,10 +22,11 @@ class Bench:
         self.comfy: Any = comfyui
         self.stock = importlib.import_module("nodes")
         nodes = pack.__name__ + ".nodes."
-        self.bridge, self.sampling, self.patching, self.oracle, self.concepts, self.node_inputs, self.traces = (
+        self.sampling, self.patching, self.oracle, self.concepts, self.node_inputs, self.traces = (
             importlib.import_module(nodes + name)
-            for name in ("bridge", "sampling", "patch", "oracle", "concepts", "inputs", "trace")
+            for name in ("sampling", "patch", "oracle", "concepts", "inputs", "trace")
         )
+        self.begin, self.frames = (importlib.import_module(f"{nodes}run.{name}") for name in ("begin", "frames"))
         self.guidance = importlib.import_module(pack.__name__ + ".dng_core.guidance")
         self.posterior = importlib.import_module(pack.__name__ + ".dng_core.posterior")
         self.mixture = self.oracle.mixture(8)
@@ -50,16 +49,15 @@ class Bench:
         return mask
 
     def settings(self, **changes: Any) -> Any:
-        return self.bridge.Settings(**{"prior": 1 / 8} | changes)
+        return self.node_inputs.settings_from({"prior": 1 / 8} | changes)
 
     def inputs(self, reference: str = "auto", **changes: Any) -> dict[str, Any]:
         """The settings as a node gets them, one input each."""
-        values = dataclasses.asdict(self.settings()) | changes
-        return {k: v for k, v in values.items() if k not in SLD_FIELDS} | {"reference": reference}
+        return dataclasses.asdict(self.settings()) | {"reference": reference} | changes
 
     def concept(self, components: str | list = "0", reference: str = "auto", **changes: Any) -> Any:
         conditioning = self.cond(components) if isinstance(components, str) else components
-        return self.bridge.Concept(conditioning, self.settings(**changes), reference)
+        return self.begin.Concept(conditioning, self.settings(**changes), reference)
 
     def patch(self, model: Any, components: str | list = "0", reference: str = "auto", **changes: Any) -> Any:
         return self.patching.patch_model(model, [self.concept(components, reference, **changes)])
@@ -73,7 +71,10 @@ class Bench:
         """KSampler (DNG) with one concept or a list of them: the samples and the trace."""
         concepts = concept if isinstance(concept, list) else [concept or self.concept()]
         options = self._options(model, latent, {"unconditional": None} | changes)
-        out, trace = self.sampling.sample_with_dng(concepts=concepts, **options)
+        model, latent = options.pop("model"), options.pop("latent")
+        wanted = self.sampling.Conditionings(*(options.pop(name) for name in ("positive", "unconditional", "cfg")))
+        schedule = self.sampling.Schedule(**options)
+        out, trace = self.sampling.sample_with_dng(model, schedule, wanted, concepts, latent)
         return out["samples"], trace
 
     def report(self, samples: Tensor, forbidden: str = "0") -> SimpleNamespace:

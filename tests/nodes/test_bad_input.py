@@ -241,7 +241,7 @@ def test_a_thinned_training_chain_takes_offsets_on_the_usual_one(bench, sampling
     """ModelSamplingDiscrete's lcm keeps 50 of 1000 steps: an offset integrated over those would be another unit."""
     nodes = importlib.import_module("comfy_extras.nodes_model_advanced")
     (model,) = nodes.ModelSamplingDiscrete().patch(bench.model(), sampling, False)
-    chain = bench.bridge._training_chain(model.get_model_object("model_sampling"))
+    chain = bench.frames.training_chain(model.get_model_object("model_sampling"))
     assert len(chain.betas) == 1000
     concept = bench.concept("0", offset=1e-4)
     _, trace = bench.dng(model, concept, steps=8)

@@ -135,8 +135,7 @@ def test_pictures_on_help_pages_are_there_and_small():
 def test_pages_of_nodes_with_a_preset_give_its_values(definitions):
     for node, definition in definitions.items():
         page = (PAGES / f"{node}.md").read_text(encoding="utf-8")
-        for name, preset in PRESETS.items() if "preset" in definition["inputs"] else ():
-            s = preset.settings
+        for name, s in PRESETS.items() if "preset" in definition["inputs"] else ():
             numbers = (s.guidance_scale, s.prior, s.temperature, s.offset)
             cells = " | ".join([name, *(f"{n:g}" for n in numbers), s.offset_form, f"{s.p_max:g} | {s.max_scale:g}"])
             assert f"| {cells} |" in page, f"{node}.md: {name}"

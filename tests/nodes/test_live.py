@@ -116,13 +116,13 @@ class Recorder:
 
 
 def test_nobody_listens_to_a_run_without_a_server(pack: Any, comfyui: Any) -> None:
-    assert importlib.import_module(pack.__name__ + ".nodes.live").current_listener() is None
+    assert importlib.import_module(pack.__name__ + ".nodes.run.live").current_listener() is None
 
 
 def test_a_listener_changes_no_bit_of_the_images(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     silent, _ = bench.dng(bench.model())
     recorder = Recorder()
-    monkeypatch.setattr(bench.bridge, "current_listener", lambda: recorder)
+    monkeypatch.setattr(bench.begin, "current_listener", lambda: recorder)
     heard, trace = bench.dng(bench.model())
     assert torch.equal(silent, heard)
     torch.testing.assert_close(torch.tensor(recorder.sent[-1]["posterior"]), trace.posterior, rtol=1e-3, atol=0)
@@ -132,7 +132,7 @@ def test_a_listener_changes_no_bit_of_the_images(bench: Any, monkeypatch: pytest
 def test_a_closed_tab_gets_nothing(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
     recorder.connected = False
-    monkeypatch.setattr(bench.bridge, "current_listener", lambda: recorder)
+    monkeypatch.setattr(bench.begin, "current_listener", lambda: recorder)
     bench.dng(bench.model())
     assert recorder.sent == []
 
@@ -140,8 +140,8 @@ def test_a_closed_tab_gets_nothing(bench: Any, monkeypatch: pytest.MonkeyPatch) 
 def test_steps_that_a_sampler_takes_back_are_sent_anew(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """heun calls the model twice on each level: what was sent of a level's first call is replaced by the second."""
     recorder = Recorder()
-    live = importlib.import_module(bench.bridge.LiveChart.__module__)
-    monkeypatch.setattr(bench.bridge, "current_listener", lambda: recorder)
+    live = importlib.import_module(bench.begin.LiveChart.__module__)
+    monkeypatch.setattr(bench.begin, "current_listener", lambda: recorder)
     monkeypatch.setattr(live, "INTERVAL", 0.0)
     bench.dng(bench.model(), sampler_name="heun")
     steps: list = []
@@ -156,5 +156,5 @@ def test_steps_that_a_sampler_takes_back_are_sent_anew(bench: Any, monkeypatch: 
 
 
 def test_what_json_does_not_know_is_left_out(pack: Any, comfyui: Any) -> None:
-    live = importlib.import_module(pack.__name__ + ".nodes.live")
+    live = importlib.import_module(pack.__name__ + ".nodes.run.live")
     assert live.rounded([float("nan"), float("inf"), 0.123456]) == [None, None, 0.1235]

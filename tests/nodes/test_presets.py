@@ -25,7 +25,7 @@ def test_custom_and_no_preset_at_all_take_the_inputs(bench, inputs):
 def test_a_preset_takes_the_place_of_the_inputs_but_not_of_the_reference(bench, inputs, name):
     values = bench.inputs(reference="positive", prior=0.3) | {"preset": name}
     (concept,) = inputs.concepts_from(bench.cond("0"), values)
-    assert asdict(concept.settings) == asdict(PRESETS[name].settings)
+    assert asdict(concept.settings) == asdict(PRESETS[name])
     assert concept.reference == "positive"
 
 
@@ -37,7 +37,7 @@ def test_an_unknown_preset_is_refused_by_its_name(bench, inputs):
 def test_the_node_draws_with_a_preset_what_it_draws_with_its_values(bench):
     model, latent = bench.model(), bench.latent()
     common = (model, 1, 5, 1.0, "euler_ancestral", "karras", bench.cond(), bench.cond("0"), latent, 1.0)
-    chosen = asdict(PRESETS["exact"].settings)
+    chosen = asdict(PRESETS["exact"])
     by_name, by_value = (
         bench.sampling.KSamplerDNG.execute(*common, **bench.inputs(**changes) | preset).args[0]["samples"]
         for changes, preset in (({"prior": 0.5}, {"preset": "exact"}), (chosen, {}))

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dng_core.kernels import VE
-from dng_core.posterior import posterior_increment
+from dng_core.evidence import Call, held_evidence
 
 SAMPLERS = ["euler", "euler_ancestral", "dpmpp_2m_sde", "heun", "ddpm"]
 
@@ -228,7 +227,8 @@ def test_outside_an_inpainting_mask_nothing_counts_for_the_posterior(bench, monk
     for (start, negative, reference), (end, _, _), high, low in zip(
         inside, inside[1:], trace.sigmas, trace.sigmas[1:], strict=False
     ):
-        log_p = log_p + posterior_increment(end, start, negative, reference, float(low), float(high), VE)
+        said = Call(start, float(high), reference, negative)
+        log_p = log_p + held_evidence(said, Call(end, float(low)), said)
         log_p = log_p.clamp(torch.tensor(1e-12).log(), torch.tensor(0.99).log())
     torch.testing.assert_close(trace.posterior[-1, 0], log_p.exp(), rtol=1e-2, atol=1e-6)
 
@@ -272,7 +272,7 @@ def test_the_advanced_node_takes_the_steps_that_the_stock_one_takes(bench, start
     """With a push too small to be seen, the guided path gives what KSampler (Advanced) gives."""
     model, latent = bench.model(), {"samples": torch.ones(4, 1, 4, 4)}
     common = (model, "enable", 1, 5, 1.0, "euler_ancestral", "karras", bench.cond())
-    tiny = bench.inputs(method="negative_prompting", guidance_scale=1e-30)
+    tiny = bench.inputs(guidance_scale=1e-30)
     out, trace = bench.sampling.KSamplerAdvancedDNG.execute(
         *common, bench.cond("0"), latent, start, end, leftover, **tiny
     ).args

@@ -33,7 +33,7 @@ scales = [0.0, 2.0]
 scales = [1.0]
 search_scales = [5.0]
 [methods.SLD.search]
-sld_threshold = [0.04, 0.2]
+threshold = [0.04, 0.2]
 [methods.DNG]
 scales = [1.0]
 """

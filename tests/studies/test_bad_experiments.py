@@ -72,7 +72,7 @@ def test_a_damaged_run_is_named(files, capsys):
         ),
         (lambda t: t.replace("images = 8\n", "images = 1\n", 1), "images must be a whole number of at least 4"),
         (lambda t: t.replace("[methods.DNG]", "[methods.Magic]"), "there is no method 'Magic'"),
-        (lambda t: t.replace("sld_threshold", "sld_treshold"), "no setting sld_treshold"),
+        (lambda t: t.replace("threshold", "treshold"), "no setting treshold"),
         (lambda t: t.replace("steps", "stepps"), "unknown: stepps"),
         (lambda t: t.replace("[0.0, 2.0]", "[-1.0]"), "guidance_scale must be at least 0"),
         (lambda t: t + "[methods.DNG.fixed]\nmax_scale = inf\n", "DNG: max_scale is infinite"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dng_core.baselines import NegativePrompting
 from dng_core.kernels import ReverseKernel
 from dng_core.models.checkpoints import open_denoiser
 from dng_core.models.networks import UNet
@@ -61,14 +62,14 @@ def test_networks_of_different_images_make_no_pair(tmp_path):
 
 def test_all_methods_start_from_the_same_noise(files):
     """Negative prompting at scale 0 draws the unguided images, other scales draw others; batches of any remainder."""
-    off = Settings(method="negative_prompting", guidance_scale=0)
+    off = NegativePrompting(guidance_scale=0)
     fine = {"steps": 8, "spacing": "karras"}
     unguided = draw(point(files, forbidden=None, settings=None, **fine))
     assert np.array_equal(draw(point(files, settings=off, **fine)).images, unguided.images)
-    pushed = draw(point(files, settings=off.with_(guidance_scale=3.0), **fine))
+    pushed = draw(point(files, settings=NegativePrompting(guidance_scale=3), **fine))
     assert not np.array_equal(pushed.images, unguided.images)
     assert unguided.images.shape == (6, 1, 8, 8) and unguided.posterior.size == 0
-    assert pushed.posterior.shape == (8, 6) and (pushed.scale == 3).all()
+    assert pushed.posterior.size == 0
 
 
 @pytest.mark.parametrize("levels", [[2.0, 1.0], [3.0, 2.0, 1.5, 1.0]], ids=["a step", "three steps"])

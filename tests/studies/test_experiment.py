@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from dng_core.cli import report
+from dng_core.methods import METHODS
 from dng_core.models.networks import Classifier, UNetConfig
 from dng_core.models.weight_files import ClassifierInfo, save_classifier
 from dng_core.settings import PRESETS as SETTINGS
-from dng_core.settings import Settings
 from dng_core.studies import class_removal, runner, sweep
 from dng_core.studies.class_removal import NONE, Point
 from dng_core.studies.experiment import METHOD_OF, PRESETS, read_experiment
@@ -95,7 +95,7 @@ def results_by_hand(*points: tuple[str, str, float, float, float]) -> Results:
     for removed, method, *values in points:
         names = ("forbidden_share", "kl_renormalised", "frechet_without")
         measured = {name: {"value": value} for name, value in zip(names, values, strict=True)}
-        settings = Settings(method=METHOD_OF[method])
+        settings = METHODS[METHOD_OF[method]]()
         drawn = Point("d", "", "", 0, settings, steps=1, images=4, batch=4, seed=0)
         made.append(Result("sweep", removed, 0, drawn, measured, (), None))
     return Results(Path(), {"experiment": {"target_share": 0.01}}, tuple(made), 0)
@@ -184,13 +184,14 @@ def test_presets_are_valid_and_have_all_methods(name):
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar10_conditional"])
 def test_the_presets_set_dng_as_the_authors_did_on_cifar_10(name):
-    """The scale is swept, and ``max_scale`` follows the largest one."""
-    published = SETTINGS["CIFAR-10"].settings
+    """The scale is swept, ``max_scale`` follows the largest one, and a preset may name the rule."""
+    published = SETTINGS["CIFAR-10"]
     plan = read_experiment(name).methods[-1]
     largest = max(plan.scales) * published.p_max / (1 - published.p_max)
     for settings in plan.sweep({}):
         assert settings.max_scale == pytest.approx(largest)
-        assert settings == published.with_(guidance_scale=settings.guidance_scale, max_scale=settings.max_scale)
+        changes = {name: getattr(settings, name) for name in ("guidance_scale", "max_scale", "rule")}
+        assert settings == published.with_(**changes)
 
 
 def test_an_estimate_draws_nothing_into_the_folder(files, capsys):

@@ -66,10 +66,10 @@ def test_an_adaptive_experiment_draws_few_points_and_shares_a_search(files, monk
     for name in ("ant", "bee"):
         np_points = [(r.role, r.scale) for r in results.of(name, "search", "sweep") if r.method == "NP"]
         assert np_points == [("search", 2.0), ("search", 3.0), ("sweep", 3.0)]
-    searched = [r.point.settings.sld_threshold for r in results.of("ant", "search") if r.method == "SLD"]
+    searched = [r.point.settings.threshold for r in results.of("ant", "search") if r.method == "SLD"]
     assert searched == [0.04, 0.2] and not [r for r in results.of("bee", "search") if r.method == "SLD"]
     swept = [r for name in ("ant", "bee") for r in results.of(name, "sweep") if r.method == "SLD"]
-    assert len(swept) == 2 and len({r.point.settings.sld_threshold for r in swept}) == 1
+    assert len(swept) == 2 and len({r.point.settings.threshold for r in swept}) == 1
 
 
 def test_an_adaptive_sweep_gives_up_a_point_that_cannot_be_drawn(files, monkeypatch, capsys):

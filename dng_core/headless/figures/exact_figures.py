@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from ...baselines import NegativePrompting
+from ...methods import MethodSettings
 from .kept import Row
 from .oracle_runs import ORACLE_SETTINGS, UNGUIDED, OracleRun, OracleRunner, Task
 from .sampler_matrix import Choice, progress, refusal_noted
@@ -172,7 +174,7 @@ def unrelated_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
             if of_related is None:
                 continue
             far = _avoided(runs, choice, unrelated, np_scale)
-            mean_scale = far["mean_scale"][0]
+            fallen = _first_below(far["mean_scale"][0], 0.01) if np_scale is None else "never"
             yield {
                 "sampler": cell.sampler,
                 "steps": cell.steps,
@@ -182,15 +184,15 @@ def unrelated_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
                 "related left": of_related["forbidden_share"],
                 "related KL": of_related["kl_renormalised"],
                 "unrelated: RMS change": far["rms_change"],
-                "mean scale falls below 0.01 at": _first_below(mean_scale, 0.01),
+                "mean scale falls below 0.01 at": fallen,
             }
 
 
 def _avoided(runs: OracleRunner, choice: Choice, task: Task, np_scale: float | None = None) -> Row:
     """The report of avoiding what a task forbids, by DNG or by a constant scale; the prior is that of one of four."""
-    settings = choice.settings.with_(prior=1 / 4)
+    settings: MethodSettings = choice.settings.with_(prior=1 / 4)
     if np_scale is not None:
-        settings = ORACLE_SETTINGS.with_(method="negative_prompting", guidance_scale=np_scale)
+        settings = NegativePrompting(guidance_scale=np_scale)
     run = choice.run("ksampler", settings=settings, negative=(task.forbidden,), baseline="unguided")
     return runs.reports(task, {"unguided": UNGUIDED, "guided": run})["guided"]
 

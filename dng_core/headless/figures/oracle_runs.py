@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ...methods import MethodSettings
 from ...settings import Settings
 from ..client import run_workflow
 from ..server import Server
@@ -15,9 +16,6 @@ from .kept import Kept
 
 ORACLE_SETTINGS = Settings(prior=1 / 8)
 """The exact setting at the mixture's true share: one of eight equally likely components is undesired."""
-DNG_INPUTS = (
-    "guidance_scale", "prior", "temperature", "offset", "offset_form", "p_min", "p_max", "max_scale", "method", "rule",
-)  # fmt: skip
 Node = Literal["stock", "stock guider", "ksampler", "guider", "patch"]
 
 
@@ -46,7 +44,7 @@ class OracleRun:
     """
 
     node: Node
-    settings: Settings = ORACLE_SETTINGS
+    settings: MethodSettings = ORACLE_SETTINGS
     negative: tuple[str, ...] = ("0",)
     reference: str = "auto"
     baseline: str = ""
@@ -56,9 +54,9 @@ class OracleRun:
 UNGUIDED = OracleRun("stock")
 
 
-def concept_settings(settings: Settings) -> dict[str, Any]:
+def concept_settings(settings: MethodSettings) -> dict[str, Any]:
     """The inputs of a DNG node that stand for ``settings``."""
-    return {name: getattr(settings, name) for name in DNG_INPUTS}
+    return {"method": settings.method, **asdict(settings)}
 
 
 def oracle_prompt(task: Task, runs: Mapping[str, OracleRun]) -> Prompt:

@@ -14,7 +14,7 @@ from .kept import Row
 from .oracle_runs import ORACLE_SETTINGS, UNGUIDED, Node, OracleRun, OracleRunner, Task
 
 NODES: tuple[Node, ...] = ("ksampler", "guider", "patch")
-SETTINGS = {"oracle": ORACLE_SETTINGS, "cifar10": PRESETS["CIFAR-10"].settings}
+SETTINGS = {"oracle": ORACLE_SETTINGS, "cifar10": PRESETS["CIFAR-10"]}
 
 
 @dataclass(frozen=True)

@@ -249,10 +249,10 @@ def _settings(result: Result) -> str:
     settings = result.point.settings
     if settings is None:
         return ""
-    default = type(settings)(method=settings.method)
+    default = type(settings)()
     changed: dict[str, Any] = {k: v for k, v in vars(settings).items() if v != getattr(default, k)}
     changed["guidance_scale"] = settings.guidance_scale
-    return ", ".join(f"{k.removeprefix('sld_')} {v:g}" for k, v in changed.items() if isinstance(v, int | float))
+    return ", ".join(f"{k} {v:g}" for k, v in changed.items() if isinstance(v, int | float))
 
 
 def _html_table(head: list[str], rows: list[list[str]]) -> str:

@@ -1,6 +1,7 @@
 """Plots of class removal, by matplotlib; each returns a figure."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from ...methods import MethodSettings
 from ...plots.class_pictures import image_sheet
-from ...settings import Settings
 from ..class_removal import Drawn
 from ..metrics import forbidden_share, wilson_interval
 from .results import Result, Results
@@ -69,8 +70,8 @@ def _front(axes: Axes, rows: Sequence[Result], measure: str, method: str) -> Non
             axes.annotate(label, (100 * x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
 
 
-def _but_scale(result: Result) -> Settings | None:
-    return result.point.settings and result.point.settings.with_(guidance_scale=0.0)
+def _but_scale(result: Result) -> MethodSettings | None:
+    return result.point.settings and replace(result.point.settings, guidance_scale=0.0)
 
 
 def _bars(interval: tuple[float | None, float | None], value: float | None, factor: float) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import comfy.samplers
 
-from ..dng_core.kernels import NoiseFrame
+from ...dng_core.frames import NoiseFrame
 
 REFUSED = {
     "lcm": "draws a new image at every step",

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dng_core.guidance import NegativeGuidance
-from ..dng_core.posterior import Anchor
+from ...dng_core.guidance import NegativeGuidance, tracked
 
 EVENT = "dynamic_negative_guidance.chart"
 INTERVAL = 0.2
@@ -77,7 +76,7 @@ class LiveChart:
         self._guidance = guidance
         self._steps = steps
         self._listener = listener
-        self._sent: list[Anchor] = []
+        self._sent: list[Tensor] = []  # log p of the first concept at each step
         self._due = 0.0
         self._began = 0.0
         self._seconds = 0.0
@@ -125,19 +124,16 @@ class LiveChart:
 
     def _new_steps(self) -> tuple[int, Tensor]:
         """The first step that is new or has changed since, and the (steps, 2, concepts, batch) values from there."""
-        chains = [tracker.anchors for tracker in self._guidance.trackers]
-        known, sent = chains[0], self._sent
+        paths, sent = self._guidance.paths, self._sent
+        known = [point.log_p for point in paths[0].points]
         while sent and (len(sent) > len(known) or sent[-1] is not known[len(sent) - 1]):
-            sent.pop()  # a sampler that steps back, or rejects a step, takes its anchors back
+            sent.pop()  # a sampler that steps back, or rejects a step, takes its points back
         start = len(sent)
         span = slice(start, start + BUFFERED_STEPS)
-        sent += known[span]
-        steps = list(zip(*(chain[span] for chain in chains), strict=True))
-        posterior = [torch.stack([a.log_posterior.exp() for a in step]) for step in steps]
-        scale = [torch.stack([a.scale for a in step]) for step in steps]
-        if not scale:
+        if not known[span]:
             return start, torch.zeros(0)
-        return start, torch.stack([torch.stack(posterior), torch.stack(scale)], dim=1).float()
+        sent += known[span]
+        return start, torch.stack(tracked(paths, self._guidance.settings, span), dim=1).float()
 
     def _send(self, start: int, values: Tensor, done: bool = False) -> None:
         """Send (steps, 2, concepts, batch) values, which follow ``start`` steps sent before."""

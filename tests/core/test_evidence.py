@@ -1,16 +1,19 @@
-"""The covariance gap and the increments that use it, against a Gaussian mixture whose posterior is known."""
+"""The covariance gap and the evidence that uses it, against a Gaussian mixture whose posterior is known."""
 
+import dataclasses
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from dng_core.divergence import PROBE_SPACING, Prober
+from dng_core.evidence import PROBE_SPACING, Call, Prober, gap_of_step, held_evidence, path_evidence
+from dng_core.frames import VP, NoiseFrame
 from dng_core.guidance import NegativeGuidance
-from dng_core.kernels import VE, VP, NoiseFrame, ReverseKernel
+from dng_core.kernels import ReverseKernel
 from dng_core.oracle import GaussianMixture
-from dng_core.posterior import gap_of_step, path_increment, posterior_increment
+from dng_core.posterior import Chain
 from dng_core.schedules import karras_sigmas
 from dng_core.settings import Rule, Settings
 
@@ -18,13 +21,12 @@ MIXTURE = GaussianMixture.random(8, (16,), 0.2)
 FLOW = NoiseFrame("flow", 8.0)
 
 
-def predictions(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    return MIXTURE.denoised(x, sigma, [0]), MIXTURE.denoised(x, sigma)
+def call(x: Tensor, sigma: float) -> Call:
+    return Call(x, sigma, MIXTURE.denoised(x, sigma), MIXTURE.denoised(x, sigma, [0]))
 
 
-def difference(x: Tensor, sigma: float) -> Tensor:
-    negative, reference = predictions(x, sigma)
-    return negative - reference
+def truth_of(start: Call, end: Call) -> Tensor:
+    return MIXTURE.log_posterior(end.x, end.sigma, [0]) - MIXTURE.log_posterior(start.x, start.sigma, [0])
 
 
 def exact_gap(x: Tensor, sigma: float) -> Tensor:
@@ -45,72 +47,64 @@ def noisy(count: int, sigma: float, seed: int = 0) -> Tensor:
 def test_the_probed_gap_is_the_exact_one_on_average(sigma):
     x = noisy(4, sigma)
     copies = x.repeat(2000, 1)
-    probe = Prober(VE, seed=1).next(copies, sigma)
-    probed = probe.covariance_gap(difference(copies, sigma), difference(probe.state, sigma)).reshape(2000, 4)
+    probe = Prober(seed=1).next(copies, sigma)
+    gap = probe.covariance_gap(call(copies, sigma).difference, call(probe.x, sigma).difference)
+    probed = gap.reshape(2000, 4)
     sampling_error = probed.std(dim=0) / 2000**0.5
     assert bool(((probed.mean(dim=0) - exact_gap(x, sigma)).abs() < 4 * sampling_error + 0.03).all())
 
 
 @pytest.mark.parametrize("frame", [VP, NoiseFrame("flow"), FLOW], ids=lambda frame: frame.kind)
 def test_every_frame_probes_the_same_place(frame):
-    sigma = 0.7
-    level = sigma / (frame.noise_scale + sigma) if frame.kind == "flow" else sigma
-    x = noisy(3, sigma)
-    there = Prober(frame, seed=5).next(x / frame.scale(level), level).state * frame.scale(level)
-    torch.testing.assert_close(there, Prober(VE, seed=5).next(x, sigma).state)
+    x, level = noisy(3, 0.7), 0.7 / (frame.noise_scale + 0.7) if frame.kind == "flow" else 0.7
+    there = Prober(seed=5).next(frame.to_ve(frame.from_ve(x, level), level), frame.sigma(level)).x
+    torch.testing.assert_close(there, Prober(seed=5).next(x, 0.7).x)
 
 
 def test_a_gap_is_probed_again_only_after_the_noise_has_fallen():
-    prober, x = Prober(VE, seed=0), noisy(2, 1.0)
+    prober, x = Prober(seed=0), noisy(2, 1.0)
     levels = [4.0, 4.0, 4.0 / PROBE_SPACING * 1.01, 4.0 / PROBE_SPACING, 4.0, 0.0]
     assert [prober.next(x, level) is not None for level in levels] == [True, False, False, True, True, False]
 
 
 def test_at_infinite_noise_nothing_is_probed():
-    assert Prober(FLOW, seed=0).next(noisy(2, 1.0), 1.0) is None
+    assert Prober(seed=0).next(noisy(2, 1.0), FLOW.sigma(1.0)) is None
 
 
 def test_elements_of_weight_0_are_neither_moved_nor_counted():
     x, weight = noisy(2, 1.0), torch.zeros(1, 16, dtype=torch.float64)
     weight[:, :4] = 1
-    probe = Prober(VE, seed=0, weight=weight).next(x, 1.0)
-    assert torch.equal(probe.state[:, 4:], x[:, 4:]) and bool((probe.state[:, :4] != x[:, :4]).all())
+    probe = Prober(seed=0, weight=weight).next(x, 1.0)
+    assert torch.equal(probe.x[:, 4:], x[:, 4:]) and bool((probe.x[:, :4] != x[:, :4]).all())
     outside = torch.zeros_like(x)
     outside[:, 4:] = 1e3
     assert probe.covariance_gap(torch.zeros_like(x), outside).tolist() == [0, 0]
 
 
-def test_along_any_path_the_increment_is_the_exact_one_to_third_order():
+def test_along_any_path_the_evidence_is_the_exact_one_to_third_order():
     """A straight move that follows no sampler: halving its length divides the error by about eight."""
     x, direction = noisy(64, 1.0), torch.randn(64, 16, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     errors = []
     for length in (0.2, 0.1, 0.05):
-        low, there = 1.0 - length, x + length * direction
-        gap = (exact_gap(x, 1.0) + exact_gap(there, low)) / 2
-        ours = path_increment(there, x, predictions(x, 1.0), predictions(there, low), gap, low, 1.0)
-        truth = MIXTURE.log_posterior(there, low, [0]) - MIXTURE.log_posterior(x, 1.0, [0])
-        errors.append(float((ours - truth).abs().mean()))
+        start, end = call(x, 1.0), call(x + length * direction, 1.0 - length)
+        gap = (exact_gap(x, 1.0) + exact_gap(end.x, end.sigma)) / 2
+        errors.append(float((path_evidence(start, end, gap) - truth_of(start, end)).abs().mean()))
     assert errors[1] < errors[0] / 5 and errors[2] < errors[1] / 5
 
 
 @pytest.mark.parametrize("fraction", [0.8, 0.5])
 def test_a_step_with_part_of_the_noise_is_right_on_average(fraction):
     """Many draws of one step, each with its mirror image: little is left of what Algorithm 2 misses on average."""
-    x = noisy(5000, 2.0)
-    here = predictions(x, 2.0)
-    kernel = ReverseKernel(2.0, 1.95)
+    start, kernel = call(x := noisy(5000, 2.0), 2.0), ReverseKernel(2.0, 1.95)
     keep = math.sqrt(kernel.next_sigma**2 - fraction * kernel.variance) / kernel.sigma
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
     missed, left = [], []
     for sign in (1, -1):
-        there = keep * x + (1 - keep) * here[1] + sign * (fraction * kernel.variance) ** 0.5 * noise
-        truth = MIXTURE.log_posterior(there, 1.95, [0]) - MIXTURE.log_posterior(x, 2.0, [0])
-        algorithm_2 = posterior_increment(there, x, *here, 1.95, 2.0)
-        after = predictions(there, 1.95)
-        gap = gap_of_step(there, x, here, after, here[1], fraction, 1.95, 2.0)
-        ours = path_increment(there, x, here, after, gap, 1.95, 2.0)
-        missed.append((truth - algorithm_2).mean())
-        left.append((truth - ours).mean())
+        there = keep * x + (1 - keep) * start.reference + sign * (fraction * kernel.variance) ** 0.5 * noise
+        end = call(there, 1.95)
+        gap = gap_of_step(start, end, start.reference, fraction)
+        missed.append((truth_of(start, end) - held_evidence(start, end, start)).mean())
+        left.append((truth_of(start, end) - path_evidence(start, end, gap)).mean())
     assert sum(missed) > 0.005
     assert abs(sum(left)) < sum(missed) / 4
 
@@ -119,69 +113,76 @@ def test_a_large_step_with_all_of_the_noise_is_nearly_right_on_average():
     """Algorithm 2 is right on average for small steps; from sigma 2 to 1.4 it misses a quarter of a nat."""
     x = noisy(4000, 2.0)
     x = x[MIXTURE.log_posterior(x, 2.0, [0]) > math.log(0.02)]
-    here, kernel = predictions(x, 2.0), ReverseKernel(2.0, 1.4)
+    start, kernel = call(x, 2.0), ReverseKernel(2.0, 1.4)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
-    there = kernel.mean(x, here[1]) + kernel.variance**0.5 * noise
-    after = predictions(there, 1.4)
-    truth = MIXTURE.log_posterior(there, 1.4, [0]) - MIXTURE.log_posterior(x, 2.0, [0])
-    algorithm_2 = posterior_increment(there, x, *here, 1.4, 2.0)
-    gap = gap_of_step(there, x, here, after, here[1], 1.0, 1.4, 2.0)
-    ours = path_increment(there, x, here, after, gap, 1.4, 2.0)
-    missed, left = float((truth - algorithm_2).mean()), float((truth - ours).mean())
+    end = call(kernel.mean(x, start.reference) + kernel.variance**0.5 * noise, 1.4)
+    ours = path_evidence(start, end, gap_of_step(start, end, start.reference, 1.0))
+    missed = float((truth_of(start, end) - held_evidence(start, end, start)).mean())
+    left = float((truth_of(start, end) - ours).mean())
     assert missed > 0.15 and abs(left) < missed / 2, (missed, left)
 
 
 @pytest.mark.parametrize("frame", [VP, NoiseFrame("flow"), FLOW], ids=lambda frame: frame.kind)
 def test_the_gap_of_a_step_is_the_same_in_every_frame(frame):
-    x, there = noisy(8, 2.0), noisy(8, 1.5, seed=1)
-    here, after = predictions(x, 2.0), predictions(there, 1.5)
-    expected = gap_of_step(there, x, here, after, here[1], 0.9, 1.5, 2.0)
+    start, end = call(noisy(8, 2.0), 2.0), call(noisy(8, 1.5, seed=1), 1.5)
+    expected = gap_of_step(start, end, start.reference, 0.9)
     high, low = (s / (frame.noise_scale + s) if frame.kind == "flow" else s for s in (2.0, 1.5))
-    framed = there / frame.scale(low), x / frame.scale(high)
-    torch.testing.assert_close(gap_of_step(*framed, here, after, here[1], 0.9, low, high, frame), expected)
+    framed = [
+        Call(frame.to_ve(frame.from_ve(c.x, level), level), frame.sigma(level), c.reference, c.negative)
+        for c, level in ((start, high), (end, low))
+    ]
+    torch.testing.assert_close(gap_of_step(*framed, start.reference, 0.9), expected)
 
 
 def test_elements_of_weight_0_do_not_count_in_the_gap_of_a_step():
-    x, there = noisy(8, 2.0), noisy(8, 1.5, seed=1)
-    step = there, x, predictions(x, 2.0), predictions(there, 1.5), x, 1.0, 1.5, 2.0
-    whole, half = torch.ones(1, 16, dtype=x.dtype), torch.zeros(1, 16, dtype=x.dtype)
+    start, end = call(noisy(8, 2.0), 2.0), call(noisy(8, 1.5, seed=1), 1.5)
+    step = start, end, start.x, 1.0
+    whole, half = torch.ones(1, 16, dtype=torch.float64), torch.zeros(1, 16, dtype=torch.float64)
     half[:, :4] = 1
     parts = gap_of_step(*step, weight=half) + gap_of_step(*step, weight=whole - half)
     torch.testing.assert_close(parts, gap_of_step(*step))
 
 
-def final_error(
-    rule: Rule,
-    eta: float,
-    steps: int = 30,
-    top: float = 150.0,
-    partial: bool = False,
-) -> float:
-    """Mean error of the posterior at the end of an unguided run that injects eta^2 of the kernel's variance.
+SETTINGS = Settings(prior=1 / 8, guidance_scale=0.0)
+
+
+def unguided(
+    rule: Rule, eta: float, steps: int = 30, top: float = 150.0, partial: bool = False
+) -> tuple[NegativeGuidance, list[Call]]:
+    """A run that injects eta^2 of the kernel's variance: what tracked it, and what the model said.
 
     A ``partial`` run starts from noised samples with their exact posterior, as a later part of a split run does.
     """
-    settings = Settings(prior=1 / 8, guidance_scale=0.0, rule=rule)
     sigmas = karras_sigmas(steps, 0.01, top)
     generator = torch.Generator().manual_seed(0)
     x = noisy(300, top).float() if partial else top * torch.randn(300, 16, generator=generator)
     start = [MIXTURE.log_posterior(x, top, [0])] if partial else None
-    guidance = NegativeGuidance([settings], levels=sigmas, log_priors=start, noise_fraction=lambda *levels: eta**2)
+    chain = Chain(sigmas, noise_fraction=lambda *levels: eta**2)
+    guidance = NegativeGuidance([SETTINGS.with_(rule=rule)], chain, start)
+    calls = []
     for i, sigma in enumerate(sigmas):
-        negative, reference = predictions(x, sigma)
-        probe = guidance.probe(x, sigma)
-        probed = None
+        calls.append(said := call(x, sigma))
+        probed, probe = None, guidance.probe(x, sigma)
         if probe is not None:
-            negative_there, reference_there = predictions(probe.state, sigma)
-            probed = probe, reference_there, [negative_there]
-        denoised = guidance(x, sigma, reference, reference, [negative], probed)
+            there = call(probe.x, sigma)
+            probed = probe, there.reference, [there.negative]
+        denoised = guidance(x, sigma, said.reference, said.reference, [said.negative], probed)
         if i + 1 < steps:
             kernel = ReverseKernel(sigma, sigmas[i + 1])
             keep = math.sqrt(kernel.next_sigma**2 - eta**2 * kernel.variance) / sigma
             x = keep * x + (1 - keep) * denoised
             x = x + eta * kernel.variance**0.5 * torch.randn(x.shape, generator=generator)
-    truth = MIXTURE.log_posterior(x, sigmas[-1], [0]).exp()
-    return float((guidance.trace().posterior[-1, 0] - truth).abs().mean())
+    return guidance, calls
+
+
+def final_error(rule: Rule, *run: float) -> float:
+    """Mean error of the posterior at the end of an unguided run."""
+    guidance, calls = unguided(rule, *run)
+    return error(guidance.trace().posterior[-1, 0], calls[-1])
+
+
+def error(posterior: Tensor, last: Call) -> float:
+    return float((posterior - MIXTURE.log_posterior(last.x, last.sigma, [0]).exp()).abs().mean())
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -195,10 +196,15 @@ def test_probes_hold_from_any_starting_level(top, partial):
     assert final_error("probe", 0.0, 25, top, partial) < 0.05
 
 
-def test_the_gap_averaged_over_the_steps_before_brings_the_posterior_nearer_to_the_exact_one(monkeypatch):
-    algorithm_2, averaged = final_error("algorithm_2", 1.0), final_error("step_noise", 1.0)
-    monkeypatch.setattr("dng_core.posterior.GAP_MEMORY", math.inf)
-    of_one_step = final_error("step_noise", 1.0)
+def test_the_gap_averaged_over_the_steps_before_brings_the_posterior_nearer_to_the_exact_one():
+    """Nearer than each step's own estimate, by hand along the same run."""
+    guidance, calls = unguided("step_noise", 1.0)
+    log_p = torch.full((300,), math.log(1 / 8))
+    for start, end in itertools.pairwise(calls):
+        log_p = log_p + path_evidence(start, end, gap_of_step(start, end, start.reference, 1.0))
+        log_p = log_p.clamp(math.log(SETTINGS.p_min), math.log(SETTINGS.p_max))
+    averaged, of_one_step = error(guidance.trace().posterior[-1, 0], calls[-1]), error(log_p.exp(), calls[-1])
+    algorithm_2 = final_error("algorithm_2", 1.0)
     assert averaged < of_one_step / 1.5 < algorithm_2 / 1.5, (averaged, of_one_step, algorithm_2)
 
 
@@ -213,16 +219,16 @@ def test_an_averaged_gap_follows_the_steps_that_a_sampler_keeps():
 
     def last(trial: bool) -> Tensor:
         generator = torch.Generator().manual_seed(3)
-        settings = Settings(rule="step_noise")
-        guidance = NegativeGuidance([settings], levels=[2.0, 1.7, 1.4], noise_fraction=lambda *levels: 1.0)
+        chain = Chain([2.0, 1.7, 1.4], noise_fraction=lambda *levels: 1.0)
+        guidance = NegativeGuidance([Settings(rule="step_noise")], chain)
         before = torch.zeros(16, 16)
         for sigma in (2.0, 1.7, 1.4):
             x = noisy(16, sigma) + 0.1 * torch.randn(16, 16, generator=generator, dtype=torch.float64)
             for state in (-x, x) if trial and sigma == 1.7 else (x,):
-                negative, reference = predictions(state, sigma)
-                guided = guidance(state, sigma, reference, reference, [negative])
+                said = call(state, sigma)
+                guided = guidance(state, sigma, said.reference, said.reference, [said.negative])
                 if state is not x:  # the step is taken again as it was
-                    guidance.trackers[0].moves_towards(before)
+                    guidance.paths = [dataclasses.replace(path, guided=before) for path in guidance.paths]
             before = guided
         return guidance.trace().posterior[-1, 0]
 

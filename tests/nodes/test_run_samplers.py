@@ -24,7 +24,7 @@ CHURNING = [(name, {"s_churn": 0.9, "s_noise": 1.1}) for name in ("euler", "heun
 
 @pytest.fixture
 def kernels(pack: Any, bench: Any) -> Any:
-    return importlib.import_module(pack.__name__ + ".nodes.sampler_kernels")
+    return importlib.import_module(pack.__name__ + ".nodes.run.samplers")
 
 
 def injected_variance(bench: Any, sampler: Any, model: Any, step: tuple[float, float]) -> tuple[float, float]:
@@ -60,7 +60,7 @@ def measured_and_said(
     sampler = bench.comfy.samplers.KSAMPLER(bench.comfy.samplers.sampler_object(name).sampler_function, options)
     variance, next_level = injected_variance(bench, sampler, model, step)
     sampling = model.get_model_object("model_sampling")
-    frame = bench.bridge._noise_frame(sampling)
+    frame = bench.frames.noise_frame(sampling)
     known = kernels.options_of(sampler, sampling)
     sigma, next_sigma = frame.sigma(step[0]), frame.sigma(next_level)
     if "s_churn" in options:  # the noise that raised the first level is carried over the step, by sigma' / sigma
@@ -69,7 +69,7 @@ def measured_and_said(
         sigma = raised
     exact = next_sigma**2 * (1 - (next_sigma / sigma) ** 2)
     said = kernels.noise_fraction(kernels.name_of(sampler), known, frame, 3, sigma, next_sigma)
-    return variance * frame.scale(next_level) ** 2 / exact, said
+    return variance * float(frame.to_ve(torch.tensor(1.0), next_level)) ** 2 / exact, said
 
 
 @pytest.mark.parametrize(("name", "options"), [*STOCHASTIC, *CHURNING], ids=str)
@@ -95,7 +95,7 @@ def test_samplers_said_to_be_deterministic_add_no_noise(bench, kernels, predicti
         if name in ("dpm_fast", "dpm_adaptive", "uni_pc", "uni_pc_bh2"):  # these go their own ways below
             sampler = bench.comfy.samplers.sampler_object(name)
             options = kernels.options_of(sampler, None)
-            frame = bench.bridge.NoiseFrame("ve")
+            frame = bench.frames.NoiseFrame("ve")
             assert kernels.noise_fraction(kernels.name_of(sampler), options, frame, 3, *STEP) == 0, name
             continue
         measured, said = measured_and_said(bench, kernels, name, {}, prediction, step)
@@ -113,7 +113,7 @@ def test_er_sde_with_the_noise_scaler_of_a_reverse_time_sde(bench, kernels):
 
 
 def test_a_sampler_of_another_pack_is_tracked_as_algorithm_2_does(bench, kernels):
-    frame = bench.bridge.NoiseFrame("ve")
+    frame = bench.frames.NoiseFrame("ve")
     assert kernels.noise_fraction("theirs", {}, frame, 3, *STEP) == 1
 
 
@@ -142,7 +142,8 @@ def test_a_low_eta_leaves_as_little_as_eta_1(bench):
     left = {}
     for eta in (1.0, 0.7):
         sampler = bench.comfy.samplers.ksampler("euler_ancestral", {"eta": eta})
-        guider = bench.sampling.NegativeGuider(bench.model(), bench.cond(), [bench.concept()], None, 1.0)
+        concept = bench.concept(rule="step_noise")
+        guider = bench.sampling.NegativeGuider(bench.model(), bench.cond(), [concept], None, 1.0)
         samples = guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=0, disable_pbar=True)
         left[eta] = bench.report(samples).forbidden_share
     assert left[0.7] <= 0.055 and left[1.0] <= 0.055, left

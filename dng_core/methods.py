@@ -1,0 +1,37 @@
+"""The methods by name: DNG and its baselines, the settings of each, and the guidance that follows them."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .baselines import BaselineGuidance, NegativePrompting, SafeLatentDiffusion
+from .guidance import Guidance, NegativeGuidance
+from .posterior import Chain
+from .settings import Settings
+
+MethodSettings = Settings | NegativePrompting | SafeLatentDiffusion
+
+METHODS: dict[str, type[MethodSettings]] = {
+    settings.method: settings for settings in (Settings, NegativePrompting, SafeLatentDiffusion)
+}
+
+
+def guidance_by(
+    settings: Sequence[MethodSettings],
+    chain: Chain | None = None,
+    log_priors: Sequence[Tensor] | Tensor | None = None,
+    seed: int = 0,
+) -> Guidance:
+    """The guidance of one run away from one or more concepts; ``chain``, ``log_priors`` and ``seed`` are DNG's.
+
+    Raises
+    ------
+    ValueError: if the concepts' settings are of several methods, or what :class:`NegativeGuidance` raises.
+    """
+    dynamic = [s for s in settings if isinstance(s, Settings)]
+    constant = [s for s in settings if not isinstance(s, Settings)]
+    if len({s.method for s in settings}) > 1:
+        raise ValueError(
+            f"all concepts of a run must share one method, not {', '.join(sorted({s.method for s in settings}))}"
+        )
+    return BaselineGuidance(constant) if constant else NegativeGuidance(dynamic, chain, log_priors, seed)

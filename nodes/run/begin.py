@@ -1,0 +1,123 @@
+"""How a guided run begins: what ComfyUI is about to sample, checked and described for dng_core."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import comfy.samplers
+from torch import Tensor
+
+from ...dng_core.guidance import NegativeGuidance, Trace
+from ...dng_core.methods import guidance_by
+from ...dng_core.posterior import Chain
+from ...dng_core.schedules import IntegratedOffset
+from ...dng_core.settings import Settings
+from .checks import check_unconditional
+from .concept import Concept
+from .frames import noise_frame, training_chain
+from .hooks import Run
+from .live import LiveChart, current_listener
+from .regions import area_to_mask
+from .samplers import check_sampler, has_trial_points, name_of, noise_fraction, options_of, tracked_levels
+
+# What ComfyUI's nodes attach to a conditioning beside its text, on which the predictions of one model depend.
+MODEL_INPUTS = (
+    *("guidance", "concat_latent_image", "concat_mask", "concat_mask_index", "noise_augmentation"),
+    *("reference_latents", "reference_latents_method", "clip_vision_output", "clip_vision_output_ref"),
+    *("fps", "frame_rate", "time_dim_concat", "time_dim_replace", "keyframe_idxs", "guide_attention_entries"),
+    *("vace_frames", "vace_mask", "vace_strength", "control_video", "camera_conditions", "reference_motion"),
+    *("pose_video_latent", "face_video_pixels", "driving_mask_28ch", "ref_mask_28ch", "ref_mask_flag"),
+    *("context_latents", "audio_embed", "audio_inject_scale", "ref_audio", "seconds_start", "seconds_total"),
+)
+
+
+def begin_run(
+    guider: comfy.samplers.CFGGuider,
+    concepts: Sequence[Concept],
+    keys: Sequence[str],
+    sampler: comfy.samplers.Sampler,
+    sigmas: Tensor,
+    latent_shape: Sequence[int],
+    denoise_mask: Tensor | None,
+    previous: Trace | None = None,
+    seed: int = 0,
+    charted: bool = True,
+) -> Run:
+    """Set up guidance for the run that ``guider`` is about to begin; its conds must hold the undesired ones by key.
+
+    Parameters
+    ----------
+    previous: the trace of the run that this one goes on from.
+    charted: whether a browser that waits for the run gets the live chart.
+
+    Raises
+    ------
+    ValueError: where the guider, the sampler or the model cannot be tracked, the concepts do not go together, or
+        ``previous`` is of other concepts or images.
+    """
+    check_guider(guider)
+    check_together(concepts)
+    check_sampler(sampler)
+    sampler_name = name_of(sampler)
+    check_unconditional(sampler_name, guider.conds.get("negative"))
+    start = None if previous is None else previous.log_posterior
+    if start is not None and start.shape != (len(concepts), latent_shape[0]):
+        raise ValueError(
+            f"`previous_trace` is of {start.shape[0]} concepts and {start.shape[1]} images, this run of "
+            f"{len(concepts)} and {latent_shape[0]}; connect the trace of the node that the latent comes from, and "
+            "avoid the same concepts in both"
+        )
+
+    model_sampling = guider.model_patcher.get_model_object("model_sampling")
+    frame, options = noise_frame(model_sampling), options_of(sampler, model_sampling)
+    levels = tracked_levels(sampler_name, options, sigmas.tolist())
+    chain = Chain(
+        levels=None if levels is None else [frame.sigma(level) for level in levels],
+        offset=IntegratedOffset(training_chain(model_sampling)),
+        weight=denoise_mask,
+        noise_fraction=partial(noise_fraction, sampler_name, options, frame, len(sigmas) - 1),
+        trial_points=has_trial_points(sampler_name, options, frame),
+    )
+    guidance = guidance_by([concept.settings for concept in concepts], chain, start, seed)
+
+    positive = (guider.conds.get("positive") or [{}])[0]
+    inputs = {name: positive[name] for name in MODEL_INPUTS if name in positive}
+    for key in keys:  # the undesired differs from the positive in what it says, not in the image it is about
+        guider.conds[key] = [area_to_mask(inputs | entry, latent_shape) for entry in guider.conds[key]]
+    chart = None
+    if charted and isinstance(guidance, NegativeGuidance):
+        chart = LiveChart(guidance, None if levels is None else len(levels), current_listener())
+    run = Run(guider, keys, [_probes(c) for c in concepts], concepts[0].reference, guidance, frame, chart)
+    run.install()
+    return run
+
+
+def check_guider(guider: comfy.samplers.CFGGuider) -> None:
+    """Raise ValueError for a guider that combines predictions in its own way."""
+    if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
+        raise ValueError(
+            f"Dynamic Negative Guidance does not work with the guider {type(guider).__name__}, which combines "
+            "predictions in its own way; use CFGGuider, BasicGuider or a KSampler"
+        )
+
+
+def check_together(concepts: Sequence[Concept]) -> None:
+    """Raise ValueError for concepts that cannot be avoided in one run."""
+    references = {concept.reference for concept in concepts}
+    if len(references) > 1:
+        raise ValueError(f"all chained concepts must share one reference, not {', '.join(sorted(references))}")
+    if "cfg" in references and any(_probes(concept) for concept in concepts):
+        raise ValueError(
+            "the rule `probe` cannot work with the reference `cfg`, which is no model's own prediction; set "
+            "`reference` to auto or positive, or `rule` to algorithm_2"
+        )
+
+
+def _probes(concept: Concept) -> bool:
+    return isinstance(concept.settings, Settings) and concept.settings.rule == "probe"
+
+
+def seed_of(arguments: Sequence[Any], options: dict[str, Any]) -> int:
+    """The seed among what ComfyUI gives ``outer_sample`` after the mask: callback, disable_pbar, seed; 0 for none."""
+    seed = options.get("seed", arguments[2] if len(arguments) > 2 else None)
+    return 0 if seed is None else seed

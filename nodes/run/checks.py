@@ -1,0 +1,30 @@
+"""What is checked before a run: conditionings, and what samplers need."""
+
+import torch
+
+
+def check_unconditional(sampler_name: str, unconditional: list | None) -> None:
+    """Raise ValueError where a CFG++ sampler would take zeros for the unconditional prediction that it needs."""
+    if "cfg_pp" in sampler_name and unconditional is None:
+        raise ValueError(f"the sampler {sampler_name} needs an unconditional conditioning; connect `unconditional`")
+
+
+def check_conditioning(conditioning: list, name: str, positive: list | None = None, batch: int | None = None) -> None:
+    """Raise ValueError, naming the input, where a conditioning is not finite or does not fit its neighbours."""
+    for embedding, _ in conditioning:
+        if embedding is None:
+            continue
+        if not bool(torch.isfinite(embedding).all()):
+            raise ValueError(f"the conditioning `{name}` holds NaN or infinite values; encode the prompt again")
+        if batch is not None and embedding.shape[0] not in (1, batch):
+            raise ValueError(
+                f"the conditioning `{name}` is a batch of {embedding.shape[0]}, the latent one of {batch}; use one "
+                "prompt for all images or one for each"
+            )
+    widths = {c[0].shape[-1] for c in positive or [] if c[0] is not None}
+    for embedding, _ in conditioning:
+        if embedding is not None and widths and embedding.shape[-1] not in widths:
+            raise ValueError(
+                f"the conditioning `{name}` is {embedding.shape[-1]} wide but `positive` {widths.pop()}: they come "
+                "from text encoders of different model families; encode both with the CLIP that belongs to the model"
+            )

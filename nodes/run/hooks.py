@@ -1,0 +1,198 @@
+"""The hooks by which ComfyUI's sampling run and dng_core's guidance meet at every model call.
+
+A run's hooks live in the guider's ``model_options``, which ComfyUI copies for every run. So the hooks end with the
+run, and nothing is left behind on the model.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import comfy.samplers
+import torch
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from torch import Tensor
+
+from ...dng_core.frames import NoiseFrame
+from ...dng_core.guidance import Guidance, Probed, Trace
+from ...dng_core.kernels import at_least_float32
+from .concept import Reference
+from .live import LiveChart
+from .regions import in_range, where_covered
+
+WRAPPER_KEY = "dynamic_negative_guidance"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What one model call evaluated, from ComfyUI's first hook to its second.
+
+    Parameters
+    ----------
+    level: the noise level of the call, in the sampler's frame.
+    positive, unconditional: the sampler's own predictions; None where ComfyUI left the unconditional one out.
+    negatives: the prediction under each concept; None where the concept does not apply at this noise level.
+    entries: the conditioning entries of each concept that apply.
+    probed: the probe and the predictions at its state; None without one.
+    """
+
+    level: float
+    positive: Tensor
+    unconditional: Tensor | None
+    negatives: list[Tensor | None]
+    entries: list[list[dict]]
+    probed: Probed | None
+
+
+class Run:
+    """One guided sampling run: the hooks that ComfyUI calls, and the guidance that they feed.
+
+    Parameters
+    ----------
+    guider: the guider of the run; its conds hold the undesired conditionings under ``keys``.
+    keys: one for each concept.
+    probing: whether each concept asks for probes.
+    reference: what the undesired predictions are compared with.
+    guidance: made for this run.
+    frame: the noise frame of the sampler's states and levels.
+    chart: the live chart; None where nothing is to be drawn.
+    """
+
+    def __init__(
+        self,
+        guider: comfy.samplers.CFGGuider,
+        keys: Sequence[str],
+        probing: Sequence[bool],
+        reference: Reference,
+        guidance: Guidance,
+        frame: NoiseFrame,
+        chart: LiveChart | None,
+    ) -> None:
+        self.guidance = guidance
+        self._guider = guider
+        self._keys = keys
+        self._probing = probing
+        self._reference = reference
+        self._frame = frame
+        self._chart = chart
+        self._inner_calc: Callable[[dict], list[Tensor]] | None = None
+        self._evaluated: Evaluated | None = None
+        self._finite: list[tuple[float, Tensor]] = []
+        self._end: tuple[Tensor, float] | None = None
+
+    def install(self) -> None:
+        """Hook into the run's options. Patches already there keep working, and see the unguided predictions."""
+        options = self._guider.model_options
+        self._inner_calc = options.get("sampler_calc_cond_batch_function")
+        options["sampler_calc_cond_batch_function"] = self.calc_cond_batch
+        options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", []), self.post_cfg]
+        add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, WRAPPER_KEY, self.sampler_sample, options, True)
+
+    def sampler_sample(self, executor, guider, sigmas, *args, **kwargs) -> Tensor:
+        """Keep the state where the sampler stops, since the evidence of its last jump is still to be counted.
+
+        Raises ValueError where that state holds NaN or infinite values.
+        """
+        samples = executor(guider, sigmas, *args, **kwargs)
+        if not bool(torch.isfinite(samples).all()):
+            broken = [level for level, finite in self._finite if not bool(finite)]
+            why = f"because the model predicted some, first at sigma {broken[0]:.4g}" if broken else "in the sampler"
+            raise ValueError(
+                f"sampling ended in NaN or infinite values, {why}; run the model in bfloat16 or float32, or lower "
+                "cfg, or the guidance scale if it only happens with guidance on"
+            )
+        if self.guidance.ignored():
+            logging.warning(
+                "Dynamic Negative Guidance: the model predicted NaN or infinite values under what is to be avoided; "
+                "they did not push. Run the model in bfloat16 or float32."
+            )
+        level = float(sigmas[-1])
+        state = guider.inner_model.model_sampling.noise_scaling(sigmas[-1], torch.zeros_like(samples), samples)
+        self._end = self._frame.to_ve(at_least_float32(state), level), self._frame.sigma(level)
+        return samples
+
+    def calc_cond_batch(self, args: dict) -> list[Tensor]:
+        """Evaluate the sampler's own conditionings and the undesired ones, in one batch where ComfyUI finds room."""
+        conds = args["conds"]
+        level = float(args["sigma"].flatten()[0])  # the one wait for the device, before the forward pass
+        undesired = [self._guider.conds[key] for key in self._keys]
+        active = [[c for c in entries if in_range(c, level)] for entries in undesired]
+        evaluated = [entries for entries in active if entries]
+
+        out, extra = self._evaluate(args, conds, evaluated)
+        remaining = iter(extra)
+        negatives = [next(remaining) if entries else None for entries in active]
+        unconditional = out[1] if conds[1] is not None else None
+        probed = self._evaluate_probe(args, level, active) if evaluated else None
+        self._evaluated = Evaluated(level, out[0], unconditional, negatives, active, probed)
+        return out
+
+    def _evaluate(self, args: dict, conds: list, undesired: list) -> tuple[list[Tensor], list[Tensor]]:
+        """The predictions under the sampler's ``conds`` and under the undesired.
+
+        Some patches know the positive and the unconditional by their places in the call (IP-Adapter, PuLID). Beside
+        such a patch, an undesired conditioning is evaluated in a call of its own, in its reference's place. Other
+        patches (SAG) take note of the call that came last. So the sampler's own call, with all of ``conds``, is last.
+        """
+        replaced = args["model_options"].get("transformer_options", {}).get("patches_replace", {})
+        if self._inner_calc is None and "attn2" not in replaced:
+            both = self._calc(args, [*conds, *undesired])
+            return both[: len(conds)], both[len(conds) :]
+        place = 1 if self._reference == "auto" and args["conds"][1] is not None else 0
+        extra = [self._calc(args, [*[None] * place, entries])[place] for entries in undesired]
+        return list(self._inner_calc(args)) if self._inner_calc is not None else self._calc(args, conds), extra
+
+    def _evaluate_probe(self, args: dict, level: float, active: list[list[dict]]) -> Probed | None:
+        """The reference and the undesired predictions a little way off, where the rule "probe" asks for them.
+
+        ComfyUI evaluates one state per batch, so this is a second batch, of this pair alone.
+        """
+        state = args["input"]
+        x = self._frame.to_ve(at_least_float32(state), level)
+        probe = self.guidance.probe(x, self._frame.sigma(level))
+        if probe is None:
+            return None
+        there = {**args, "input": self._frame.from_ve(probe.x, level).to(state.dtype)}
+        wanted = [entries if probing else [] for entries, probing in zip(active, self._probing, strict=True)]
+        undesired = [entries for entries in wanted if entries]
+        which = 0 if self._reference == "positive" or args["conds"][1] is None else 1
+        own = [entries if place == which else None for place, entries in enumerate(args["conds"])]
+        out, extra = self._evaluate(there, own, undesired)
+        reference, remaining = out[which], iter(extra)
+        negatives = [where_covered(next(remaining), reference, e) if e else None for e in wanted]
+        return probe, reference, negatives
+
+    def post_cfg(self, args: dict) -> Tensor:
+        """Push what the sampler would use without DNG away from the undesired concepts."""
+        if self._evaluated is None:
+            raise RuntimeError("a patch on this model skipped the evaluation that Dynamic Negative Guidance needs")
+        said, self._evaluated = self._evaluated, None
+        base = args["denoised"]
+        self._finite.append((said.level, base.isfinite().all()))
+        if self._reference == "cfg":
+            reference = base
+        elif self._reference == "positive" or said.unconditional is None:
+            reference = said.positive
+        else:
+            reference = said.unconditional
+        negatives = [
+            None if negative is None else where_covered(negative, reference, entries)
+            for negative, entries in zip(said.negatives, said.entries, strict=True)
+        ]
+        x = self._frame.to_ve(at_least_float32(args["input"]), said.level)
+        guided = self.guidance(x, self._frame.sigma(said.level), base, reference, negatives, said.probed)
+        if self._chart is not None:
+            self._chart.update()
+        return guided
+
+    def finish(self) -> Trace | None:
+        """Complete the chart of a run that is over; its trace, or None where nothing was tracked."""
+        if self._chart is not None:
+            self._chart.finish()
+        return self.guidance.trace(self._end)
+
+    @staticmethod
+    def _calc(args: dict, conds: list) -> list[Tensor]:
+        return comfy.samplers.calc_cond_batch(
+            args["model"], conds, args["input"], args["sigma"], args["model_options"]
+        )

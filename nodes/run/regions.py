@@ -1,0 +1,74 @@
+"""Where in the image, and when in the run, an undesired conditioning applies: areas, masks and timestep ranges."""
+
+import math
+from collections.abc import Sequence
+
+import comfy.samplers
+import comfy.utils
+import torch
+from torch import Tensor
+
+
+def in_range(entry: dict, level: float) -> bool:
+    """Whether a conditioning applies at a noise level, as ComfyUI decides it from its timestep range."""
+    return entry.get("timestep_end", -math.inf) <= level <= entry.get("timestep_start", math.inf)
+
+
+def area_to_mask(entry: dict, latent_shape: Sequence[int]) -> dict:
+    """An entry whose area has become a mask: ComfyUI would copy an area to the sampler's own conditionings."""
+    entry = {**entry, "set_area_to_bounds": False}
+    area = entry.pop("area", None)
+    if area is None:
+        return entry
+    sizes = list(latent_shape[2:])
+    if area[0] == "percentage":
+        half = len(area) // 2
+        extents, starts = area[1 : 1 + half], area[1 + half :]
+        used = sizes[-half:]
+        extents, starts = extents[half - len(used) :], starts[half - len(used) :]
+        area = [max(1, round(f * s)) for f, s in zip(extents, used, strict=True)]
+        area += [round(f * s) for f, s in zip(starts, used, strict=True)]
+    half = len(area) // 2
+    if any(start >= size for start, size in zip(area[half:], sizes[-half:], strict=True)):
+        raise ValueError(
+            "the area of an undesired conditioning lies outside the latent, so that no part of the image uses it; "
+            "move the area inside, or remove it"
+        )
+    mask = inside(area, torch.zeros(1, *sizes)).float()
+    if "mask" in entry:
+        given = entry["mask"]
+        masks = len(given) if given.ndim > len(sizes) else 1
+        mask = mask * comfy.utils.reshape_mask(given, (masks, 1, *sizes))[:, 0].to(mask)
+    return {**entry, "mask": mask}
+
+
+def where_covered(negative: Tensor, reference: Tensor, entries: list[dict]) -> Tensor:
+    """``negative``, but the reference where no entry reaches with any strength: ComfyUI leaves zeros there."""
+    covered = torch.zeros_like(negative, dtype=torch.bool)
+    for entry in entries:
+        if entry.get("strength", 1.0) == 0 or ("mask" in entry and entry.get("mask_strength", 1.0) == 0):
+            continue
+        if "mask" not in entry and "area" not in entry:
+            return negative
+        reached = torch.ones_like(covered)
+        if "mask" in entry:  # dealt out to the images as ComfyUI does it
+            masks = entry["mask"][: len(negative)]
+            reached = (masks > 0).repeat(len(negative) // len(masks), *[1] * (masks.ndim - 1)).unsqueeze(1)
+        if "area" in entry:  # ComfyUI adds entries for the areas of the sampler's own conditionings
+            area = comfy.samplers.add_area_dims(list(entry["area"]), negative.ndim - 2)
+            reached = reached & inside(area, negative)
+        covered = covered | reached
+    return torch.where(covered, negative, reference)
+
+
+def inside(area: Sequence[int], like: Tensor) -> Tensor:
+    """True inside an area (sizes, then starts, of the last dimensions), False elsewhere; of the shape of ``like``."""
+    dims = len(area) // 2
+    inside = torch.zeros_like(like, dtype=torch.bool)
+    part = inside
+    for i in range(dims):
+        dim = like.ndim - dims + i
+        size = min(area[i], like.shape[dim] - area[dims + i])
+        part = part.narrow(dim, area[dims + i], size)
+    part.fill_(True)
+    return inside
