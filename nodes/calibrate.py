@@ -18,7 +18,7 @@ DEFAULTS = Goals()
 def observe(
     model, schedule: Schedule, wanted: Conditionings, latent: dict, negatives: Sequence[list], reference: Reference
 ) -> list[Evidence]:
-    """The evidence for each of ``negatives`` in one run without guidance; errors as those of KSampler (DNG)."""
+    """The evidence for each of ``negatives`` in one run without guidance. It raises what KSampler (DNG) raises."""
     settings = Settings(guidance_scale=0, prior=0.5 / len(negatives))
     concepts = [Concept(negative, settings, reference) for negative in negatives]
     guider = NegativeGuider(model, wanted.positive, concepts, wanted.unconditional, wanted.cfg, observing=True)
@@ -33,19 +33,20 @@ class Calibrate(io.ComfyNode):
             node_id="DNGCalibrate",
             display_name="Calibrate (DNG)",
             category="DNG",
-            description="Proposes `prior`, `temperature` and `offset` for a model and a thing to avoid, from one "
-            "short run without guidance, and explains them.",
+            description="Proposes `prior`, `temperature` and `offset` for a model and a thing to avoid. It measures "
+            "one short run without guidance, and explains what it proposes.",
             search_aliases=["dng", "calibration", "auto settings", "tune", "prior", "temperature", "offset"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model to calibrate for, without a DNG patch."),
+                io.Model.Input("model", tooltip="The model to calibrate for. It must not have a DNG patch."),
                 io.Int.Input(
                     "seed",
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="The random seed used for creating the noise. Noise does not depend on the guidance.",
+                    tooltip="The random seed of the noise. The same seed gives the same noise with and without "
+                    "guidance.",
                 ),
                 io.Int.Input("steps", default=20, min=3, max=10000, tooltip="The number of denoising steps."),
                 io.Float.Input(
@@ -55,13 +56,14 @@ class Calibrate(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Classifier-free guidance scale. At any value other than 1, connect `unconditional`.",
+                    tooltip="The scale of classifier-free guidance. At any value other than 1, connect "
+                    "`unconditional`.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
                     options=comfy.samplers.KSampler.SAMPLERS,
                     default="euler_ancestral",
-                    tooltip="The sampling algorithm that you will use; lcm is refused.",
+                    tooltip="The sampling algorithm that you will use afterwards. lcm is refused.",
                 ),
                 io.Combo.Input(
                     "scheduler",
@@ -70,17 +72,17 @@ class Calibrate(io.ComfyNode):
                 ),
                 io.Conditioning.Input("positive", tooltip="What the images should show, as in your graph."),
                 io.Conditioning.Input(
-                    "negative", tooltip="What is to be avoided, and what some of the images drawn here show."
+                    "negative", tooltip="What is to be avoided. Some of the images that are drawn here must show this."
                 ),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="The batch to draw: 8 images or more, of the size that you work with.",
+                    tooltip="The batch to draw. It should hold 8 images or more, of the size that you work with.",
                 ),
                 io.Conditioning.Input(
                     "unrelated",
                     optional=True,
-                    tooltip="Something that none of the images drawn here should show; guidance away from it should "
-                    "stay off. Not connected: the images that do not show `negative` stand in for it.",
+                    tooltip="Something that none of the images drawn here shows. Guidance away from this should stay "
+                    "off. If nothing is connected, the images that do not show `negative` are taken in its place.",
                 ),
                 io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
                 io.Float.Input(
@@ -91,7 +93,7 @@ class Calibrate(io.ComfyNode):
                     max=100.0,
                     step=0.01,
                     round=0.001,
-                    tooltip="lambda_0, with which the settings will be used.",
+                    tooltip="The guidance_scale with which you will use the settings.",
                 ),
                 io.Float.Input(
                     "on_by",
@@ -101,8 +103,8 @@ class Calibrate(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     round=0.01,
-                    tooltip="By which share of the steps guidance should be on (p above 0.5) in at least half of the "
-                    "images that show `negative`.",
+                    tooltip="The share of the steps after which guidance should be on (p above 0.5) in at least half "
+                    "of the images that show `negative`.",
                 ),
                 io.Float.Input(
                     "below_scale",
@@ -112,15 +114,17 @@ class Calibrate(io.ComfyNode):
                     max=1000.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="What the guidance scale should stay below for `unrelated`, in 95 % of the images.",
+                    tooltip="The push away from `unrelated` should stay below this value in 95 % of the images.",
                 ),
                 reference_input(),
             ],
             outputs=[
-                io.Float.Output(display_name="prior", tooltip="The proposed prior; connect it, or type it in."),
+                io.Float.Output(display_name="prior", tooltip="The proposed prior. Connect it, or type it in."),
                 io.Float.Output(display_name="temperature", tooltip="The proposed temperature."),
-                io.Float.Output(display_name="offset", tooltip="The proposed offset in nats, for offset_form total."),
-                io.String.Output(display_name="text", tooltip="The proposal and what it rests on, in Markdown."),
+                io.Float.Output(
+                    display_name="offset", tooltip="The proposed offset in nats. Use it with offset_form total."
+                ),
+                io.String.Output(display_name="text", tooltip="The proposal, and what was measured, in Markdown."),
             ],
         )
 

@@ -16,27 +16,35 @@ class Compare(io.ComfyNode):
             node_id="DNGCompare",
             display_name="Compare (DNG)",
             category="DNG",
-            description="How invasive guidance was: images without and with it, from the same seed, side by side with "
-            "what changed, and the trace of each under them.",
+            description="Shows how much guidance changed: the images without and with guidance, from the same seed, "
+            "side by side with their difference. The trace of each image is drawn below.",
             search_aliases=["dng", "compare", "difference map", "side by side", "before and after", "rms"],
             is_output_node=True,
             inputs=[
                 io.Image.Input(
-                    "without", tooltip="The images without guidance (guidance_scale 0, or a stock KSampler)."
+                    "without",
+                    tooltip="The images without guidance, from a stock KSampler or with guidance_scale 0.",
                 ),
                 io.Image.Input("with_dng", tooltip="The images with guidance, from the same seed and settings."),
                 TRACE.Input(
-                    "trace", optional=True, tooltip="The trace of the run with guidance, drawn under the images."
+                    "trace",
+                    optional=True,
+                    tooltip="The trace of the run with guidance. It is drawn under the images.",
                 ),
                 io.Int.Input(
-                    "at_most", optional=True, default=16, min=1, max=256, tooltip="How many images to show at most."
+                    "at_most",
+                    optional=True,
+                    default=16,
+                    min=1,
+                    max=256,
+                    tooltip="The largest number of images on the sheet.",
                 ),
                 io.Combo.Input(
                     "order",
                     optional=True,
                     options=list(ORDERS),
                     default=ORDERS[0],
-                    tooltip="Which images come first, and are shown where there are more than at_most.",
+                    tooltip="The order of the images. Where there are more than at_most, the first ones are shown.",
                 ),
                 io.Int.Input(
                     "image_size",
@@ -44,16 +52,17 @@ class Compare(io.ComfyNode):
                     default=256,
                     min=64,
                     max=2048,
-                    tooltip="The longest side of an image on the sheet in pixels; small images are enlarged by whole "
-                    "factors.",
+                    tooltip="The longest side of an image on the sheet, in pixels. Small images are enlarged by a "
+                    "whole factor.",
                 ),
                 theme_input(),
             ],
             outputs=[
-                io.Image.Output(display_name="IMAGE", tooltip="The sheet, one picture."),
+                io.Image.Output(display_name="IMAGE", tooltip="The sheet, as one picture."),
                 io.String.Output(
                     display_name="table",
-                    tooltip="RMS change of each image, and the largest posterior and scale of its trace, in Markdown.",
+                    tooltip="The RMS change of each image, and the largest posterior and guidance scale of its trace, "
+                    "as a table in Markdown.",
                 ),
             ],
         )
@@ -77,11 +86,11 @@ class Compare(io.ComfyNode):
 
 
 def check_pairs(without: Tensor, with_dng: Tensor, trace: Trace | None) -> None:
-    """Raise ValueError, naming the input and the remedy, where there is not one image with for each without."""
+    """Raise ValueError, naming the input and the remedy, where the images without and with do not pair up."""
     if without.shape[1:3] != with_dng.shape[1:3]:
         raise ValueError(
             f"Compare (DNG): `without` is {_size(without)} but `with_dng` {_size(with_dng)} (width x height); compare "
-            "images of one size, from latents of one size"
+            "images of the same size"
         )
     if len(without) != len(with_dng):
         raise ValueError(

@@ -13,18 +13,20 @@ class DNGConcept(io.ComfyNode):
             node_id="DNGConcept",
             display_name="DNG Concept",
             category="DNG",
-            description="One more thing to avoid, with settings of its own, for `more_concepts` of the DNG samplers, "
-            "guider and patch. Chain several through `previous`.",
+            description="One more thing to avoid, with settings of its own. Connect it to `more_concepts` of a DNG "
+            "sampler, guider or patch. Several of these nodes can be chained through `previous`.",
             search_aliases=["dynamic negative guidance", "dng", "negative prompt", "avoid", "several", "multiple"],
             inputs=[
                 io.Conditioning.Input("negative", tooltip="What the images should not show."),
                 *settings_inputs(),
-                CONCEPTS.Input("previous", optional=True, tooltip="Concepts that this one is added to."),
+                CONCEPTS.Input("previous", optional=True, tooltip="The concepts to which this one is added."),
                 preset_input(),
                 rule_input(),
             ],
             outputs=[
-                CONCEPTS.Output(display_name="concepts", tooltip="For `more_concepts`, or the next DNG Concept.")
+                CONCEPTS.Output(
+                    display_name="concepts", tooltip="Connect this to `more_concepts`, or to the next DNG Concept."
+                )
             ],
         )
 
@@ -41,22 +43,23 @@ class JointNegative(io.ComfyNode):
             node_id="DNGJointNegative",
             display_name="Joint Negative (DNG)",
             category="DNG",
-            description="Encodes a prompt, and what to avoid together with it (positive, undesired), as `reference` "
-            "positive needs it: what is avoided is then the undesired thing in such an image, not everywhere.",
+            description="Encodes a prompt, and encodes the same prompt together with what is to be avoided. This is "
+            "what `reference` positive needs: the undesired thing is then avoided in images of this prompt.",
             search_aliases=["dynamic negative guidance", "dng", "clip text encode", "negative prompt", "joint"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The CLIP model that belongs to the model."),
+                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
                 io.String.Input(
                     "positive_text", multiline=True, dynamic_prompts=True, tooltip="What the image should show."
                 ),
                 io.String.Input(
-                    "undesired_text", multiline=True, dynamic_prompts=True, tooltip="What it should not show."
+                    "undesired_text", multiline=True, dynamic_prompts=True, tooltip="What the image should not show."
                 ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="The prompt alone."),
                 io.Conditioning.Output(
-                    display_name="negative", tooltip="The prompt and the undesired thing, as one text: what to avoid."
+                    display_name="negative",
+                    tooltip="The prompt and the undesired thing, encoded as one text. This is what to avoid.",
                 ),
             ],
         )

@@ -19,11 +19,11 @@ class NegativeGuider(comfy.samplers.CFGGuider):
 
     Parameters
     ----------
-    previous: the trace of the run that the next one goes on from.
-    observing: also follow concepts whose guidance scale is 0, without a live chart.
+    previous: the trace of an earlier run, if the next run goes on from its latent.
+    observing: also track concepts whose guidance scale is 0. Such a run has no live chart.
 
-    After a run, ``trace`` is what was tracked, None where nothing was; and ``evidence`` is what was observed of each
-    concept, empty unless ``observing``.
+    After a run, ``trace`` holds what was tracked, and is None where nothing was tracked. ``evidence`` holds what was
+    observed of each concept, and is empty unless ``observing``.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class NegativeGuider(comfy.samplers.CFGGuider):
         self._concepts = [concept for concept in concepts if concept.active or observing]
         if self._concepts and has_dng_patch(model):
             raise ValueError(
-                "the model already carries a Dynamic Negative Guidance patch; use either the patch with a stock "
-                "sampler or a DNG sampler with the unpatched model, or the push would be applied twice"
+                "the model already carries a Dynamic Negative Guidance patch, so that the push would be applied "
+                "twice; use either the patch with a stock sampler, or a DNG sampler with the unpatched model"
             )
         if not math.isclose(cfg, 1.0) and unconditional is None:
             raise ValueError(
                 f"cfg is {cfg:g}, which needs an unconditional prediction: connect `unconditional` (usually an empty "
-                "prompt), or set cfg to 1. `negative` is what to avoid here, so it cannot stand in for it"
+                "prompt), or set cfg to 1. In this node `negative` is what to avoid, and no replacement for it"
             )
         check_conditioning(positive, "positive")
         check_conditioning(unconditional or [], "unconditional")
@@ -56,8 +56,9 @@ class NegativeGuider(comfy.samplers.CFGGuider):
             check_conditioning(concept.conditioning, "negative", positive)
         if unconditional and _has_image(positive) and not _has_image(unconditional):
             raise ValueError(
-                "`positive` carries an image (inpainting or image-to-video), `unconditional` does not: pass the empty "
-                "prompt through the same node as `positive`, or classifier-free guidance would compare two images"
+                "`positive` carries an image (inpainting or image-to-video), but `unconditional` does not, so that "
+                "classifier-free guidance would compare two images: pass the empty prompt through the same node as "
+                "`positive`"
             )
         self.trace: Trace | None = None
         self.evidence: list[Evidence] = []

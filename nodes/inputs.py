@@ -17,10 +17,10 @@ CUSTOM = "custom"
 
 
 def settings_inputs() -> list[io.Input]:
-    """One input per field of Settings that users set for a concept, the rarely used ones folded away.
+    """One input for each field of Settings, and the method. The inputs that are rarely used are folded away.
 
-    All are optional, so that a KSampler's API prompt works with the class name alone changed. Each ``step`` is as fine
-    as the values that make sense: ComfyUI's front end rounds what is typed to it, and clamps it to its grid.
+    All inputs are optional, so that a KSampler's API prompt works when its class name alone is changed. ComfyUI's
+    front end rounds what a user types to a multiple of ``step``, so each ``step`` is as fine as a user may need.
     """
     return [
         io.Float.Input(
@@ -31,8 +31,8 @@ def settings_inputs() -> list[io.Input]:
             max=100.0,
             step=0.01,
             round=0.001,
-            tooltip="lambda_0: how hard to push away once the image turns into what is to be avoided. 1 is exact, "
-            "more is safer, 0 switches it off.",
+            tooltip="How hard an image is pushed away once it turns into what is to be avoided (lambda_0 in the "
+            "paper). 1 is the exact value, a larger one removes more, and 0 switches guidance off.",
         ),
         io.Float.Input(
             "prior",
@@ -42,8 +42,8 @@ def settings_inputs() -> list[io.Input]:
             max=0.999,
             step=0.001,
             round=0.001,
-            tooltip="The share of images that you expect to show the undesired thing without guidance. If in doubt, "
-            "choose it too high rather than too low.",
+            tooltip="The share of images that you expect to show the undesired thing without guidance. If you are in "
+            "doubt, choose a value that is too high rather than one that is too low.",
         ),
         io.Float.Input(
             "temperature",
@@ -54,8 +54,9 @@ def settings_inputs() -> list[io.Input]:
             step=0.01,
             round=0.001,
             advanced=True,
-            tooltip="tau: how far each step's evidence moves the posterior. 1 is exact; less makes it slower, which "
-            "helps with models whose errors add up, and with large latents.",
+            tooltip="How far the evidence of each step moves the posterior (tau in the paper). 1 is the exact value. "
+            "A smaller one makes the posterior slower, which helps with large latents and with models whose errors "
+            "add up.",
         ),
         io.Float.Input(
             "offset",
@@ -66,8 +67,8 @@ def settings_inputs() -> list[io.Input]:
             step=0.0001,
             round=0.0001,
             advanced=True,
-            tooltip="delta: a steady upward drift of the posterior, which switches guidance on earlier. 0 is exact. "
-            "Its unit is that of offset_form.",
+            tooltip="A steady upward drift of the posterior, which switches guidance on earlier (delta in the paper). "
+            "0 is the exact value. offset_form says what the number means.",
         ),
         io.Combo.Input(
             "offset_form",
@@ -75,8 +76,9 @@ def settings_inputs() -> list[io.Input]:
             options=list(OFFSET_FORMS),
             default=DEFAULTS.offset_form,
             advanced=True,
-            tooltip="integrated: the paper's delta at 1000 steps, the same at every step count. total: nats added to "
-            "the log-posterior over a whole run. per_step: as in the paper's Algorithm 2, once per step taken.",
+            tooltip="What the number in offset means. integrated: it is the paper's delta at 1000 steps, and acts "
+            "alike at every step count. total: it is added to the log-posterior over a whole run, in nats. per_step: "
+            "it is added at every step, as in the paper's Algorithm 2, so that more steps add more.",
         ),
         io.Float.Input(
             "p_min",
@@ -87,7 +89,7 @@ def settings_inputs() -> list[io.Input]:
             step=0.000001,
             round=1e-6,
             advanced=True,
-            tooltip="The posterior never falls below this, so that it can rise again.",
+            tooltip="The posterior never falls below this value, so that it can rise again.",
         ),
         io.Float.Input(
             "p_max",
@@ -98,7 +100,8 @@ def settings_inputs() -> list[io.Input]:
             step=0.001,
             round=0.001,
             advanced=True,
-            tooltip="The posterior never rises above this, which bounds the push: guidance_scale * p / (1 - p).",
+            tooltip="The posterior p never rises above this value. So the push guidance_scale * p / (1 - p) has a "
+            "bound.",
         ),
         io.Float.Input(
             "max_scale",
@@ -109,7 +112,7 @@ def settings_inputs() -> list[io.Input]:
             step=0.1,
             round=0.01,
             advanced=True,
-            tooltip="A cap on the push guidance_scale * p / (1 - p), whatever the posterior.",
+            tooltip="The push guidance_scale * p / (1 - p) is never larger than this value.",
         ),
         io.Combo.Input(
             "method",
@@ -117,8 +120,9 @@ def settings_inputs() -> list[io.Input]:
             options=list(METHODS),
             default=Settings.method,
             advanced=True,
-            tooltip="dng: dynamic, by the posterior. For comparison: negative_prompting pushes at guidance_scale all "
-            "the time; safe_latent_diffusion masks the push per element.",
+            tooltip="dng pushes as far as the posterior asks for. The two others are there to compare with, and "
+            "track no posterior: negative_prompting always pushes by guidance_scale, and safe_latent_diffusion masks "
+            "the push at each element.",
         ),
     ]
 
@@ -130,9 +134,10 @@ def reference_input() -> io.Input:
         options=list(REFERENCES),
         default=REFERENCES[0],
         advanced=True,
-        tooltip="What the undesired prediction is compared with. auto: the unconditional prediction where there is "
-        "one, else the positive. positive: the positive alone; then encode the undesired prompt together with the "
-        "positive one (Joint Negative). cfg: the CFG mix, as in public scripts of the paper.",
+        tooltip="The prediction that the undesired one is compared with. auto: the unconditional prediction where the "
+        "sampler evaluates one, else the positive. positive: always the positive; then encode the undesired prompt "
+        "together with the positive one (Joint Negative). cfg: the result of classifier-free guidance, as in public "
+        "scripts of the paper.",
     )
 
 
@@ -140,8 +145,8 @@ def more_concepts_input() -> io.Input:
     return CONCEPTS.Input(
         "more_concepts",
         optional=True,
-        tooltip="More to avoid beside `negative`, from DNG Concept nodes: each with a posterior and settings of its "
-        "own. Together their priors must stay below 1.",
+        tooltip="Further things to avoid beside `negative`, from DNG Concept nodes. Each has a posterior and settings "
+        "of its own. The sum of all priors must stay below 1.",
     )
 
 
@@ -151,15 +156,16 @@ def preset_input() -> io.Input:
         optional=True,
         options=[CUSTOM, *PRESETS],
         default=CUSTOM,
-        tooltip="custom: the settings above. Any other: published settings in their place; those above (but for "
-        "reference) then do not count. exact is the place to start; the help page has the values and their sources.",
+        tooltip="custom takes the settings of this node. Any other choice takes published settings in their place: "
+        "then only reference and rule of this node still count. exact is a good start. The help page lists the values "
+        "and their sources.",
     )
 
 
 def settings_from(values: dict[str, Any]) -> MethodSettings:
-    """The settings that ``preset`` names; for "custom", or without it, those of the inputs.
+    """The settings that ``preset`` names; where it is "custom" or missing, the settings that the inputs give.
 
-    A baseline takes the inputs that it has a setting for, and leaves the others.
+    A baseline takes the inputs that it has a setting for. It leaves the others.
     """
     preset, method = values.pop("preset", CUSTOM), values.pop("method", Settings.method)
     if preset != CUSTOM:
@@ -175,23 +181,23 @@ def settings_from(values: dict[str, Any]) -> MethodSettings:
 
 
 def rule_input() -> io.Input:
-    """The last input of every node that guides, after those that older graphs know by position."""
+    """The input ``rule``. It is the last one of every node, since older graphs know the others by their position."""
     return io.Combo.Input(
         "rule",
         optional=True,
         options=list(RULES),
         default=DEFAULTS.rule,
         advanced=True,
-        tooltip="How evidence is counted. algorithm_2: as in the paper. probe: one more pair of predictions on some "
-        "of the steps makes deterministic samplers (euler, dpmpp_2m ...) remove more. step_noise: a free estimate for "
-        "large steps, good for small latents only.",
+        tooltip="How the evidence of a step is computed. algorithm_2: as in the paper. probe: with one more pair of "
+        "predictions at some of the steps, by which deterministic samplers (euler, dpmpp_2m) remove more. step_noise: "
+        "with an estimate for large steps that costs nothing, and that is good for small latents only.",
     )
 
 
 def concepts_from(conditioning: list | None, values: dict[str, Any]) -> tuple[Concept, ...]:
-    """What a node is to avoid: its own conditioning and settings inputs first, then those of ``more_concepts``.
+    """What a node is to avoid: the concept of its own inputs first, then the concepts of ``more_concepts``.
 
-    Raises ValueError naming the setting that is out of range.
+    Raises ValueError, naming the setting, where one is out of range.
     """
     reference = values.pop("reference", REFERENCES[0])
     more = values.pop("more_concepts", None) or ()

@@ -1,6 +1,6 @@
-"""Nodes for a Gaussian mixture whose every denoiser and posterior is known: the truth, inside ComfyUI.
+"""Nodes for a Gaussian mixture of which every denoised prediction and every posterior is known exactly.
 
-Researchers and tests sample from it with real samplers and compare the result with the exact answer.
+Researchers and tests sample from the mixture with ComfyUI's own samplers, and compare the result with the truth.
 """
 
 import functools
@@ -27,7 +27,7 @@ from .inputs import TRACE
 CHANNELS, SIZE, STD = 1, 4, 0.2
 TOPICS, TOPIC_DISTANCE = 2, 45.0
 RARE = 0.1
-"""P(A0) of the correlated attributes, the other values of A sharing the rest."""
+"""P(A0) of the correlated attributes. The other values of A share the rest."""
 RELATED, UNRELATED = 1 / 3, 0.02
 """P(B0 | A0), and P(B0) given any other value of A."""
 KINDS = ("components", "attributes", "correlated attributes", "topics")
@@ -40,10 +40,11 @@ PREDICTIONS = {
 
 @functools.cache
 def mixture(components: int, kind: str = "components") -> GaussianMixture:
-    """A mixture of the nodes: 1 x 4 x 4 latents, standard deviation 0.2, means of the fixed seed 0.
+    """The mixture that the nodes sample from, of 1 x 4 x 4 latents. Its means are drawn with the fixed seed 0.
 
-    ``kind``: "components" lie independently; "attributes" are all pairs of two independent attributes A and B, and
-    "correlated attributes" the same with a rare A0 that makes B0 likely; "topics" are two groups far apart.
+    ``kind``: "components" lie independently of one another. "attributes" are all pairs of two independent attributes A
+    and B. "correlated attributes" are the same pairs, with a rare A0 that makes B0 likely. "topics" are two groups of
+    components that lie far apart.
     """
     shape = (CHANNELS, SIZE, SIZE)
     if kind == "topics":
@@ -59,7 +60,7 @@ def mixture(components: int, kind: str = "components") -> GaussianMixture:
 
 
 def attribute_values(components: int) -> int:
-    """How many values each of the two attributes has; raises ValueError where ``components`` is not a square."""
+    """How many values each of the two attributes has. Raises ValueError where ``components`` is not a square."""
     values = math.isqrt(components)
     if values**2 != components:
         raise ValueError(f"two attributes need a square number of components, such as 16, not {components}")
@@ -91,7 +92,7 @@ class OracleConfig(comfy.supported_models_base.BASE):
 
 
 class OracleNetwork(torch.nn.Module):
-    """Stands where a network would be. The model answers exactly, without one."""
+    """Stands where ComfyUI expects a network. The oracle needs none, since its predictions are formulas."""
 
     dtype = torch.float32
 
@@ -135,9 +136,9 @@ def _kind_input() -> io.Input:
         optional=True,
         options=list(KINDS),
         default=KINDS[0],
-        tooltip="components: independent ones. attributes: every pair of two attributes A and B (a square number of "
-        "components). correlated attributes: the same with a rare A0 that makes B0 likely. topics: two groups of "
-        "components that lie far apart.",
+        tooltip="How the components lie. components: independently of one another. attributes: one for every pair of "
+        "two attributes A and B, so that their number is a square. correlated attributes: the same pairs, with a rare "
+        "A0 that makes B0 likely. topics: in two groups that lie far apart.",
     )
 
 
@@ -148,21 +149,24 @@ class OracleModelNode(io.ComfyNode):
             node_id="DNGOracleModel",
             display_name="Oracle Model (DNG)",
             category="DNG/oracle",
-            description="A Gaussian mixture with exact denoisers as a MODEL, to check samplers against the truth.",
+            description="A Gaussian mixture as a MODEL whose predictions are exact, so that samplers can be compared "
+            "with the exact answer.",
             search_aliases=["gaussian mixture", "toy model", "oracle", "dng"],
             inputs=[
-                io.Int.Input("components", default=8, min=2, max=64, tooltip="Equally likely mixture components."),
+                io.Int.Input("components", default=8, min=2, max=64, tooltip="The number of components."),
                 io.Combo.Input(
                     "prediction",
                     options=list(PREDICTIONS),
                     default="epsilon",
-                    tooltip="The noise schedule and frame of the model: DDPM's linear chain for epsilon and "
-                    "v_prediction, rectified flow for flow. Predictions are exact in all.",
+                    tooltip="The kind of model to imitate. epsilon and v_prediction have DDPM's linear noise "
+                    "schedule, flow has that of rectified flow. The predictions of all three are exact.",
                 ),
                 _kind_input(),
             ],
             outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="For any sampler; conditioning from Oracle Condition.")
+                io.Model.Output(
+                    display_name="MODEL", tooltip="A MODEL for any sampler. Oracle Condition gives its conditionings."
+                )
             ],
         )
 
@@ -187,18 +191,21 @@ class OracleCondition(io.ComfyNode):
             node_id="DNGOracleCondition",
             display_name="Oracle Condition (DNG)",
             category="DNG/oracle",
-            description="Conditioning for the Oracle Model: the components that a sample may come from.",
+            description="A conditioning for the Oracle Model. It says which components a sample may come from.",
             search_aliases=["gaussian mixture", "oracle", "dng"],
             inputs=[
                 io.String.Input(
                     "components",
                     default="all",
-                    tooltip="Component numbers separated by commas, counted from 0; `all` for the whole mixture; or, "
-                    "of a mixture of attributes, `A0` or `B1` for one attribute's value and `A0 B1` for both.",
+                    tooltip="The numbers of the components, counted from 0 and separated by commas, or `all` for the "
+                    "whole mixture. In a mixture of attributes, `A0` or `B1` names the value of one attribute, and "
+                    "`A0 B1` the values of both.",
                 ),
-                io.Int.Input("of", default=8, min=2, max=64, tooltip="How many components the mixture has."),
+                io.Int.Input("of", default=8, min=2, max=64, tooltip="The number of components of the mixture."),
             ],
-            outputs=[io.Conditioning.Output(display_name="CONDITIONING", tooltip="For the Oracle Model.")],
+            outputs=[
+                io.Conditioning.Output(display_name="CONDITIONING", tooltip="A conditioning for the Oracle Model.")
+            ],
         )
 
     @classmethod
@@ -240,10 +247,14 @@ class OracleLatentNode(io.ComfyNode):
             node_id="DNGOracleLatent",
             display_name="Empty Oracle Latent (DNG)",
             category="DNG/oracle",
-            description="An empty latent of the Oracle Model's size.",
+            description="An empty latent of the size that the Oracle Model needs.",
             search_aliases=["gaussian mixture", "oracle", "empty latent", "dng"],
-            inputs=[io.Int.Input("batch_size", default=1000, min=1, max=100000, tooltip="How many samples to draw.")],
-            outputs=[io.Latent.Output(display_name="LATENT", tooltip="For a sampler that runs the Oracle Model.")],
+            inputs=[
+                io.Int.Input("batch_size", default=1000, min=1, max=100000, tooltip="The number of samples to draw.")
+            ],
+            outputs=[
+                io.Latent.Output(display_name="LATENT", tooltip="A latent for a sampler that runs the Oracle Model.")
+            ],
         )
 
     @classmethod
@@ -258,28 +269,37 @@ class OracleReport(io.ComfyNode):
             node_id="DNGOracleReport",
             display_name="Oracle Report (DNG)",
             category="DNG/oracle",
-            description="Where samples of the Oracle Model ended up: share of each component, balance, distance.",
+            description="Counts where samples of the Oracle Model ended: the share of each component, the balance of "
+            "those that are not forbidden, and the distance of the samples from the components.",
             search_aliases=["gaussian mixture", "oracle", "dng"],
             is_output_node=True,
             inputs=[
                 io.Latent.Input("samples", tooltip="Samples of the Oracle Model."),
-                io.String.Input("forbidden", default="0", tooltip="Component numbers that should not appear."),
-                io.Int.Input("components", default=8, min=2, max=64, tooltip="How many components the mixture has."),
+                io.String.Input(
+                    "forbidden",
+                    default="0",
+                    tooltip="The components that should not appear, named as in Oracle Condition.",
+                ),
+                io.Int.Input(
+                    "components", default=8, min=2, max=64, tooltip="The number of components of the mixture."
+                ),
                 _kind_input(),
                 io.String.Input(
                     "wanted",
                     optional=True,
                     default="all",
-                    tooltip="What the positive asks for, named as in Oracle Condition: the balance is taken over what "
-                    "is wanted and not forbidden.",
+                    tooltip="The components that the positive asks for, named as in Oracle Condition. The balance is "
+                    "that of the components which are wanted and not forbidden.",
                 ),
                 io.Latent.Input(
-                    "baseline", optional=True, tooltip="Samples of the same seed to compare with, one by one."
+                    "baseline",
+                    optional=True,
+                    tooltip="Samples from the same seed, with which the samples are compared one by one.",
                 ),
                 TRACE.Input(
                     "trace",
                     optional=True,
-                    tooltip="The run's trace: its last posterior is held against the exact one.",
+                    tooltip="The trace of the run. Its last posterior is compared with the exact one.",
                 ),
             ],
             outputs=[io.String.Output(display_name="text", tooltip="The figures as JSON.")],
@@ -309,11 +329,12 @@ def oracle_figures(
     baseline: torch.Tensor | None = None,
     trace: Trace | None = None,
 ) -> dict[str, Any]:
-    """Where samples ended up; of what a NaN would stand for, None.
+    """Where the samples ended. A figure that cannot be computed is None.
 
-    With a ``baseline``: whether the samples are bit-identical to it, and the RMS of the differences. With a ``trace``:
-    per concept, the mean absolute error of the last tracked posterior against the exact one of the finished samples,
-    and the mean guidance scale at each step. One concept stands for all forbidden components, several for one each.
+    With a ``baseline``, the figures also say whether the samples are identical to it bit by bit, and the RMS of the
+    differences. With a ``trace``, they hold for each concept the mean absolute error of the last tracked posterior
+    (compared with the exact one of the finished samples) and the mean guidance scale at each step. A single concept
+    stands for all forbidden components together; of several concepts each stands for one component.
     """
     finite = bool(torch.isfinite(x).all())
     counts = torch.bincount(truth.classify(x), minlength=len(truth.weights)).tolist()

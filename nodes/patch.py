@@ -23,7 +23,7 @@ from .run.hooks import WRAPPER_KEY
 
 @dataclass(frozen=True)
 class GuidedRuns:
-    """An OUTER_SAMPLE wrapper that guides every run of the patched model away from its concepts."""
+    """ComfyUI's OUTER_SAMPLE wrapper, which guides every run of the patched model away from its concepts."""
 
     concepts: tuple[Concept, ...]
 
@@ -46,7 +46,7 @@ def has_dng_patch(model) -> bool:
 
 
 def patch_model(model, concepts: Sequence[Concept]):
-    """A clone of ``model`` that is guided away from ``concepts`` too; the model itself where all of them are off."""
+    """A clone of ``model`` that is also guided away from ``concepts``; ``model`` itself where all of them are off."""
     active = [concept for concept in concepts if concept.active]
     if not active:
         return model
@@ -54,8 +54,8 @@ def patch_model(model, concepts: Sequence[Concept]):
         check_conditioning(concept.conditioning, "negative")
         if comfy.sampler_helpers.cond_has_hooks(concept.conditioning):
             raise ValueError(
-                "the conditioning `negative` carries hooks (such as a LoRA on the prompt), which ComfyUI registers "
-                "before a model patch can add it; use KSampler (DNG) or DNG Guider instead"
+                "the conditioning `negative` carries hooks (such as a LoRA on the prompt). ComfyUI registers hooks "
+                "before a model patch can add the conditioning; use KSampler (DNG) or DNG Guider instead"
             )
     patched = model.clone()
     earlier = patched.get_wrappers(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY)
@@ -72,15 +72,16 @@ class DynamicNegativeGuidance(io.ComfyNode):
             node_id="DynamicNegativeGuidance",
             display_name="Dynamic Negative Guidance",
             category="DNG",
-            description="Patches a model: every stock sampler then avoids `negative`, dynamically. The sampler's own "
-            "positive and negative keep their meaning. Works at cfg 1 too. Chain several to avoid several things.",
+            description="Patches a model so that every stock sampler avoids `negative`, dynamically. The sampler's "
+            "own positive and negative keep their meaning. The patch works at cfg 1 too. Chain several patches to "
+            "avoid several things.",
             search_aliases=["dng", "negative prompt", "avoid", "model patch", "cfg 1 negative", "distilled negative"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to patch. Other patches on it keep working."),
+                io.Model.Input("model", tooltip="The model to patch. Its other patches keep working."),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="What the images should not show. Not connected: the model passes through unchanged.",
+                    tooltip="What the images should not show. If nothing is connected, the model stays unchanged.",
                 ),
                 *settings_inputs(),
                 reference_input(),

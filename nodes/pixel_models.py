@@ -1,6 +1,6 @@
-"""Pixel-space class models in ComfyUI: load one, condition it on a class, draw with any sampler, measure the images.
+"""Class-conditional models of pixels in ComfyUI: nodes that load one, name a class, and measure the images.
 
-A latent of these models is the image itself, (batch, channels, height, width) in -1 .. 1, so there is no VAE.
+A latent of these models is the image itself, (batch, channels, height, width) in -1 .. 1, so that no VAE is needed.
 """
 
 import math
@@ -42,7 +42,7 @@ DNGReport = io.Custom("DNG_REPORT")
 
 
 class PixelLatentFormat(comfy.latent_formats.LatentFormat):
-    """The latent is the image: no compression, no scaling, and the preview shows it as it is."""
+    """A latent that is the image itself, neither compressed nor scaled. ComfyUI's preview shows it as it is."""
 
     spacial_downscale_ratio = 1
 
@@ -52,7 +52,7 @@ class PixelLatentFormat(comfy.latent_formats.LatentFormat):
 
 
 class PixelModelConfig(comfy.supported_models_base.BASE):
-    """What ComfyUI wants to know of a model before it has one."""
+    """What ComfyUI asks about a model before the model is made."""
 
     supported_inference_dtypes = [torch.float32]
 
@@ -63,7 +63,7 @@ class PixelModelConfig(comfy.supported_models_base.BASE):
 
 
 class PixelNetwork(nn.Module):
-    """The U-Net behind the call that ComfyUI makes."""
+    """The U-Net, with the arguments by which ComfyUI calls a network."""
 
     dtype = torch.float32
 
@@ -76,7 +76,7 @@ class PixelNetwork(nn.Module):
 
 
 class PixelModel(comfy.model_base.BaseModel):
-    """A class-conditional epsilon network as a ComfyUI model; ``info`` says what it draws."""
+    """A class-conditional network that predicts noise, as a ComfyUI model. ``info`` says what it draws."""
 
     def __init__(self, unet: UNet, info: DenoiserInfo) -> None:
         super().__init__(PixelModelConfig(info), comfy.model_base.ModelType.EPS)
@@ -84,20 +84,20 @@ class PixelModel(comfy.model_base.BaseModel):
         self.info = info
 
     def _apply_model(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The denoised image, kept in the range of images as Ho et al. (2020) do; early errors cannot blow it up."""
+        """The denoised image, clamped to the range of images (as in Ho et al. 2020): early errors stay small."""
         return super()._apply_model(*args, **kwargs).clamp(-1, 1)
 
     def memory_required(self, input_shape: Sequence[int], cond_shapes: object = None) -> float:
-        """Bytes that a forward pass takes, by which ComfyUI decides how many predictions go into one batch."""
+        """The bytes that a forward pass takes. By them ComfyUI decides how many predictions go into one batch."""
         floats = LIVE_FEATURE_MAPS * self.info.network.base_channels / self.info.network.patch_size**2
         return input_shape[0] * math.prod(input_shape[2:]) * floats * self.get_dtype().itemsize
 
     def extra_conds(self, **conditioning: Any) -> dict[str, comfy.conds.CONDRegular]:
-        """Hand the class label to the network; called once per conditioning, before sampling.
+        """The class label, as the network gets it. ComfyUI asks once for each conditioning, before sampling.
 
         Raises
         ------
-        ValueError: for a conditioning without a label of this model, or a latent of another size.
+        ValueError: for a conditioning without a label of this model, or for a latent of another size.
         """
         name, network = self.info.name, self.info.network
         role = conditioning.get("prompt_type", "given")
@@ -124,10 +124,10 @@ class PixelModel(comfy.model_base.BaseModel):
 
 
 def load_pixel_model(name: str) -> comfy.model_patcher.ModelPatcher:
-    """A shipped denoiser as ComfyUI's MODEL; errors as :func:`load_denoiser`.
+    """A shipped denoiser as ComfyUI's MODEL. It raises what :func:`load_denoiser` raises.
 
-    The plain ModelPatcher is meant: the dynamic one pages weights in through ComfyUI's own layers, which a network of
-    five megabytes neither has nor needs.
+    The plain ModelPatcher is chosen on purpose. The dynamic one loads weights piece by piece through ComfyUI's own
+    layers; this network has no such layers, and with five megabytes it needs none.
     """
     unet, info = load_denoiser(shipped_denoisers()[name])
     patcher = comfy.model_patcher.ModelPatcher(
@@ -140,7 +140,7 @@ def load_pixel_model(name: str) -> comfy.model_patcher.ModelPatcher:
 
 
 def pixel_model_info(model: comfy.model_patcher.ModelPatcher, node: str) -> DenoiserInfo:
-    """The description of a MODEL that :class:`LoadPixelModel` made; ``node`` names who asks, for the error."""
+    """The description of a MODEL that :class:`LoadPixelModel` made. ``node`` is the name of the node for errors."""
     if not isinstance(model.model, PixelModel):
         raise ValueError(
             f"{node}: the model is a {type(model.model).__name__}, not a pixel model: connect Load Pixel Model"
@@ -149,11 +149,11 @@ def pixel_model_info(model: comfy.model_patcher.ModelPatcher, node: str) -> Deno
 
 
 def class_index(text: str, class_names: tuple[str, ...]) -> int | None:
-    """The class that a name or number means; None for "none" and for nothing at all.
+    """The number of the class that ``text`` names or numbers; None for "none" and for an empty text.
 
     Raises
     ------
-    ValueError: if it is neither a name nor a number of a class.
+    ValueError: if ``text`` is neither a name nor a number of a class.
     """
     text = text.strip()
     if text.lower() in ("", NO_CLASS):
@@ -167,18 +167,18 @@ def class_index(text: str, class_names: tuple[str, ...]) -> int | None:
 
 
 def to_classifier_images(images: Tensor, size: int, channels: int, name: str) -> Tensor:
-    """IMAGE, (n, k size, k size, 3) in 0 .. 1, to (n, channels, size, size) in -1 .. 1; undoes an upscaling by k.
+    """Turn IMAGE, (n, k size, k size, 3) in 0 .. 1, into (n, channels, size, size) in -1 .. 1: undo an upscaling by k.
 
     Raises
     ------
-    ValueError: if the images are no whole multiple of the size; ``name`` is the input's, for the error.
+    ValueError: if the images are no whole multiple of the size. ``name`` names the input in the error.
     """
     height, width = images.shape[1:3]
     factor = height // size
     if height != width or factor * size != height:
         raise ValueError(
-            f"{name} is {width}x{height}; the classifier sees {size}x{size} and its whole multiples: connect what "
-            f"Pixel Latent to Image gives"
+            f"{name} is {width}x{height}, but the classifier needs {size}x{size} or a whole multiple: connect the "
+            f"output of Pixel Latent to Image"
         )
     small = images[:, ::factor, ::factor, :3].float().permute(0, 3, 1, 2)
     return 2 * (small if channels == 3 else small.mean(dim=1, keepdim=True)) - 1
@@ -191,16 +191,17 @@ class LoadPixelModel(io.ComfyNode):
             node_id="DNGLoadPixelModel",
             display_name="Load Pixel Model",
             category=CATEGORY,
-            description="A small class-conditional diffusion model that comes with DNG. It draws pixels: no VAE.",
+            description="Loads a small class-conditional diffusion model that comes with DNG. It draws pixels, and "
+            "needs no VAE.",
             search_aliases=["mnist", "digits", "class model", "ddpm", "pixel space"],
             inputs=[
                 io.Combo.Input(
                     "name",
                     options=list(shipped_denoisers()),
-                    tooltip="The model. mnist draws handwritten digits, 28x28, of the classes 0 to 9.",
+                    tooltip="The model. mnist draws handwritten digits of 28x28 pixels, in the classes 0 to 9.",
                 ),
             ],
-            outputs=[io.Model.Output(tooltip="A MODEL for any sampler; its conditioning is a Class Label.")],
+            outputs=[io.Model.Output(tooltip="A MODEL for any sampler. Class Label gives its conditionings.")],
         )
 
     @classmethod
@@ -215,17 +216,18 @@ class ClassLabel(io.ComfyNode):
             node_id="DNGClassLabel",
             display_name="Class Label",
             category=CATEGORY,
-            description="The class a pixel model is to draw, or to avoid, as a conditioning.",
+            description="A class as a conditioning: the class that a pixel model should draw, or should avoid.",
             search_aliases=["class condition", "digit", "label conditioning", "null label"],
             inputs=[
                 io.Model.Input("model", tooltip="The pixel model whose classes are meant."),
                 io.String.Input(
                     "label",
                     default=NO_CLASS,
-                    tooltip='A class by name or number (from 0), or "none": any class, the unconditional prediction.',
+                    tooltip='The name or the number of a class, counted from 0. "none" stands for any class, which is '
+                    "the unconditional prediction.",
                 ),
             ],
-            outputs=[io.Conditioning.Output(tooltip="For the positive, negative or unconditional of a sampler.")],
+            outputs=[io.Conditioning.Output(tooltip="A conditioning for `positive`, `negative` or `unconditional`.")],
         )
 
     @classmethod
@@ -247,10 +249,10 @@ class EmptyPixelLatent(io.ComfyNode):
             description="An empty latent of the size that a pixel model draws.",
             search_aliases=["empty latent", "blank image", "pixel space"],
             inputs=[
-                io.Model.Input("model", tooltip="The pixel model, which has one size."),
-                io.Int.Input("batch_size", default=64, min=1, max=4096, tooltip="How many images to draw."),
+                io.Model.Input("model", tooltip="The pixel model, which draws images of one size."),
+                io.Int.Input("batch_size", default=64, min=1, max=4096, tooltip="The number of images to draw."),
             ],
-            outputs=[io.Latent.Output(tooltip="For a sampler that runs the pixel model.")],
+            outputs=[io.Latent.Output(tooltip="A latent for a sampler that runs the pixel model.")],
         )
 
     @classmethod
@@ -270,16 +272,16 @@ class PixelLatentToImage(io.ComfyNode):
             node_id="DNGPixelLatentToImage",
             display_name="Pixel Latent to Image",
             category=CATEGORY,
-            description="What a pixel model drew, as images.",
+            description="Turns the latent of a pixel model into images.",
             search_aliases=["decode pixels", "latent to image", "vae decode"],
             inputs=[
-                io.Latent.Input("samples", tooltip="The latent from a sampler that ran a pixel model."),
+                io.Latent.Input("samples", tooltip="The latent of a sampler that ran a pixel model."),
                 io.Int.Input(
                     "upscale",
                     default=1,
                     min=1,
                     max=64,
-                    tooltip="Each pixel becomes a square of this side. Class Report undoes it.",
+                    tooltip="Each pixel becomes a square with this side. Class Report undoes this.",
                 ),
             ],
             outputs=[io.Image.Output(tooltip="The images, in colour or grey.")],
@@ -291,7 +293,7 @@ class PixelLatentToImage(io.ComfyNode):
         if pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
             raise ValueError(
                 f"Pixel Latent to Image: samples is {_size(pixels.shape)}, not a batch of images with 1 or 3 "
-                f"channels: connect a sampler that runs a pixel model (other latents need VAE Decode)"
+                f"channels: connect a sampler that runs a pixel model (the latents of other models need VAE Decode)"
             )
         image = ((pixels.float() + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1)
         image = image.repeat_interleave(upscale, dim=2).repeat_interleave(upscale, dim=3)
@@ -306,9 +308,9 @@ class ClassReport(io.ComfyNode):
             display_name="Class Report",
             category=CATEGORY,
             description=(
-                "What share of the images still shows the class that was to be avoided, how evenly the other classes "
-                "are drawn, and what changed against the images without guidance. Chain several, each with the report "
-                "of the one before as previous: the last one's table, chart and sheet hold every row."
+                "Measures what share of the images still shows the class that was to be avoided, how evenly the other "
+                "classes are drawn, and what changed in comparison with the images without guidance. Several reports "
+                "can be chained through previous: the table, chart and sheet of the last one hold a row for each."
             ),
             search_aliases=["classifier", "evaluate", "histogram", "class removal", "metrics", "KL"],
             is_output_node=True,
@@ -318,27 +320,31 @@ class ClassReport(io.ComfyNode):
                 io.Combo.Input(
                     "classifier",
                     options=list(shipped_classifiers()),
-                    tooltip="The classifier that looks at the images; mnist knows the digits 0 to 9.",
+                    tooltip="The classifier that looks at the images. mnist knows the digits 0 to 9.",
                 ),
                 io.String.Input(
-                    "forbidden", default="0", tooltip="The class that was to be avoided, by name or number (from 0)."
+                    "forbidden",
+                    default="0",
+                    tooltip="The name or the number (counted from 0) of the class that was to be avoided.",
                 ),
                 io.Image.Input(
                     "baseline",
                     optional=True,
-                    tooltip="The images without guidance, from the same seeds. With it the row says what share of "
-                    "those that did not show the forbidden class kept their class, and by how much they changed.",
+                    tooltip="The images without guidance, from the same seeds. With them, the row also says how many "
+                    "of the images that did not show the forbidden class kept their class, and how much they changed.",
                 ),
-                DNGReport.Input("previous", optional=True, tooltip="The report to add this row to."),
+                DNGReport.Input("previous", optional=True, tooltip="The report to which this row is added."),
             ],
             outputs=[
-                DNGReport.Output(display_name="report", tooltip="For the next Class Report's previous."),
+                DNGReport.Output(
+                    display_name="report", tooltip="Connect this to `previous` of the next Class Report."
+                ),
                 io.String.Output(display_name="table", tooltip="All rows as a Markdown table."),
-                io.Image.Output(display_name="chart", tooltip="Bar chart of the share of each class."),
+                io.Image.Output(display_name="chart", tooltip="A bar chart of the share of each class."),
                 io.Image.Output(
                     display_name="sheet",
-                    tooltip="The methods side by side, the same seed in the same place; a red frame marks images "
-                    "that still show the forbidden class.",
+                    tooltip="The images of all methods side by side, with the same seed in the same place. A red "
+                    "frame marks images that still show the forbidden class.",
                 ),
             ],
         )
@@ -360,8 +366,8 @@ class ClassReport(io.ComfyNode):
         report = previous or Report(info.class_names, index)
         if (report.class_names, report.forbidden) != (info.class_names, index):
             raise ValueError(
-                f"Class Report: previous is a report on {report.class_names[report.forbidden]!r}, this one asks for "
-                f"{info.class_names[index]!r}: give all rows of a report the same classifier and forbidden class"
+                f"Class Report: previous is a report on {report.class_names[report.forbidden]!r}, but this node asks "
+                f"for {info.class_names[index]!r}: give all rows of a report the same classifier and forbidden class"
             )
 
         def seen(batch: Tensor, input_name: str) -> Tensor:

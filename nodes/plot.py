@@ -20,7 +20,10 @@ def as_image(picture: Image.Image) -> Tensor:
 
 def theme_input() -> io.Input:
     return io.Combo.Input(
-        "theme", options=list(get_args(ThemeName)), default="dark", tooltip="Colours for a light or a dark background."
+        "theme",
+        options=list(get_args(ThemeName)),
+        default="dark",
+        tooltip="The colours, for a light or a dark background.",
     )
 
 
@@ -31,8 +34,8 @@ class PlotTrace(io.ComfyNode):
             node_id="DNGPlotTrace",
             display_name="Plot Trace (DNG)",
             category="DNG",
-            description="The probability that each image is turning into what is to be avoided, and how hard it was "
-            "pushed away, over the steps of a run.",
+            description="Draws the probability that each image is turning into what is to be avoided, and how hard "
+            "the image was pushed away, over the steps of a run.",
             search_aliases=["dng", "trace", "posterior", "guidance scale", "chart", "graph", "visualize"],
             is_output_node=True,
             inputs=[
@@ -41,21 +44,21 @@ class PlotTrace(io.ComfyNode):
                     "axis",
                     options=list(AXES),
                     default=AXES[0],
-                    tooltip="What the steps are drawn against: their number, the noise level sigma, or log-SNR "
+                    tooltip="The horizontal axis: the number of the step, the noise level sigma, or log-SNR "
                     "(-2 ln sigma).",
                 ),
                 io.Combo.Input(
                     "view",
                     options=list(VIEWS),
                     default=VIEWS[0],
-                    tooltip="lines: one for each image and concept. quantiles: the median of the batch with bands. "
-                    "auto: lines up to 8 images, quantiles above.",
+                    tooltip="lines: one line for each image and concept. quantiles: the median of the batch with "
+                    "bands. auto: lines for up to 8 images, and quantiles for more.",
                 ),
                 theme_input(),
-                io.Int.Input("width", default=960, min=240, max=8192, tooltip="Width of the chart in pixels."),
-                io.Int.Input("height", default=720, min=240, max=8192, tooltip="Height of the chart in pixels."),
+                io.Int.Input("width", default=960, min=240, max=8192, tooltip="The width of the chart in pixels."),
+                io.Int.Input("height", default=720, min=240, max=8192, tooltip="The height of the chart in pixels."),
             ],
-            outputs=[io.Image.Output(display_name="IMAGE", tooltip="The chart, one picture.")],
+            outputs=[io.Image.Output(display_name="IMAGE", tooltip="The chart, as one picture.")],
         )
 
     @classmethod

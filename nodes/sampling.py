@@ -27,16 +27,16 @@ from .run.checks import check_unconditional
 from .run.concept import Concept
 
 POSITIVE_TIP = "What the image should show."
-NEGATIVE_TIP = "What the image should not show. Guidance switches on only for images that are turning into it."
+NEGATIVE_TIP = "What the image should not show. Guidance switches on only in images that are turning into this."
 UNCONDITIONAL_TIP = (
-    "The conditioning that classifier-free guidance extrapolates from, usually an empty prompt. Needed at any cfg "
-    "other than 1; also the best reference to compare `negative` with."
+    "What classifier-free guidance extrapolates from, usually an empty prompt. It is needed at every cfg other than "
+    "1, and it is the best reference to compare `negative` with."
 )
 
 
 @dataclass(frozen=True)
 class Conditionings:
-    """What classifier-free guidance works with; ``unconditional`` is None where none is connected."""
+    """What classifier-free guidance works with. ``unconditional`` is None where nothing is connected."""
 
     positive: list
     unconditional: list | None
@@ -45,7 +45,7 @@ class Conditionings:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a KSampler node samples: its widgets, by ComfyUI's names in ``common_ksampler``."""
+    """How a KSampler node samples: the values of its widgets, under ComfyUI's names in ``common_ksampler``."""
 
     seed: int
     steps: int
@@ -58,7 +58,7 @@ class Schedule:
     force_full_denoise: bool = False
 
     def sigmas(self, model) -> Tensor:
-        """The noise levels from the first step to the last; fewer than two where there is no step to take."""
+        """The noise levels from the first step to the last. There are fewer than two where there is no step."""
         sigmas = comfy.samplers.KSampler(
             model,
             self.steps,
@@ -85,8 +85,8 @@ def sample_with_dng(
 ):
     """ComfyUI's ``common_ksampler`` with concepts to avoid: (LATENT, trace or None).
 
-    With guidance off it is ``common_ksampler``, with the unconditional in the negative's place. A run that goes on
-    from another one's latent takes that one's trace as ``previous``, and its posterior goes on too.
+    With guidance off, ``common_ksampler`` itself samples, with the unconditional in the negative's place. Where a run
+    goes on from the latent of an earlier run, ``previous`` is the trace of that run: the posterior goes on from there.
     """
     guider = NegativeGuider(model, wanted.positive, concepts, wanted.unconditional, wanted.cfg, previous)
     if not any(concept.active for concept in concepts):
@@ -100,7 +100,7 @@ def sample_with_dng(
 
 
 def run_guider(guider: NegativeGuider, model, schedule: Schedule, latent: dict):
-    """What ``common_ksampler`` does with a guider in place of its own: (LATENT, the guider's trace)."""
+    """Do what ``common_ksampler`` does, with ``guider`` in place of its own: (LATENT, the guider's trace)."""
     latent_image = comfy.sample.fix_empty_latent_channels(
         model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
     )
@@ -134,7 +134,7 @@ def _cfg_input() -> io.Input:
         max=100.0,
         step=0.1,
         round=0.01,
-        tooltip="Classifier-free guidance scale. At any value other than 1, connect `unconditional`.",
+        tooltip="The scale of classifier-free guidance. At any value other than 1, connect `unconditional`.",
     )
 
 
@@ -145,7 +145,7 @@ def _seed_input(name: str) -> io.Input:
         min=0,
         max=0xFFFFFFFFFFFFFFFF,
         control_after_generate=True,
-        tooltip="The random seed used for creating the noise. Noise does not depend on the guidance.",
+        tooltip="The random seed of the noise. The same seed gives the same noise with and without guidance.",
     )
 
 
@@ -157,7 +157,8 @@ def _run_inputs() -> list[io.Input]:
         io.Combo.Input(
             "sampler_name",
             options=comfy.samplers.KSampler.SAMPLERS,
-            tooltip="The sampling algorithm. Ancestral and SDE samplers are tracked exactly; lcm is refused.",
+            tooltip="The sampling algorithm. Ancestral and SDE samplers are tracked best. Deterministic ones remove "
+            "less, unless rule is probe. lcm is refused.",
         ),
         io.Combo.Input(
             "scheduler",
@@ -173,7 +174,11 @@ def _run_inputs() -> list[io.Input]:
 def _outputs() -> list[io.Output]:
     return [
         io.Latent.Output(display_name="LATENT", tooltip="The denoised latent."),
-        TRACE.Output(display_name="trace", tooltip="Sigma, posterior and guidance scale per step and image."),
+        TRACE.Output(
+            display_name="trace",
+            tooltip="The noise level, and the posterior and guidance scale of each image, at every step. It is empty "
+            "where guidance is off or method is not dng.",
+        ),
     ]
 
 
@@ -184,8 +189,8 @@ class KSamplerDNG(io.ComfyNode):
             node_id="KSamplerDNG",
             display_name="KSampler (DNG)",
             category="DNG",
-            description="KSampler with Dynamic Negative Guidance: `negative` is pushed away only in images that are "
-            "turning into it, and only while they are.",
+            description="KSampler with Dynamic Negative Guidance. An image is pushed away from `negative` only while "
+            "it is turning into this.",
             search_aliases=["dynamic negative guidance", "dng", "ksampler", "negative prompt", "sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="The model used for denoising the input latent."),
@@ -197,7 +202,7 @@ class KSamplerDNG(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="The amount of denoising applied; lower values keep more of the input latent.",
+                    tooltip="The amount of denoising. Lower values keep more of the input latent.",
                 ),
                 *settings_inputs(),
                 reference_input(),
@@ -237,7 +242,8 @@ class KSamplerAdvancedDNG(io.ComfyNode):
             node_id="KSamplerAdvancedDNG",
             display_name="KSampler Advanced (DNG)",
             category="DNG",
-            description="KSampler (Advanced) with Dynamic Negative Guidance.",
+            description="KSampler (Advanced) with Dynamic Negative Guidance. An image is pushed away from `negative` "
+            "only while it is turning into this.",
             search_aliases=["dynamic negative guidance", "dng", "ksampler advanced", "negative prompt"],
             inputs=[
                 io.Model.Input("model", tooltip="The model used for denoising the input latent."),
@@ -268,8 +274,8 @@ class KSamplerAdvancedDNG(io.ComfyNode):
                 TRACE.Input(
                     "previous_trace",
                     optional=True,
-                    tooltip="When this node goes on from another one's latent: that one's trace. Its posterior goes "
-                    "on here, instead of starting at the prior again.",
+                    tooltip="Connect this where the latent comes from another DNG sampler: it is the trace of that "
+                    "sampler. The posterior then goes on from there, instead of starting at the prior again.",
                 ),
                 preset_input(),
                 rule_input(),
@@ -318,7 +324,8 @@ class DNGGuider(io.ComfyNode):
             node_id="DNGGuider",
             display_name="DNG Guider",
             category="DNG",
-            description="A guider with Dynamic Negative Guidance, for SamplerCustomAdvanced.",
+            description="A guider with Dynamic Negative Guidance for SamplerCustomAdvanced. An image is pushed away "
+            "from `negative` only while it is turning into this.",
             search_aliases=["dynamic negative guidance", "dng", "cfg guider", "guider"],
             inputs=[
                 io.Model.Input("model", tooltip="The model used for denoising."),
@@ -332,7 +339,7 @@ class DNGGuider(io.ComfyNode):
                 preset_input(),
                 rule_input(),
             ],
-            outputs=[io.Guider.Output(display_name="GUIDER", tooltip="Connect to SamplerCustomAdvanced.")],
+            outputs=[io.Guider.Output(display_name="GUIDER", tooltip="Connect this to SamplerCustomAdvanced.")],
         )
 
     @classmethod

@@ -13,8 +13,8 @@ class TraceTable(io.ComfyNode):
             node_id="DNGTraceTable",
             display_name="Trace Table (DNG)",
             category="DNG",
-            description="What guidance did at each step: the noise level, and the posterior and guidance scale of the "
-            "images (their mean and largest).",
+            description="Shows what guidance did at each step: the noise level, and the mean and the largest "
+            "posterior and guidance scale of the images.",
             search_aliases=["dng", "trace", "posterior", "guidance scale"],
             is_output_node=True,
             inputs=[TRACE.Input("trace", tooltip="The trace of KSampler (DNG) or KSampler Advanced (DNG).")],
@@ -23,7 +23,11 @@ class TraceTable(io.ComfyNode):
 
     @classmethod
     def execute(cls, trace) -> io.NodeOutput:
-        table = trace_table(trace) if trace is not None else "Guidance was off: nothing was tracked."
+        table = (
+            trace_table(trace)
+            if trace is not None
+            else "Nothing was tracked: guidance was off, or its method is not dng."
+        )
         return io.NodeOutput(table, ui={"text": [table]})
 
 
