@@ -157,8 +157,8 @@ def preset_input() -> io.Input:
         options=[CUSTOM, *PRESETS],
         default=CUSTOM,
         tooltip="custom takes the settings of this node. Any other choice takes published settings in their place: "
-        "then only reference and rule of this node still count. exact is a good start. The help page lists the values "
-        "and their sources.",
+        "then only rule and reference still count. exact is a good start. The help page lists the values and their "
+        "sources.",
     )
 
 
