@@ -8,9 +8,9 @@ from comfy_api.latest import io
 from ..dng_core.calibration import Evidence, Goals, explanation, propose
 from ..dng_core.settings import Settings
 from .guider import NegativeGuider
-from .inputs import reference_input
+from .inputs import cfg_input, float_input, reference_input, scheduler_input, seed_input, unconditional_input
 from .run.concept import Concept, Reference
-from .sampling import UNCONDITIONAL_TIP, Conditionings, Schedule, run_guider
+from .sampling import Conditionings, Schedule, run_guider
 
 DEFAULTS = Goals()
 
@@ -39,37 +39,16 @@ class Calibrate(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model to calibrate for. It must not have a DNG patch."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The random seed of the noise. The same seed gives the same noise with and without "
-                    "guidance.",
-                ),
+                seed_input(),
                 io.Int.Input("steps", default=20, min=3, max=10000, tooltip="The number of denoising steps."),
-                io.Float.Input(
-                    "cfg",
-                    default=8.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="The scale of classifier-free guidance. At any value other than 1, connect "
-                    "`unconditional`.",
-                ),
+                cfg_input(),
                 io.Combo.Input(
                     "sampler_name",
                     options=comfy.samplers.KSampler.SAMPLERS,
                     default="euler_ancestral",
                     tooltip="The sampling algorithm that you will use afterwards. lcm is refused.",
                 ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    tooltip="How noise is removed over the steps.",
-                ),
+                scheduler_input(),
                 io.Conditioning.Input("positive", tooltip="What the images should show, as in your graph."),
                 io.Conditioning.Input(
                     "negative", tooltip="What is to be avoided. Some of the images that are drawn here must show this."
@@ -84,37 +63,22 @@ class Calibrate(io.ComfyNode):
                     tooltip="Something that none of the images drawn here shows. Guidance away from this should stay "
                     "off. If nothing is connected, the images that do not show `negative` are taken in its place.",
                 ),
-                io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
-                io.Float.Input(
-                    "guidance_scale",
+                unconditional_input(),
+                float_input(
+                    "guidance_scale", DEFAULTS.guidance_scale, 0.01, 100.0, 0.01, 0.001,
+                    "The guidance_scale with which you will use the settings.",
                     optional=True,
-                    default=DEFAULTS.guidance_scale,
-                    min=0.01,
-                    max=100.0,
-                    step=0.01,
-                    round=0.001,
-                    tooltip="The guidance_scale with which you will use the settings.",
                 ),
-                io.Float.Input(
-                    "on_by",
+                float_input(
+                    "on_by", DEFAULTS.on_by, 0.05, 1.0, 0.05, 0.01,
+                    "The share of the steps after which guidance should be on (p above 0.5) in at least half of "
+                    "the images that show `negative`.",
                     optional=True,
-                    default=DEFAULTS.on_by,
-                    min=0.05,
-                    max=1.0,
-                    step=0.05,
-                    round=0.01,
-                    tooltip="The share of the steps after which guidance should be on (p above 0.5) in at least half "
-                    "of the images that show `negative`.",
                 ),
-                io.Float.Input(
-                    "below_scale",
+                float_input(
+                    "below_scale", DEFAULTS.below_scale, 0.01, 1000.0, 0.1, 0.01,
+                    "The push away from `unrelated` should stay below this value in 95 % of the images.",
                     optional=True,
-                    default=DEFAULTS.below_scale,
-                    min=0.01,
-                    max=1000.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="The push away from `unrelated` should stay below this value in 95 % of the images.",
                 ),
                 reference_input(),
             ],
@@ -130,23 +94,10 @@ class Calibrate(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        seed,
-        steps,
-        cfg,
-        sampler_name,
-        scheduler,
-        positive,
-        negative,
-        latent_image,
-        unrelated=None,
-        unconditional=None,
-        guidance_scale=DEFAULTS.guidance_scale,
-        on_by=DEFAULTS.on_by,
-        below_scale=DEFAULTS.below_scale,
-        reference="auto",
-    ) -> io.NodeOutput:
+        cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, unrelated=None,
+        unconditional=None, guidance_scale=DEFAULTS.guidance_scale, on_by=DEFAULTS.on_by,
+        below_scale=DEFAULTS.below_scale, reference="auto",
+    ) -> io.NodeOutput:  # fmt: skip
         if not negative:
             raise ValueError(
                 "`negative` is empty, so there is nothing to calibrate for; connect what is to be avoided"

@@ -3,6 +3,7 @@
 from dataclasses import fields, replace
 from typing import Any
 
+import comfy.samplers
 from comfy_api.latest import io
 
 from ..dng_core.methods import METHODS, MethodSettings
@@ -23,52 +24,28 @@ def settings_inputs() -> list[io.Input]:
     front end rounds what a user types to a multiple of ``step``, so each ``step`` is as fine as a user may need.
     """
     return [
-        io.Float.Input(
-            "guidance_scale",
-            optional=True,
-            default=DEFAULTS.guidance_scale,
-            min=0.0,
-            max=100.0,
-            step=0.01,
-            round=0.001,
-            tooltip="How hard an image is pushed away once it turns into what is to be avoided (lambda_0 in the "
-            "paper). 1 is the exact value, a larger one removes more, and 0 switches guidance off.",
+        _number(
+            "guidance_scale", 0.0, 100.0, 0.01, 0.001,
+            "How hard an image is pushed away once it turns into what is to be avoided (lambda_0 in the paper). 1 "
+            "is the exact value, a larger one removes more, and 0 switches guidance off.",
         ),
-        io.Float.Input(
-            "prior",
-            optional=True,
-            default=DEFAULTS.prior,
-            min=0.001,
-            max=0.999,
-            step=0.001,
-            round=0.001,
-            tooltip="The share of images that you expect to show the undesired thing without guidance. If you are in "
+        _number(
+            "prior", 0.001, 0.999, 0.001, 0.001,
+            "The share of images that you expect to show the undesired thing without guidance. If you are in "
             "doubt, choose a value that is too high rather than one that is too low.",
         ),
-        io.Float.Input(
-            "temperature",
-            optional=True,
-            default=DEFAULTS.temperature,
-            min=0.0,
-            max=10.0,
-            step=0.01,
-            round=0.001,
-            advanced=True,
-            tooltip="How far the evidence of each step moves the posterior (tau in the paper). 1 is the exact value. "
-            "A smaller one makes the posterior slower, which helps with large latents and with models whose errors "
+        _number(
+            "temperature", 0.0, 10.0, 0.01, 0.001,
+            "How far the evidence of each step moves the posterior (tau in the paper). 1 is the exact value. A "
+            "smaller one makes the posterior slower, which helps with large latents and with models whose errors "
             "add up.",
-        ),
-        io.Float.Input(
-            "offset",
-            optional=True,
-            default=DEFAULTS.offset,
-            min=0.0,
-            max=100.0,
-            step=0.0001,
-            round=0.0001,
             advanced=True,
-            tooltip="A steady upward drift of the posterior, which switches guidance on earlier (delta in the paper). "
-            "0 is the exact value. offset_form says what the number means.",
+        ),
+        _number(
+            "offset", 0.0, 100.0, 0.0001, 0.0001,
+            "A steady upward drift of the posterior, which switches guidance on earlier (delta in the paper). 0 "
+            "is the exact value. offset_form says what the number means.",
+            advanced=True,
         ),
         io.Combo.Input(
             "offset_form",
@@ -80,39 +57,20 @@ def settings_inputs() -> list[io.Input]:
             "alike at every step count. total: it is added to the log-posterior over a whole run, in nats. per_step: "
             "it is added at every step, as in the paper's Algorithm 2, so that more steps add more.",
         ),
-        io.Float.Input(
-            "p_min",
-            optional=True,
-            default=DEFAULTS.p_min,
-            min=1e-6,
-            max=0.999,
-            step=0.000001,
-            round=1e-6,
+        _number(
+            "p_min", 1e-6, 0.999, 0.000001, 1e-6,
+            "The posterior never falls below this value, so that it can rise again.",
             advanced=True,
-            tooltip="The posterior never falls below this value, so that it can rise again.",
         ),
-        io.Float.Input(
-            "p_max",
-            optional=True,
-            default=DEFAULTS.p_max,
-            min=0.001,
-            max=0.999,
-            step=0.001,
-            round=0.001,
+        _number(
+            "p_max", 0.001, 0.999, 0.001, 0.001,
+            "The posterior p never rises above this value. So the push guidance_scale * p / (1 - p) has a bound.",
             advanced=True,
-            tooltip="The posterior p never rises above this value. So the push guidance_scale * p / (1 - p) has a "
-            "bound.",
         ),
-        io.Float.Input(
-            "max_scale",
-            optional=True,
-            default=DEFAULTS.max_scale,
-            min=0.1,
-            max=100000.0,
-            step=0.1,
-            round=0.01,
+        _number(
+            "max_scale", 0.1, 100000.0, 0.1, 0.01,
+            "The push guidance_scale * p / (1 - p) is never larger than this value.",
             advanced=True,
-            tooltip="The push guidance_scale * p / (1 - p) is never larger than this value.",
         ),
         io.Combo.Input(
             "method",
@@ -125,6 +83,51 @@ def settings_inputs() -> list[io.Input]:
             "the push at each element.",
         ),
     ]
+
+
+def _number(name: str, *range_and_tooltip: Any, **options: Any) -> io.Input:
+    """A number of Settings, with the default that it has there; otherwise as :func:`float_input`."""
+    return float_input(name, getattr(DEFAULTS, name), *range_and_tooltip, optional=True, **options)
+
+
+def float_input(
+    name: str, default: float, least: float, most: float, step: float, digit: float, tooltip: str, **options: bool
+) -> io.Input:
+    """A number from ``least`` to ``most``, that the front end changes by ``step`` and rounds to ``digit``."""
+    return io.Float.Input(
+        name, default=default, min=least, max=most, step=step, round=digit, tooltip=tooltip, **options
+    )
+
+
+def seed_input(name: str = "seed") -> io.Input:
+    return io.Int.Input(
+        name,
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        control_after_generate=True,
+        tooltip="The random seed of the noise. The same seed gives the same noise with and without guidance.",
+    )
+
+
+def cfg_input() -> io.Input:
+    tooltip = "The scale of classifier-free guidance. At any value other than 1, connect `unconditional`."
+    return float_input("cfg", 8.0, 0.0, 100.0, 0.1, 0.01, tooltip)
+
+
+def scheduler_input() -> io.Input:
+    return io.Combo.Input(
+        "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How noise is removed over the steps."
+    )
+
+
+def unconditional_input() -> io.Input:
+    return io.Conditioning.Input(
+        "unconditional",
+        optional=True,
+        tooltip="What classifier-free guidance extrapolates from, usually an empty prompt. It is needed at every cfg "
+        "other than 1, and it is the best reference to compare `negative` with.",
+    )
 
 
 def reference_input() -> io.Input:

@@ -16,22 +16,22 @@ from ..dng_core.guidance import Trace
 from .guider import NegativeGuider
 from .inputs import (
     TRACE,
+    cfg_input,
     concepts_from,
     more_concepts_input,
     preset_input,
     reference_input,
     rule_input,
+    scheduler_input,
+    seed_input,
     settings_inputs,
+    unconditional_input,
 )
 from .run.checks import check_unconditional
 from .run.concept import Concept
 
 POSITIVE_TIP = "What the image should show."
 NEGATIVE_TIP = "What the image should not show. Guidance switches on only in images that are turning into this."
-UNCONDITIONAL_TIP = (
-    "What classifier-free guidance extrapolates from, usually an empty prompt. It is needed at every cfg other than "
-    "1, and it is the best reference to compare `negative` with."
-)
 
 
 @dataclass(frozen=True)
@@ -126,45 +126,18 @@ def run_guider(guider: NegativeGuider, model, schedule: Schedule, latent: dict):
     return {**out, "samples": samples}, guider.trace
 
 
-def _cfg_input() -> io.Input:
-    return io.Float.Input(
-        "cfg",
-        default=8.0,
-        min=0.0,
-        max=100.0,
-        step=0.1,
-        round=0.01,
-        tooltip="The scale of classifier-free guidance. At any value other than 1, connect `unconditional`.",
-    )
-
-
-def _seed_input(name: str) -> io.Input:
-    return io.Int.Input(
-        name,
-        default=0,
-        min=0,
-        max=0xFFFFFFFFFFFFFFFF,
-        control_after_generate=True,
-        tooltip="The random seed of the noise. The same seed gives the same noise with and without guidance.",
-    )
-
-
 def _run_inputs() -> list[io.Input]:
     """What both KSamplers ask for between their seed and their own inputs, in ComfyUI's order."""
     return [
         io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The number of denoising steps."),
-        _cfg_input(),
+        cfg_input(),
         io.Combo.Input(
             "sampler_name",
             options=comfy.samplers.KSampler.SAMPLERS,
             tooltip="The sampling algorithm. Ancestral and SDE samplers are tracked best. Deterministic ones remove "
             "less, unless rule is probe. lcm is refused.",
         ),
-        io.Combo.Input(
-            "scheduler",
-            options=comfy.samplers.KSampler.SCHEDULERS,
-            tooltip="How noise is removed over the steps.",
-        ),
+        scheduler_input(),
         io.Conditioning.Input("positive", tooltip=POSITIVE_TIP),
         io.Conditioning.Input("negative", tooltip=NEGATIVE_TIP),
         io.Latent.Input("latent_image", tooltip="The latent image to denoise."),
@@ -194,7 +167,7 @@ class KSamplerDNG(io.ComfyNode):
             search_aliases=["dynamic negative guidance", "dng", "ksampler", "negative prompt", "sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="The model used for denoising the input latent."),
-                _seed_input("seed"),
+                seed_input(),
                 *_run_inputs(),
                 io.Float.Input(
                     "denoise",
@@ -206,7 +179,7 @@ class KSamplerDNG(io.ComfyNode):
                 ),
                 *settings_inputs(),
                 reference_input(),
-                io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
+                unconditional_input(),
                 more_concepts_input(),
                 preset_input(),
                 rule_input(),
@@ -216,20 +189,9 @@ class KSamplerDNG(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        seed,
-        steps,
-        cfg,
-        sampler_name,
-        scheduler,
-        positive,
-        negative,
-        latent_image,
-        denoise,
-        unconditional=None,
-        **values,
-    ) -> io.NodeOutput:
+        cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,
+        unconditional=None, **values,
+    ) -> io.NodeOutput:  # fmt: skip
         schedule = Schedule(seed, steps, sampler_name, scheduler, denoise)
         wanted = Conditionings(positive, unconditional, cfg)
         return io.NodeOutput(*sample_with_dng(model, schedule, wanted, concepts_from(negative, values), latent_image))
@@ -253,7 +215,7 @@ class KSamplerAdvancedDNG(io.ComfyNode):
                     advanced=True,
                     tooltip="Whether to add noise to the latent before the first step.",
                 ),
-                _seed_input("noise_seed"),
+                seed_input("noise_seed"),
                 *_run_inputs(),
                 io.Int.Input(
                     "start_at_step", default=0, min=0, max=10000, advanced=True, tooltip="The first step to take."
@@ -269,7 +231,7 @@ class KSamplerAdvancedDNG(io.ComfyNode):
                 ),
                 *settings_inputs(),
                 reference_input(),
-                io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
+                unconditional_input(),
                 more_concepts_input(),
                 TRACE.Input(
                     "previous_trace",
@@ -285,24 +247,9 @@ class KSamplerAdvancedDNG(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        add_noise,
-        noise_seed,
-        steps,
-        cfg,
-        sampler_name,
-        scheduler,
-        positive,
-        negative,
-        latent_image,
-        start_at_step,
-        end_at_step,
-        return_with_leftover_noise,
-        unconditional=None,
-        previous_trace=None,
-        **values,
-    ) -> io.NodeOutput:
+        cls, model, add_noise, noise_seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image,
+        start_at_step, end_at_step, return_with_leftover_noise, unconditional=None, previous_trace=None, **values,
+    ) -> io.NodeOutput:  # fmt: skip
         schedule = Schedule(
             noise_seed,
             steps,
@@ -331,10 +278,10 @@ class DNGGuider(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model used for denoising."),
                 io.Conditioning.Input("positive", tooltip=POSITIVE_TIP),
                 io.Conditioning.Input("negative", tooltip=NEGATIVE_TIP),
-                _cfg_input(),
+                cfg_input(),
                 *settings_inputs(),
                 reference_input(),
-                io.Conditioning.Input("unconditional", optional=True, tooltip=UNCONDITIONAL_TIP),
+                unconditional_input(),
                 more_concepts_input(),
                 preset_input(),
                 rule_input(),
