@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .guidance import Guidance, Probed, combine
+from .guidance import Guidance, Negatives, Probed, combine
 from .kernels import at_least_float32
 from .settings import check, check_numbers
 
@@ -76,10 +76,10 @@ def safe_latent_direction(
     Parameters
     ----------
     difference: D_neg - D_ref, (batch, ...).
-    sigma: the VE noise level; at infinite noise the direction is zero.
+    sigma: the VE noise level; at infinite noise and at none, the direction is zero.
     momentum: m, of the same shape.
     """
-    if math.isinf(sigma):
+    if sigma == 0 or math.isinf(sigma):
         return torch.zeros_like(difference), momentum
     d = difference / sigma
     mask = (settings.warmup_scale * d.abs()).clamp(max=1) * (d < settings.threshold)
@@ -99,13 +99,7 @@ class BaselineGuidance(Guidance):
         self._momenta: list[Tensor | None] = [None] * len(settings)
 
     def guided(
-        self,
-        x: Tensor,
-        sigma: float,
-        base: Tensor,
-        reference: Tensor,
-        negatives: Sequence[Tensor | None],
-        probed: Probed | None,
+        self, x: Tensor, sigma: float, base: Tensor, reference: Tensor, negatives: Negatives, probed: Probed | None
     ) -> Tensor:
         directions, scales = [], []
         for i, negative in enumerate(negatives):

@@ -16,7 +16,7 @@ from torch import Tensor
 from .guidance import NegativeGuidance
 from .kernels import ReverseKernel
 from .posterior import advance, offset_evidence
-from .settings import Settings
+from .settings import Settings, check
 
 LIKELY = 0.5
 """Guidance is "on" in an image whose posterior is above this: the push is then above guidance_scale."""
@@ -77,7 +77,7 @@ class Evidence:
 def evidence_of(guidance: NegativeGuidance) -> list[Evidence]:
     """What a run without guidance showed of each of its concepts; waits for the device.
 
-    The run's settings must have a guidance scale of 0; none of the others counts but the rule.
+    Of the run's settings only the rule counts; their guidance scale must be 0.
 
     Raises
     ------
@@ -105,12 +105,10 @@ def replay(
     prior, temperature, offset: any one shape (...); the offset in nats over the whole chain.
     bounds: its p_min and p_max clamp the posterior.
     """
-    low, high = math.log(bounds.p_min), math.log(bounds.p_max)
     log_posterior = prior.log()[..., None].expand(*prior.shape, evidence.increments.shape[1])
     yield log_posterior.exp()
     for increment, share in zip(evidence.increments, evidence.offsets, strict=True):
-        log_posterior = advance(log_posterior, increment, temperature[..., None], offset[..., None] * share)
-        log_posterior = log_posterior.clamp(low, high)
+        log_posterior = advance(log_posterior, increment, temperature[..., None], offset[..., None] * share, bounds)
         yield log_posterior.exp()
 
 
@@ -120,6 +118,7 @@ class Goals:
 
     ``on_by``: the share of the steps, in 0 .. 1, by which at least half of the related images are to have p above 0.5.
     ``below_scale``: what guidance_scale * p / (1 - p) is to stay below in 95 % of the unrelated images.
+    ``guidance_scale``: the scale with which the settings will be used.
     """
 
     on_by: float = 0.8
@@ -127,20 +126,18 @@ class Goals:
     guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.on_by <= 1:
-            raise ValueError(f"on_by must be above 0 and at most 1; it is {self.on_by}")
-        if not self.below_scale > 0:
-            raise ValueError(f"below_scale must be above 0; it is {self.below_scale}")
-        if not self.guidance_scale > 0:
-            raise ValueError(f"guidance_scale must be above 0; it is {self.guidance_scale}")
+        check(self, "on_by", 0 < self.on_by <= 1, "above 0 and at most 1")
+        check(self, "below_scale", self.below_scale > 0, "above 0")
+        check(self, "guidance_scale", self.guidance_scale > 0, "above 0")
 
 
 @dataclass(frozen=True)
 class Proposal:
     """Settings, and what they would have done along the recorded run.
 
-    ``peak``: that of the evidence of clear related images, in nats. ``related``, ``images``: how many of how many
-    images show the concept. ``on_at``: the share of the steps by which half of these are on; infinite if never.
+    ``peak``: how high the evidence of a clear related image rises, in nats (the quantile UPPER). ``related``,
+    ``images``: how many images show the concept, and how many there are. ``on_at``: the share of the steps after which
+    half of the related images are on; infinite if never.
     ``unrelated_scale``: what the scale stays below in 95 % of the unrelated images; None if there are none.
     """
 

@@ -19,7 +19,7 @@ the exact one on average (tests/core/test_evidence.py), and large enough for the
 
 PROBE_SPACING = 1.6
 """A probe's answer is held until sigma has fallen by this factor, since the covariance gap varies slowly with the
-noise level. Of 30 Karras steps 16 are probed."""
+noise level. Of 30 Karras steps, 12 are probed on Stable Diffusion's range (0.03 to 14.6), and 17 from 0.002 to 80."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,9 @@ def held_evidence(start: Call, end: Call, held: Call, weight: Tensor | None = No
 
         (1 / sigma'^2) < D_neg - D_ref , x' - r x - (1 - r) (D_neg + D_ref) / 2 >
 
+    It equals -(||x' - mu_neg||^2 - ||x' - mu_ref||^2) / (2 s^2) with mu = r x + (1 - r) D and s^2 the kernel's
+    variance, since (1 - r) / s^2 = 1 / sigma'^2.
+
     Parameters
     ----------
     start, end: the two ends of the jump; ``end`` has less noise, and more than none.
@@ -87,7 +90,7 @@ def path_evidence(start: Call, end: Call, gap: Tensor, weight: Tensor | None = N
     log p is a function of the state and of the noise level alone. By Tweedie's formula and the heat equation, with
     Delta = D_neg - D_ref and D-bar their mean,
 
-        d log p = < Delta, dx > / sigma^2 + (< Delta, D-bar - x > / sigma^3 + div Delta / sigma) d sigma
+        d log p = < Delta, dx > / sigma^2 + (2 < Delta, D-bar - x > / sigma^3 + div Delta / sigma) d sigma
 
     :func:`held_evidence` integrates all but the divergence, for predictions that stay as they are. Its mean over the
     predictions of both ends is the trapezoidal rule. The divergence is div Delta = G / sigma^2 with
@@ -118,8 +121,8 @@ def gap_of_step(
     """The covariance gap G of :func:`path_evidence`, (batch,), as the noise of one sampling step shows it.
 
     A sampler that moved towards the estimate ``guided`` (batch, ...) drew the noise n = x' - r x - (1 - r) ``guided``,
-    of ``noise_fraction`` f (above 0) times the exact kernel's variance. That noise is a probe of the divergence: on
-    average
+    of ``noise_fraction`` f (above 0) times the exact kernel's variance. (At f below 1, n also holds a part along
+    x - ``guided``, which is neglected.) That noise is a probe of the divergence: on average
 
         < Delta(x') - Delta(x), n > = f (1 - r) G
 
@@ -178,7 +181,10 @@ class Prober:
         self._last_sigma = 0.0
 
     def next(self, x: Tensor, sigma: float) -> Probe | None:
-        """The probe to evaluate at the VE state ``x``; None where the last gap still holds, or noise is infinite."""
+        """The probe to make at the VE state ``x``, which is then taken as made.
+
+        None while the last gap still holds, and at no or infinite noise.
+        """
         if math.isinf(sigma) or sigma == 0 or self._last_sigma / PROBE_SPACING < sigma <= self._last_sigma:
             return None
         self._last_sigma = sigma

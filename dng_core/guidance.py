@@ -1,14 +1,16 @@
 """The guidance of Algorithm 1: at each model call, the base prediction is pushed away from what is undesired.
 
-All predictions are denoised ones (estimates of x_0), (batch, ...). :func:`guide` is the body of Algorithm 1's loop,
-and :func:`combine` is the one place where a prediction is pushed. :class:`NegativeGuidance` keeps the paths of one run
-for samplers that call it step by step.
+All predictions are denoised ones (estimates of x_0), (batch, ...). With D = x - sigma eps, the paper's
+eps_hat = eps - lambda (eps(c-) - eps) is D_hat = D - lambda (D_neg - D_ref). :func:`guide` is the body of
+Algorithm 1's loop, and :func:`combine` is the one place where a push is computed. :class:`NegativeGuidance` keeps the
+paths of one run for samplers that call it step by step.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,14 +20,25 @@ from .kernels import at_least_float32, per_image
 from .posterior import Chain, Path, step
 from .settings import Settings
 
-Probed = tuple[Probe, Tensor, Sequence[Tensor | None]]
-"""A probe, and the reference and the undesired predictions at its state (None where not evaluated)."""
+Negatives = Sequence[Tensor | None]
+"""The denoised prediction under each undesired concept, (batch, ...); None where it is not evaluated."""
+
+
+class Probed(NamedTuple):
+    """A probe, and the reference and the undesired predictions at its state."""
+
+    probe: Probe
+    reference: Tensor
+    negatives: Negatives
 
 
 def guide(
     paths: Sequence[Path], base: Tensor, calls: Sequence[Call], settings: Sequence[Settings], chain: Chain
 ) -> tuple[list[Path], Tensor]:
     """The body of Algorithm 1's loop at one model call: the paths that go on, and the guided prediction.
+
+    The paper updates p at the end of a step. Here the update comes at the next call, where the new state is known; the
+    numbers are the same. At the first call p is the prior.
 
     Parameters
     ----------
@@ -37,7 +50,8 @@ def guide(
     The paths, and the guided prediction in the base's dtype.
     """
     stepped = [step(*concept, chain) for concept in zip(paths, calls, settings, strict=True)]
-    scales = dynamic_scales([log_p for _, log_p in stepped], settings)
+    applies = [call.negative is not None for call in calls]
+    scales = dynamic_scales([_counted(log_p, a) for (_, log_p), a in zip(stepped, applies, strict=True)], settings)
     applying = [(call, scale) for call, scale in zip(calls, scales, strict=True) if call.negative is not None]
     guided = combine(base, [call.difference for call, _ in applying], [scale for _, scale in applying])
     noise_counts = any(s.rule == "step_noise" for s in settings)
@@ -60,6 +74,11 @@ def dynamic_scales(log_posteriors: Sequence[Tensor], settings: Sequence[Settings
     ]
 
 
+def _counted(log_p: Tensor, applies: bool) -> Tensor:
+    """log p, (batch,); minus infinity for a concept that does not apply, so that it neither pushes nor counts."""
+    return log_p if applies else torch.full_like(log_p, -math.inf)
+
+
 def combine(base: Tensor, directions: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
     """base - sum_i scale_i direction_i, for scales of shape (batch,); in the base's dtype."""
     guided = at_least_float32(base)
@@ -73,8 +92,8 @@ class Trace:
     """What guidance did over one run.
 
     ``sigmas``: (steps,) VE noise levels, falling. ``posterior`` and ``scale``: (steps, concepts, batch).
-    ``log_posterior``: (concepts, batch), where the sampler stopped, if the trace was told where; a later run may go on
-    from it. All float32 on the CPU.
+    ``log_posterior``: (concepts, batch), log p where the sampler stopped, from which a later run may go on; None if
+    the trace was not told where. All float32 on the CPU.
     """
 
     sigmas: Tensor
@@ -100,11 +119,8 @@ def tracked(paths: Sequence[Path], settings: Sequence[Settings], span: slice = s
     """
     points = [path.points[span] for path in paths]
     logs = [torch.stack([point.log_p for point in of_concept]) for of_concept in points]
-    scales = torch.stack(dynamic_scales(logs, settings), dim=1)
-    applies = torch.tensor([[point.applies for point in of_concept] for of_concept in points]).T[..., None]
-    if not bool(applies.all()):  # so that a run in which all concepts apply copies nothing to the device here
-        scales = scales * applies.to(scales.device)
-    return torch.stack(logs, dim=1).exp(), scales
+    counted = [torch.stack([_counted(point.log_p, point.applies) for point in of_concept]) for of_concept in points]
+    return torch.stack(logs, dim=1).exp(), torch.stack(dynamic_scales(counted, settings), dim=1)
 
 
 class Guidance(ABC):
@@ -124,7 +140,11 @@ class Guidance(ABC):
         self._ignored: Tensor | None = None
 
     def probe(self, x: Tensor, sigma: float) -> Probe | None:
-        """Where to evaluate the reference and the undesired once more before the next call; None where not needed."""
+        """Where to evaluate the reference and the undesired once more; None where that is not needed.
+
+        Ask once before each call, and hand what was evaluated back as ``probed``: asked again at the same level, the
+        answer is None.
+        """
         return None
 
     def __call__(
@@ -133,7 +153,7 @@ class Guidance(ABC):
         sigma: float,
         base: Tensor,
         reference: Tensor,
-        negatives: Sequence[Tensor | None],
+        negatives: Negatives,
         probed: Probed | None = None,
     ) -> Tensor:
         """The guided denoised prediction at the VE state ``x`` (batch, ...), in the base's dtype.
@@ -158,13 +178,7 @@ class Guidance(ABC):
 
     @abstractmethod
     def guided(
-        self,
-        x: Tensor,
-        sigma: float,
-        base: Tensor,
-        reference: Tensor,
-        negatives: Sequence[Tensor | None],
-        probed: Probed | None,
+        self, x: Tensor, sigma: float, base: Tensor, reference: Tensor, negatives: Negatives, probed: Probed | None
     ) -> Tensor:
         """What a call gives, from copies of the undesired predictions in which every number is finite."""
 
@@ -219,16 +233,10 @@ class NegativeGuidance(Guidance):
         return self._prober.next(x, sigma) if any(s.rule == "probe" for s in self.settings) else None
 
     def guided(
-        self,
-        x: Tensor,
-        sigma: float,
-        base: Tensor,
-        reference: Tensor,
-        negatives: Sequence[Tensor | None],
-        probed: Probed | None,
+        self, x: Tensor, sigma: float, base: Tensor, reference: Tensor, negatives: Negatives, probed: Probed | None
     ) -> Tensor:
         if probed is not None:
-            self._update_gaps(reference, negatives, *probed)
+            self._update_gaps(reference, negatives, probed)
         kept = at_least_float32(x).clone(), sigma, at_least_float32(reference).clone()  # samplers reuse their tensors
         calls = [
             Call(*kept, None if negative is None else at_least_float32(negative), gap)
@@ -237,24 +245,20 @@ class NegativeGuidance(Guidance):
         self.paths, guided = guide(self.paths, base, calls, self.settings, self.chain)
         return guided
 
-    def _update_gaps(
-        self,
-        reference: Tensor,
-        negatives: Sequence[Tensor | None],
-        probe: Probe,
-        probed_reference: Tensor,
-        probed_negatives: Sequence[Tensor | None],
-    ) -> None:
-        for i, (negative, there) in enumerate(zip(negatives, probed_negatives, strict=True)):
-            there = finite(there, probed_reference)
-            if negative is not None and there is not None:
-                gap = probe.covariance_gap(negative - reference, there - probed_reference)
+    def _update_gaps(self, reference: Tensor, negatives: Negatives, probed: Probed) -> None:
+        there = Call(probed.probe.x, probed.probe.sigma, probed.reference)
+        for i, (negative, beside) in enumerate(zip(negatives, probed.negatives, strict=True)):
+            beside = finite(beside, probed.reference)
+            if negative is not None and beside is not None:
+                here = at_least_float32(negative) - at_least_float32(reference)
+                gap = probed.probe.covariance_gap(here, replace(there, negative=beside).difference)
                 self._gaps[i] = torch.where(gap.isfinite(), gap, torch.zeros_like(gap))
 
     def trace(self, end: tuple[Tensor, float] | None = None) -> Trace:
         """What was tracked so far; empty if nothing was. Waits for the device.
 
-        The jump to ``end`` is counted by Algorithm 2, whatever the rule: the others need the predictions there too.
+        No predictions are known at ``end``. So the jump there is counted by Algorithm 2; the rule "probe" also
+        subtracts the divergence that the step's noise does not cancel.
         """
         paths, final = self.paths, None
         if end is not None:

@@ -28,10 +28,9 @@ def guidance_by(
     ------
     ValueError: if the concepts' settings are of several methods, or what :class:`NegativeGuidance` raises.
     """
+    methods = sorted({s.method for s in settings})
+    if len(methods) > 1:
+        raise ValueError(f"all concepts of a run must share one method, not {', '.join(methods)}")
     dynamic = [s for s in settings if isinstance(s, Settings)]
     constant = [s for s in settings if not isinstance(s, Settings)]
-    if len({s.method for s in settings}) > 1:
-        raise ValueError(
-            f"all concepts of a run must share one method, not {', '.join(sorted({s.method for s in settings}))}"
-        )
     return BaselineGuidance(constant) if constant else NegativeGuidance(dynamic, chain, log_priors, seed)

@@ -3,26 +3,37 @@
 :func:`step` is the algorithm. It takes the path so far and what the model says at the next point, and gives the path
 that goes on from there and the posterior. It has no hidden state: asked twice, it answers twice the same.
 
-=================  =========================  ============================================================  ==========
-The paper          here                       what it is                                                    unit
-=================  =========================  ============================================================  ==========
-x_t                ``Call.x``                 the state, in the VE frame: x_vp sqrt(1 + sigma^2)            data
-t                  ``Call.sigma``             the noise level, sqrt((1 - alpha_bar_t) / alpha_bar_t)        data
-mu(x_t)            ``Call.reference``         D_ref: the reverse mean is r x + (1 - r) D_ref                data
-mu(x_t, c-)        ``Call.negative``          D_neg, under the undesired condition                          data
-sigma_t^2          ``ReverseKernel.variance``  the variance of the reverse kernel of a jump                  data^2
-p(c-)              ``Settings.prior``         the share of samples expected to be undesired                 1
-log p(c-|x_t)      ``Point.log_p``            the tracked posterior                                         nats
-tau                ``Settings.temperature``   how far evidence counts                                       1
-delta              ``Settings.offset``        an upward drift of the posterior                              see there
-p_min, p_max       ``Settings.p_min, p_max``  bounds of the posterior                                       1
-=================  =========================  ============================================================  ==========
+The paper writes it for DDPM's steps:
 
-Three rules say what evidence a jump brings. The one that ships is **algorithm_2**, the paper's own, because it errs
-on the safe side on trained networks. On a small text-to-image model (12,288 elements), told to avoid "night", the rule
-``step_noise`` let the posterior of pictures by day rise from 0.00 to 0.97, and changed them as much as a negative
-prompt does; by ``algorithm_2`` it stayed at 0.00. On exact predictions with few elements ``step_noise`` and ``probe``
-are nearer to the truth at large steps (docs/samplers.md).
+    log p(c-|x_t) = log p(c-|x_t+1)
+                    - 1 / (2 sigma_t^2) [tau (||x_t - mu(x_t+1, c-)||^2 - ||x_t - mu(x_t+1)||^2) - delta]
+
+Here x_t+1 is x, the state where a jump starts, and x_t is x', the state where it ends. Likewise sigma and sigma'.
+
+==============  =============================  =========================================================  ===========
+The paper       here                           what it is                                                 unit
+==============  =============================  =========================================================  ===========
+x_t             ``Call.x``                     the state, in the VE frame: x_vp sqrt(1 + sigma^2)         data
+t               ``Call.sigma``                 the noise level, sqrt((1 - alpha_bar_t) / alpha_bar_t)     data
+eps(x_t)        (x - D_ref) / sigma            the noise prediction; D_ref is ``Call.reference``          1
+eps(x_t, c-)    (x - D_neg) / sigma            under the undesired condition; D_neg is ``Call.negative``  1
+mu(x_t)         ``kernel.mean(x, D_ref)``      the reverse mean, r x + (1 - r) D_ref                      data
+mu(x_t, c-)     ``kernel.mean(x, D_neg)``      the reverse mean under the undesired condition             data
+sigma_t^2       ``ReverseKernel.vp_variance``  beta-tilde, the variance of DDPM's reverse step            data^2
+p(c-)           ``Settings.prior``             the share of samples expected to be undesired              1
+log p(c-|x_t)   ``Point.log_p``                the tracked posterior                                      nats
+tau             ``Settings.temperature``       how far evidence counts                                    1
+delta           ``Settings.offset``            an upward drift of the posterior                           offset_form
+lambda_0        ``Settings.guidance_scale``    how hard the push is                                       1
+lambda(x_t, t)  ``guidance.dynamic_scales``    the push at this state                                     1
+p_min, p_max    ``Settings.p_min``, ``p_max``  bounds of the posterior                                    1
+==============  =============================  =========================================================  ===========
+
+Three rules say what evidence a jump brings. The one that ships is **algorithm_2**, the paper's own. Its errors lower
+the posterior, and so leave a picture alone. On a small text-to-image model (12,288 elements), told to avoid "night",
+the rule ``step_noise`` let the posterior of pictures by day rise from 0.00 to 0.97, and changed them as much as a
+negative prompt does; by ``algorithm_2`` the posterior stayed at 0.00 (docs/samplers.md, "Large steps"). On exact
+predictions with few elements ``step_noise`` and ``probe`` are nearer to the truth at large steps.
 """
 
 import math
@@ -39,8 +50,8 @@ from .schedules import DDPMSchedule, IntegratedOffset
 from .settings import Rule, Settings
 
 STATES_KEPT = 4
-"""How many of the last points keep what the model said there. A sampler goes back by at most one step (trial points,
-rejected adaptive steps), so that a jump starts at one of the last two."""
+"""How many of the last points keep what the model said there. ComfyUI's samplers go back by at most one step (trial
+points, rejected adaptive steps), so that a jump starts at one of the last two; 4 leaves room for other samplers."""
 
 ON_SCHEDULE = 1e-5
 """How far, relatively, a call's sigma may be from the sampler's schedule by rounding: samplers compute sigma in
@@ -48,20 +59,21 @@ float32, some by way of its logarithm."""
 
 SAME_SIGMA = 3 * ON_SCHEDULE
 """Two calls at one scheduled sigma differ by at most twice the above. Some samplers reach the next level by a formula
-for their midpoint (``dpmpp_2s_ancestral``), a few units of rounding off."""
+for their midpoint (``dpmpp_2s_ancestral``), for whose rounding the third part is left."""
 
 LEAST_NOISE_FRACTION = 0.4
 """The rule ``step_noise`` leaves a step with less than this share of the exact kernel's noise to Algorithm 2, since
-the error of :func:`~.evidence.gap_of_step` grows as the noise shrinks. The value lies between ``er_sde`` (at most
-0.34) and the other stochastic samplers (at least 0.74)."""
+the error of :func:`~.evidence.gap_of_step` grows as the noise shrinks. The value separates ComfyUI's samplers at their
+default options: ``er_sde`` adds at most 0.34, the other stochastic ones at least 0.74 (but for three that on flow
+models follow no flow formula: UNSCALED in nodes/run/samplers.py)."""
 
 GAP_MEMORY = 4.0
-"""How fast the estimates of earlier steps fade in the rule ``step_noise``: as this power of sigma. Exact predictions
-would bear 2.5; the posteriors of the MNIST network are best at 4 (docs/samplers.md)."""
+"""How fast the estimates of earlier steps fade in the rule ``step_noise``: as this power of sigma. With exact
+predictions the power 2.5 removes more; the posteriors of the MNIST network are best at 4 (docs/samplers.md)."""
 
 LONGEST_MEMORY = 0.8
-"""What is left of earlier estimates after a step of ``step_noise`` at most, however short the step. It amounts to a
-memory of five steps, so that many small steps come back to Algorithm 2."""
+"""The most that is left of earlier estimates after a step of the rule ``step_noise``, however short the step. This is
+a memory of five steps, a choice, so that many small steps come back to Algorithm 2."""
 
 NoiseFraction = Callable[[float, float], float]
 """(sigma, sigma') -> the variance that the sampler injects over that step, as a share of the exact kernel's."""
@@ -76,7 +88,8 @@ class Chain:
     levels: the sigmas of the sampler's schedule; None for adaptive samplers, where a jump may start at any call.
     offset: the offset, integrated over the model's training chain.
     weight: broadcastable to the state, 0 where elements do not follow the chain (outside an inpainting mask).
-    noise_fraction: how the steps between scheduled levels compare with the exact kernel in noise; None if unknown.
+    noise_fraction: gives the variance that the sampler adds over a step between scheduled levels, as a share of the
+        exact kernel's; None if unknown.
     trial_points: whether the sampler reaches each level first by a trial step without noise.
     """
 
@@ -125,8 +138,10 @@ class Path:
 
     Parameters
     ----------
+    points: from the highest noise to the lowest.
     log_prior: (batch,), log p(c-|x) to begin with in place of the settings' prior, where a run goes on from another.
-    guided: (batch, ...), the estimate that the sampler was last given (rule ``step_noise``).
+    guided: (batch, ...), the estimate that the sampler was last given, for the rule ``step_noise``.
+        :func:`~.guidance.guide` sets it after every step; without it, ``step_noise`` is Algorithm 2.
     """
 
     points: tuple[Point, ...] = ()
@@ -141,10 +156,9 @@ class Path:
         kept = [point for point in self.points if point.sigma > sigma * (1 + SAME_SIGMA)]
         return replace(self, points=tuple(kept))
 
-    def at(self, sigma: float, batch: int) -> Point | None:
-        """The point at ``sigma``, if there is one of a batch of this size."""
-        found = (p for p in self.points if math.isclose(p.sigma, sigma, rel_tol=SAME_SIGMA))
-        return next((p for p in found if len(p.log_p) == batch), None)
+    def at(self, sigma: float) -> Point | None:
+        """The point at ``sigma``, if there is one."""
+        return next((p for p in self.points if math.isclose(p.sigma, sigma, rel_tol=SAME_SIGMA)), None)
 
     def add(self, point: Point) -> "Path":
         """The path that goes on from ``point``; what the model said at the oldest points is forgotten."""
@@ -154,7 +168,7 @@ class Path:
 
 
 class Jump(NamedTuple):
-    """The evidence of a jump, (batch,), and the averaged covariance gap that it hands on, for ``step_noise`` alone."""
+    """The evidence of a jump, (batch,), and the covariance gap averaged over the steps so far (``step_noise``)."""
 
     evidence: Tensor
     noise_gap: Tensor | None = None
@@ -166,24 +180,26 @@ def step(path: Path, call: Call, settings: Settings, chain: Chain) -> tuple[Path
         log p(c-|x') = log p(c-|x) + tau * evidence + offset,  within [log p_min, log p_max]
 
     A call on the sampler's schedule becomes a point of the path. A midpoint gets a posterior, but no jump starts from
-    it.
-    A level that was not called is jumped over: the kernel is exact for a jump of any size.
+    it. The posterior stays as it is at sigma 0, at a trial point, and on a jump whose start has no undesired
+    prediction. A level that was not called is jumped over: the reverse kernel has a closed form for a jump of any
+    size, but the predictions at its start then count for a longer way.
     """
     above = path.above(call.sigma)
-    if not above.points:
-        first = path.at(call.sigma, len(call.x))  # the first point again keeps its posterior; more noise starts afresh
+    start = above.points[-1] if above.points else None
+    if start is None:  # the first level called again keeps its posterior; a higher level starts afresh
+        first = path.at(call.sigma)
         log_p = first.log_p if first else clamped(_log_prior(path, call, settings), settings)
-        return above.add(_point(call, log_p, Jump(torch.zeros_like(log_p)))), log_p
-
-    start = above.points[-1]
-    if start.call is None or not start.applies or call.sigma == 0 or _is_trial(path, call, settings, chain):
-        jump = Jump(torch.zeros_like(start.log_p), start.noise_gap)
+        jump = Jump(torch.zeros_like(log_p))
+    elif start.call is None or not start.applies or call.sigma == 0 or _is_trial(path, call, settings, chain):
         log_p = start.log_p
+        jump = Jump(torch.zeros_like(log_p), start.noise_gap)
     else:
         jump = EVIDENCE[settings.rule](start, start.call, call, above.guided, chain)
         offset = offset_evidence(settings, ReverseKernel(start.sigma, call.sigma), chain.offset)
-        log_p = clamped(advance(start.log_p, jump.evidence, settings.temperature, offset), settings)
-    return above.add(_point(call, log_p, jump)) if chain.on_schedule(call.sigma) else above, log_p
+        log_p = advance(start.log_p, jump.evidence, settings.temperature, offset, settings)
+    if start is not None and not chain.on_schedule(call.sigma):
+        return above, log_p
+    return above.add(Point(call.sigma, log_p, jump.evidence, call.negative is not None, call, jump.noise_gap)), log_p
 
 
 def algorithm_2(start: Point, said: Call, call: Call, guided: Tensor | None, chain: Chain) -> Jump:
@@ -198,8 +214,8 @@ def algorithm_2(start: Point, said: Call, call: Call, guided: Tensor | None, cha
 def step_noise(start: Point, said: Call, call: Call, guided: Tensor | None, chain: Chain) -> Jump:
     """The rule that takes the predictions of both ends of a jump, and the divergence from the noise of the steps.
 
-    Where that noise is not known, or too little, Algorithm 2 stands in. The estimate's error grows with the number of
-    elements and with the difference of the two predictions: this rule is for small latents.
+    Where that noise is not known, or too little, Algorithm 2 stands in. The error of the divergence grows with the
+    number of elements and with the difference of the two predictions: this rule is for small latents.
     """
     fraction = chain.fraction(said.sigma, call.sigma)
     noisy = fraction is not None and fraction >= LEAST_NOISE_FRACTION and not math.isinf(said.sigma)
@@ -215,7 +231,9 @@ def step_noise(start: Point, said: Call, call: Call, guided: Tensor | None, chai
 def probe(start: Point, said: Call, call: Call, guided: Tensor | None, chain: Chain) -> Jump:
     """The rule that takes the predictions of both ends of a jump, and the divergence from a probe's predictions.
 
-    Where the run ends, without predictions, Algorithm 2 stands in, with the divergence that the step's noise lacks.
+    Where the next predictions are missing (the run ends, or the concept stops applying), Algorithm 2 stands in, less
+    the part of the divergence that the step's noise does not cancel. Where no probe was made yet, Algorithm 2 stands
+    in alone.
     """
     if call.negative is not None and call.gap is not None:
         gap = ((call.gap if said.gap is None else said.gap) + call.gap) / 2
@@ -234,9 +252,11 @@ EVIDENCE: dict[Rule, Callable[[Point, Call, Call, Tensor | None, Chain], Jump]] 
 }
 
 
-def advance(log_p: Tensor, evidence: Tensor, temperature: float | Tensor, offset: float | Tensor) -> Tensor:
-    """log p(c-|x') after one jump, before it is clamped: the recursion of Algorithm 2."""
-    return log_p + temperature * evidence + offset
+def advance(
+    log_p: Tensor, evidence: Tensor, temperature: float | Tensor, offset: float | Tensor, bounds: Settings
+) -> Tensor:
+    """log p(c-|x') after one jump, within ``bounds``: the recursion of Algorithm 2."""
+    return clamped(log_p + temperature * evidence + offset, bounds)
 
 
 def offset_evidence(settings: Settings, kernel: ReverseKernel, integrated: IntegratedOffset) -> float:
@@ -266,12 +286,9 @@ def _log_prior(path: Path, call: Call, settings: Settings) -> Tensor:
 def _is_trial(path: Path, call: Call, settings: Settings, chain: Chain) -> bool:
     """Whether this call is a trial point: the first at its level, which the sampler reached without noise.
 
-    A trial keeps the posterior of its step, since without noise Algorithm 2's evidence is short of the divergence.
+    A trial point keeps the posterior from which its step started: without noise, Algorithm 2 would miss the
+    divergence.
     """
     if not chain.trial_points or call.negative is None:
         return False
-    return path.at(call.sigma, len(call.x)) is None and not (settings.rule == "probe" and call.gap is not None)
-
-
-def _point(call: Call, log_p: Tensor, jump: Jump) -> Point:
-    return Point(call.sigma, log_p, jump.evidence, call.negative is not None, call, jump.noise_gap)
+    return path.at(call.sigma) is None and not (settings.rule == "probe" and call.gap is not None)

@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .guidance import Guidance
+from .guidance import Guidance, Probed
 from .kernels import ReverseKernel
 
 Predictor = Callable[[Tensor, float], tuple[Tensor, Sequence[Tensor]]]
-"""(state, sigma) -> the reference's denoised prediction, and one for each undesired concept; none if unguided."""
+"""(state, sigma) -> (reference, [negative, ...]): the reference's denoised prediction, and one prediction for each
+undesired concept. The list is empty for unguided sampling."""
 
 
 def ddpm_sample(
@@ -32,7 +33,7 @@ def ddpm_sample(
         used.
     noise: (batch, ...), standard normal; the chain starts from noise * sqrt(1 + sigma^2), DDPM's own start.
     sigmas: noise levels, falling, above 0 (see :func:`~dng_core.schedules.ddpm_sigmas`, ``karras_sigmas``).
-    guidance: made for this run, in the VE frame; None for unguided samples.
+    guidance: made for this run; None for unguided samples.
     generator: draws the chain's noise on the CPU, so that a seed means the same on every device and whatever the
         guidance.
     variance: of the noise added: "posterior" is beta-tilde, the exact kernel's; "forward" is beta, as in the
@@ -40,8 +41,8 @@ def ddpm_sample(
     between: the denoisers for steps at which guidance is not asked, and the reference alone is needed; None for
         ``predict``.
     undesired_every: N, to ask guidance at every N-th step only, from the first on. At the other steps its last push
-        stays as it is. The posterior jumps over these steps, which its kernel does exactly. ``guidance`` is then made
-        for the levels ``sigmas[::N]``.
+        stays as it is, and the posterior jumps over these steps. ``guidance`` is then made for the levels
+        ``sigmas[::N]``. The rule "step_noise" needs every step, and is not for this.
 
     Returns
     -------
@@ -57,16 +58,21 @@ def ddpm_sample(
     x = noise * (1 + sigmas[0] ** 2) ** 0.5
     denoised, push = x, torch.zeros_like(x)
     for i, sigma in enumerate(sigmas):
+        # Predict.
         asked = i % undesired_every == 0
         reference, negatives = (predict if asked or between is None else between)(x, sigma)
+
+        # Update p(c-|x), and push.
         denoised = reference
         if guidance and asked:
             probe = guidance.probe(x, sigma)
-            probed = (probe, *predict(probe.x, sigma)) if probe else None
+            probed = Probed(probe, *predict(probe.x, sigma)) if probe else None
             denoised = guidance(x, sigma, reference, reference, negatives, probed)
             push = denoised - reference
         elif guidance:
             denoised = reference + push
+
+        # Take the ancestral step.
         if i + 1 < len(sigmas):
             kernel = ReverseKernel(sigma, sigmas[i + 1])
             spread = (kernel.variance if variance == "posterior" else kernel.forward_variance) ** 0.5

@@ -27,7 +27,7 @@ def check_numbers(settings: Any) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """How one undesired concept is guided away from by DNG. Invalid values raise ValueError, naming the field.
+    """The settings by which DNG guides away from one undesired concept. An invalid value raises ValueError.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ class Settings:
 def _table_3(scale: float, temperature: float, offset: float) -> Settings:
     """Koulischer et al. (ICLR 2025), Table 3, as quoted by a public re-implementation.
 
-    The offset is added once per step, and was tuned at a step count that is not published.
+    The offset is added once per step, and was tuned at a step count that is not published. The cap is a choice.
     """
     return Settings(
         guidance_scale=scale,
@@ -95,11 +95,12 @@ def _table_3(scale: float, temperature: float, offset: float) -> Settings:
 
 
 PRESETS: dict[str, Settings] = {
-    # Algorithm 2 as derived: temperature 1, offset 0.
+    # Temperature 1 and offset 0 are exact. The prior is a guess: set it to the share of undesired images.
     "exact": Settings(prior=0.1),
-    # The defaults of the argument parser of the authors' code.
+    # The defaults of the argument parser of the authors' code. The cap never acts: 1 * 0.99 / 0.01 is 99.
     "authors' defaults": Settings(max_scale=100),
     # The README of the authors' code. Its offset per step at 1000 steps is integrated over the training chain here.
+    # The cap never acts: 5 * 0.8 / 0.2 is 20.
     "CIFAR-10": Settings(guidance_scale=5, prior=0.01, temperature=0.2, offset=2e-4, p_max=0.8, max_scale=20),
     # A place to start, not measured: it lies between the paper's five prompts below. Its offset in nats is what 0.004
     # per step adds up to over 20 evenly spaced steps, and its cap is lower.

@@ -8,7 +8,7 @@ import comfy.samplers
 from ..dng_core.calibration import Evidence, evidence_of
 from ..dng_core.guidance import NegativeGuidance, Trace
 from .patch import has_dng_patch
-from .run.begin import begin_run, seed_of
+from .run.begin import begin_run
 from .run.checks import check_conditioning, check_unconditional
 from .run.concept import Concept
 from .run.samplers import name_of
@@ -69,26 +69,20 @@ class NegativeGuider(comfy.samplers.CFGGuider):
         self.inner_set_conds(conds | {k: c.conditioning for k, c in zip(self._keys, self._concepts, strict=True)})
         self.set_cfg(cfg)
 
-    def outer_sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+    def outer_sample(
+        self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None,
+        **kwargs,
+    ):  # fmt: skip
         self.trace = None
+        inputs = (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
         if not self._concepts:
             check_unconditional(name_of(sampler), self.conds.get("negative"))
-            return super().outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+            return super().outer_sample(*inputs, **kwargs)
         for concept in self._concepts:
             check_conditioning(concept.conditioning, "negative", batch=noise.shape[0])
-        run = begin_run(
-            self,
-            self._concepts,
-            self._keys,
-            sampler,
-            sigmas,
-            noise.shape,
-            denoise_mask,
-            self.previous,
-            seed_of(args, kwargs),
-            charted=not self._observing,
-        )
-        samples = super().outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        tracked = (sampler, sigmas, noise.shape, denoise_mask, self.previous, seed)
+        run = begin_run(self, self._concepts, self._keys, *tracked, charted=not self._observing)
+        samples = super().outer_sample(*inputs, **kwargs)
         self.trace = run.finish()
         if self.previous is not None and self.trace is not None:
             self.trace = self.previous.then(self.trace)

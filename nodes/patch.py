@@ -15,7 +15,7 @@ from .inputs import (
     rule_input,
     settings_inputs,
 )
-from .run.begin import begin_run, seed_of
+from .run.begin import begin_run
 from .run.checks import check_conditioning
 from .run.concept import Concept
 from .run.hooks import WRAPPER_KEY
@@ -27,16 +27,18 @@ class GuidedRuns:
 
     concepts: tuple[Concept, ...]
 
-    def __call__(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+    def __call__(
+        self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False,
+        seed=None, **kwargs,
+    ):  # fmt: skip
         guider = executor.class_obj
         keys = [f"dng_{i}" for i in range(len(self.concepts))]
         positive = [(entry.get("cross_attn"), entry) for entry in guider.conds.get("positive") or []]
         for key, concept in zip(keys, self.concepts, strict=True):
             check_conditioning(concept.conditioning, "negative", positive, batch=noise.shape[0])
             guider.conds[key] = comfy.sampler_helpers.convert_cond(concept.conditioning)
-        seed = seed_of(args, kwargs)
         run = begin_run(guider, self.concepts, keys, sampler, sigmas, noise.shape, denoise_mask, seed=seed)
-        samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
         run.finish()
         return samples
 

@@ -66,7 +66,7 @@ def trace_chart(
     drawing = Drawing(width, height, theme)
     size = max(10, round(min(width / 42, height / 31)))
     if trace is None or not len(trace.sigmas):
-        text = "Nothing was tracked: guidance was off."
+        text = "Nothing was tracked: guidance was off, or its method is not dng."
         drawing.text((width / 2, height / 2), fitted(text, size, width), size, drawing.theme.muted, "mm")
         return drawing.finished()
     posterior, scale = as_array(trace.posterior, "posterior"), as_array(trace.scale, "scale")

@@ -47,7 +47,7 @@ class Point:
     weights: digest of both networks' weights, so that other weights under the same name are another point.
     forbidden: the class to remove; None without guidance.
     settings: of the guidance; None without.
-    undesired_every: the class is predicted at every so many-th step (see :func:`~dng_core.sampling.ddpm_sample`).
+    undesired_every: N, to predict the class at every N-th step only (see :func:`~dng_core.sampling.ddpm_sample`).
     """
 
     denoiser: str

@@ -1,6 +1,6 @@
 """Figures 1 to 3: the increment against the paper's formula, and the oracle's posterior and removal.
 
-Each function yields rows for a table; the claims they show are in the README.
+Each function yields rows for a table; the claims they show are in docs/figures.md.
 """
 
 from collections.abc import Iterator

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import comfy.samplers
 from torch import Tensor
@@ -20,7 +19,8 @@ from .live import LiveChart, current_listener
 from .regions import area_to_mask
 from .samplers import check_sampler, has_trial_points, name_of, noise_fraction, options_of, tracked_levels
 
-# What ComfyUI's nodes attach to a conditioning beside its text, on which the predictions of one model depend.
+# Inputs other than the text that ComfyUI's nodes attach to a conditioning. The undesired conditioning takes them from
+# the first positive entry.
 MODEL_INPUTS = (
     *("guidance", "concat_latent_image", "concat_mask", "concat_mask_index", "noise_augmentation"),
     *("reference_latents", "reference_latents_method", "clip_vision_output", "clip_vision_output_ref"),
@@ -40,10 +40,12 @@ def begin_run(
     latent_shape: Sequence[int],
     denoise_mask: Tensor | None,
     previous: Trace | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     charted: bool = True,
 ) -> Run:
-    """Set up guidance for the run that ``guider`` is about to begin; its conds must hold the undesired ones by key.
+    """Set up guidance for the run that ``guider`` is about to begin.
+
+    Call it when ``guider.conds`` holds each concept's conditioning under its key, and before sampling.
 
     Parameters
     ----------
@@ -78,15 +80,16 @@ def begin_run(
         noise_fraction=partial(noise_fraction, sampler_name, options, frame, len(sigmas) - 1),
         trial_points=has_trial_points(sampler_name, options, frame),
     )
-    guidance = guidance_by([concept.settings for concept in concepts], chain, start, seed)
+    guidance = guidance_by([concept.settings for concept in concepts], chain, start, seed or 0)
 
     positive = (guider.conds.get("positive") or [{}])[0]
     inputs = {name: positive[name] for name in MODEL_INPUTS if name in positive}
-    for key in keys:  # the undesired differs from the positive in what it says, not in the image it is about
+    # The undesired conditioning differs in its text, not in the image that it is about.
+    for key in keys:
         guider.conds[key] = [area_to_mask(inputs | entry, latent_shape) for entry in guider.conds[key]]
-    chart = None
-    if charted and isinstance(guidance, NegativeGuidance):
-        chart = LiveChart(guidance, None if levels is None else len(levels), current_listener())
+    listener, chart = current_listener(), None
+    if charted and listener is not None and isinstance(guidance, NegativeGuidance):
+        chart = LiveChart(guidance, None if levels is None else len(levels), listener)
     run = Run(guider, keys, [_probes(c) for c in concepts], concepts[0].reference, guidance, frame, chart)
     run.install()
     return run
@@ -115,9 +118,3 @@ def check_together(concepts: Sequence[Concept]) -> None:
 
 def _probes(concept: Concept) -> bool:
     return isinstance(concept.settings, Settings) and concept.settings.rule == "probe"
-
-
-def seed_of(arguments: Sequence[Any], options: dict[str, Any]) -> int:
-    """The seed among what ComfyUI gives ``outer_sample`` after the mask: callback, disable_pbar, seed; 0 for none."""
-    seed = options.get("seed", arguments[2] if len(arguments) > 2 else None)
-    return 0 if seed is None else seed

@@ -4,13 +4,14 @@ import torch
 
 
 def check_unconditional(sampler_name: str, unconditional: list | None) -> None:
-    """Raise ValueError where a CFG++ sampler would take zeros for the unconditional prediction that it needs."""
+    """Raise ValueError where a CFG++ sampler would get zeros in place of the unconditional prediction."""
     if "cfg_pp" in sampler_name and unconditional is None:
         raise ValueError(f"the sampler {sampler_name} needs an unconditional conditioning; connect `unconditional`")
 
 
 def check_conditioning(conditioning: list, name: str, positive: list | None = None, batch: int | None = None) -> None:
     """Raise ValueError, naming the input, where a conditioning is not finite or does not fit its neighbours."""
+    widths = {c[0].shape[-1] for c in positive or [] if c[0] is not None}
     for embedding, _ in conditioning:
         if embedding is None:
             continue
@@ -21,9 +22,7 @@ def check_conditioning(conditioning: list, name: str, positive: list | None = No
                 f"the conditioning `{name}` is a batch of {embedding.shape[0]}, the latent one of {batch}; use one "
                 "prompt for all images or one for each"
             )
-    widths = {c[0].shape[-1] for c in positive or [] if c[0] is not None}
-    for embedding, _ in conditioning:
-        if embedding is not None and widths and embedding.shape[-1] not in widths:
+        if widths and embedding.shape[-1] not in widths:
             raise ValueError(
                 f"the conditioning `{name}` is {embedding.shape[-1]} wide but `positive` {widths.pop()}: they come "
                 "from text encoders of different model families; encode both with the CLIP that belongs to the model"

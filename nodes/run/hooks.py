@@ -6,7 +6,7 @@ run, and nothing is left behind on the model.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import comfy.samplers
 import torch
@@ -25,7 +25,7 @@ WRAPPER_KEY = "dynamic_negative_guidance"
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What one model call evaluated, from ComfyUI's first hook to its second.
+    """What one model call evaluated, kept from ComfyUI's first hook until its second.
 
     Parameters
     ----------
@@ -44,6 +44,7 @@ class Evaluated:
     probed: Probed | None
 
 
+@dataclass
 class Run:
     """One guided sampling run: the hooks that ComfyUI calls, and the guidance that they feed.
 
@@ -58,31 +59,21 @@ class Run:
     chart: the live chart; None where nothing is to be drawn.
     """
 
-    def __init__(
-        self,
-        guider: comfy.samplers.CFGGuider,
-        keys: Sequence[str],
-        probing: Sequence[bool],
-        reference: Reference,
-        guidance: Guidance,
-        frame: NoiseFrame,
-        chart: LiveChart | None,
-    ) -> None:
-        self.guidance = guidance
-        self._guider = guider
-        self._keys = keys
-        self._probing = probing
-        self._reference = reference
-        self._frame = frame
-        self._chart = chart
-        self._inner_calc: Callable[[dict], list[Tensor]] | None = None
-        self._evaluated: Evaluated | None = None
-        self._finite: list[tuple[float, Tensor]] = []
-        self._end: tuple[Tensor, float] | None = None
+    guider: comfy.samplers.CFGGuider
+    keys: Sequence[str]
+    probing: Sequence[bool]
+    reference: Reference
+    guidance: Guidance
+    frame: NoiseFrame
+    chart: LiveChart | None
+    _inner_calc: Callable[[dict], list[Tensor]] | None = None
+    _evaluated: Evaluated | None = None
+    _finite: list[tuple[float, Tensor]] = field(default_factory=list)
+    _end: tuple[Tensor, float] | None = None
 
     def install(self) -> None:
         """Hook into the run's options. Patches already there keep working, and see the unguided predictions."""
-        options = self._guider.model_options
+        options = self.guider.model_options
         self._inner_calc = options.get("sampler_calc_cond_batch_function")
         options["sampler_calc_cond_batch_function"] = self.calc_cond_batch
         options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", []), self.post_cfg]
@@ -106,72 +97,76 @@ class Run:
                 "Dynamic Negative Guidance: the model predicted NaN or infinite values under what is to be avoided; "
                 "they did not push. Run the model in bfloat16 or float32."
             )
-        level = float(sigmas[-1])
-        state = guider.inner_model.model_sampling.noise_scaling(sigmas[-1], torch.zeros_like(samples), samples)
-        self._end = self._frame.to_ve(at_least_float32(state), level), self._frame.sigma(level)
+        # Samplers give back what ComfyUI takes for a latent, which is the state in the VE frame.
+        self._end = at_least_float32(samples), self.frame.sigma(float(sigmas[-1]))
         return samples
 
     def calc_cond_batch(self, args: dict) -> list[Tensor]:
         """Evaluate the sampler's own conditionings and the undesired ones, in one batch where ComfyUI finds room."""
         conds = args["conds"]
-        level = float(args["sigma"].flatten()[0])  # the one wait for the device, before the forward pass
-        undesired = [self._guider.conds[key] for key in self._keys]
+        level = float(args["sigma"].flatten()[0])  # waits for the device, before the forward pass
+        undesired = [self.guider.conds[key] for key in self.keys]
         active = [[c for c in entries if in_range(c, level)] for entries in undesired]
-        evaluated = [entries for entries in active if entries]
+        probed = self._evaluate_probe(args, level, active)  # first: patches expect the sampler's own call to be last
 
-        out, extra = self._evaluate(args, conds, evaluated)
+        out, extra = self._evaluate(args, conds, [entries for entries in active if entries])
         remaining = iter(extra)
         negatives = [next(remaining) if entries else None for entries in active]
         unconditional = out[1] if conds[1] is not None else None
-        probed = self._evaluate_probe(args, level, active) if evaluated else None
         self._evaluated = Evaluated(level, out[0], unconditional, negatives, active, probed)
         return out
 
     def _evaluate(self, args: dict, conds: list, undesired: list) -> tuple[list[Tensor], list[Tensor]]:
         """The predictions under the sampler's ``conds`` and under the undesired.
 
-        Some patches know the positive and the unconditional by their places in the call (IP-Adapter, PuLID). Beside
-        such a patch, an undesired conditioning is evaluated in a call of its own, in its reference's place. Other
-        patches (SAG) take note of the call that came last. So the sampler's own call, with all of ``conds``, is last.
+        Patches that replace cross attention ("attn2": IP-Adapter, PuLID) know the positive and the unconditional by
+        their places in the call. Beside such a patch, an undesired conditioning is evaluated in a call of its own, in
+        its reference's place. Other patches (SAG) take note of the call that came last. So the sampler's own call,
+        with all of ``conds``, is last.
         """
         replaced = args["model_options"].get("transformer_options", {}).get("patches_replace", {})
         if self._inner_calc is None and "attn2" not in replaced:
             both = self._calc(args, [*conds, *undesired])
             return both[: len(conds)], both[len(conds) :]
-        place = 1 if self._reference == "auto" and args["conds"][1] is not None else 0
+        place = 1 if self.reference == "auto" and args["conds"][1] is not None else 0
         extra = [self._calc(args, [*[None] * place, entries])[place] for entries in undesired]
         return list(self._inner_calc(args)) if self._inner_calc is not None else self._calc(args, conds), extra
 
     def _evaluate_probe(self, args: dict, level: float, active: list[list[dict]]) -> Probed | None:
         """The reference and the undesired predictions a little way off, where the rule "probe" asks for them.
 
-        ComfyUI evaluates one state per batch, so this is a second batch, of this pair alone.
+        ComfyUI evaluates one state per batch, so this is a batch of its own. (Beside a patch that evaluates
+        conditionings itself, all of the sampler's are evaluated once more.)
         """
+        wanted = [entries if probing else [] for entries, probing in zip(active, self.probing, strict=True)]
+        undesired = [entries for entries in wanted if entries]
+        if not undesired:
+            return None
         state = args["input"]
-        x = self._frame.to_ve(at_least_float32(state), level)
-        probe = self.guidance.probe(x, self._frame.sigma(level))
+        x = self.frame.to_ve(at_least_float32(state), level)
+        probe = self.guidance.probe(x, self.frame.sigma(level))
         if probe is None:
             return None
-        there = {**args, "input": self._frame.from_ve(probe.x, level).to(state.dtype)}
-        wanted = [entries if probing else [] for entries, probing in zip(active, self._probing, strict=True)]
-        undesired = [entries for entries in wanted if entries]
-        which = 0 if self._reference == "positive" or args["conds"][1] is None else 1
+        there = {**args, "input": self.frame.from_ve(probe.x, level).to(state.dtype)}
+        which = 0 if self.reference == "positive" or args["conds"][1] is None else 1
         own = [entries if place == which else None for place, entries in enumerate(args["conds"])]
         out, extra = self._evaluate(there, own, undesired)
         reference, remaining = out[which], iter(extra)
         negatives = [where_covered(next(remaining), reference, e) if e else None for e in wanted]
-        return probe, reference, negatives
+        return Probed(probe, reference, negatives)
 
     def post_cfg(self, args: dict) -> Tensor:
         """Push what the sampler would use without DNG away from the undesired concepts."""
         if self._evaluated is None:
-            raise RuntimeError("a patch on this model skipped the evaluation that Dynamic Negative Guidance needs")
+            raise RuntimeError(
+                "a patch on this model skipped the evaluation that Dynamic Negative Guidance needs; remove that patch"
+            )
         said, self._evaluated = self._evaluated, None
         base = args["denoised"]
         self._finite.append((said.level, base.isfinite().all()))
-        if self._reference == "cfg":
+        if self.reference == "cfg":
             reference = base
-        elif self._reference == "positive" or said.unconditional is None:
+        elif self.reference == "positive" or said.unconditional is None:
             reference = said.positive
         else:
             reference = said.unconditional
@@ -179,16 +174,16 @@ class Run:
             None if negative is None else where_covered(negative, reference, entries)
             for negative, entries in zip(said.negatives, said.entries, strict=True)
         ]
-        x = self._frame.to_ve(at_least_float32(args["input"]), said.level)
-        guided = self.guidance(x, self._frame.sigma(said.level), base, reference, negatives, said.probed)
-        if self._chart is not None:
-            self._chart.update()
+        x = self.frame.to_ve(at_least_float32(args["input"]), said.level)
+        guided = self.guidance(x, self.frame.sigma(said.level), base, reference, negatives, said.probed)
+        if self.chart is not None:
+            self.chart.update()
         return guided
 
     def finish(self) -> Trace | None:
         """Complete the chart of a run that is over; its trace, or None where nothing was tracked."""
-        if self._chart is not None:
-            self._chart.finish()
+        if self.chart is not None:
+            self.chart.finish()
         return self.guidance.trace(self._end)
 
     @staticmethod

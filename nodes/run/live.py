@@ -69,10 +69,10 @@ class LiveChart:
     ----------
     guidance: the run's guidance.
     steps: how many steps the run will have; None if its sampler decides that as it goes.
-    listener: who gets the updates; None switches the chart off.
+    listener: who gets the updates.
     """
 
-    def __init__(self, guidance: NegativeGuidance, steps: int | None, listener: Listener | None) -> None:
+    def __init__(self, guidance: NegativeGuidance, steps: int | None, listener: Listener) -> None:
         self._guidance = guidance
         self._steps = steps
         self._listener = listener
@@ -85,13 +85,11 @@ class LiveChart:
 
     def update(self) -> None:
         """Send what is new and has arrived, and start copying what is newer. Called after each model call."""
-        if self._listener is None:
-            return
         self._began = time.perf_counter()
-        self._update(self._listener)
+        self._update()
         self._seconds += time.perf_counter() - self._began
 
-    def _update(self, listener: Listener) -> None:
+    def _update(self) -> None:
         if self._copy is not None:
             start, values, event = self._copy
             if not event.query():
@@ -99,7 +97,7 @@ class LiveChart:
             self._copy = None
             self._send(start, values)
         now = time.monotonic()
-        if now < self._due or not listener.connected:
+        if now < self._due or not self._listener.connected:
             return
         self._due = now + INTERVAL
         start, values = self._new_steps()
@@ -116,7 +114,7 @@ class LiveChart:
 
     def finish(self) -> None:
         """Send the whole chart once more, as it is at the end of the run. Waits for the device."""
-        if self._listener is None or not self._listener.connected:
+        if not self._listener.connected:
             return
         self._began = time.perf_counter()
         trace = self._guidance.trace()
@@ -137,7 +135,7 @@ class LiveChart:
 
     def _send(self, start: int, values: Tensor, done: bool = False) -> None:
         """Send (steps, 2, concepts, batch) values, which follow ``start`` steps sent before."""
-        if not len(values) or self._listener is None:
+        if not len(values):
             return
         images = values.shape[-1]
         if images > MAX_LINES:

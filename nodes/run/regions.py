@@ -43,7 +43,7 @@ def area_to_mask(entry: dict, latent_shape: Sequence[int]) -> dict:
 
 
 def where_covered(negative: Tensor, reference: Tensor, entries: list[dict]) -> Tensor:
-    """``negative``, but the reference where no entry reaches with any strength: ComfyUI leaves zeros there."""
+    """``negative`` where an entry reaches with some strength; elsewhere, where ComfyUI leaves zeros, the reference."""
     covered = torch.zeros_like(negative, dtype=torch.bool)
     for entry in entries:
         if entry.get("strength", 1.0) == 0 or ("mask" in entry and entry.get("mask_strength", 1.0) == 0):
@@ -64,11 +64,10 @@ def where_covered(negative: Tensor, reference: Tensor, entries: list[dict]) -> T
 def inside(area: Sequence[int], like: Tensor) -> Tensor:
     """True inside an area (sizes, then starts, of the last dimensions), False elsewhere; of the shape of ``like``."""
     dims = len(area) // 2
-    inside = torch.zeros_like(like, dtype=torch.bool)
-    part = inside
+    whole = part = torch.zeros_like(like, dtype=torch.bool)
     for i in range(dims):
         dim = like.ndim - dims + i
         size = min(area[i], like.shape[dim] - area[dims + i])
         part = part.narrow(dim, area[dims + i], size)
     part.fill_(True)
-    return inside
+    return whole

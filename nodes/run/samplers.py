@@ -47,7 +47,7 @@ RECTIFIED = frozenset(["euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral
 UNSCALED = frozenset(
     ["res_multistep_ancestral", "res_multistep_ancestral_cfg_pp", "dpmpp_2s_ancestral_cfg_pp", "ddpm"]
 )
-"""Ancestral samplers that on flow models take t for sigma."""
+"""Ancestral samplers that have no form for flow models: they use the level t in formulas for sigma."""
 TRIES = frozenset(["dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp"])
 """Ancestral samplers whose midpoint, reached without noise, lies on the next level at eta 1."""
 SDE = frozenset(
@@ -111,7 +111,7 @@ def tracked_levels(name: str, options: dict[str, Any], sigmas: Sequence[float]) 
 def has_trial_points(name: str, options: dict[str, Any], frame: NoiseFrame) -> bool:
     """Whether a sampler reaches each level first by a trial step without noise, then by the step itself.
 
-    Their midpoint is at sqrt(sigma sigma_down), and sigma_down is sigma'^2 / sigma at eta 1.
+    The midpoint of such a sampler is at sqrt(sigma sigma_down), and sigma_down is sigma'^2 / sigma at eta 1.
     """
     return name in TRIES and frame.kind != "flow" and float(options.get("eta", 1.0)) == 1
 

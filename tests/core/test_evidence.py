@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dng_core.evidence import PROBE_SPACING, Call, Prober, gap_of_step, held_evidence, path_evidence
 from dng_core.frames import VP, NoiseFrame
-from dng_core.guidance import NegativeGuidance
+from dng_core.guidance import NegativeGuidance, Probed
 from dng_core.kernels import ReverseKernel
 from dng_core.oracle import GaussianMixture
 from dng_core.posterior import Chain
@@ -165,7 +165,7 @@ def unguided(
         probed, probe = None, guidance.probe(x, sigma)
         if probe is not None:
             there = call(probe.x, sigma)
-            probed = probe, there.reference, [there.negative]
+            probed = Probed(probe, there.reference, [there.negative])
         denoised = guidance(x, sigma, said.reference, said.reference, [said.negative], probed)
         if i + 1 < steps:
             kernel = ReverseKernel(sigma, sigmas[i + 1])
