@@ -25,7 +25,10 @@ from ..dng_core.studies.metrics import balance_kl_renormalised
 from .inputs import TRACE
 
 CHANNELS, SIZE, STD = 1, 4, 0.2
+"""The shape of the latents, and the standard deviation of each component. The means are standard normal in 16
+dimensions, so that two of them lie some sqrt(32) = 5.7 apart, and the components hardly overlap."""
 TOPICS, TOPIC_DISTANCE = 2, 45.0
+"""The number of topics, and how far apart they lie: some eight times as far as two components of one topic."""
 RARE = 0.1
 """P(A0) of the correlated attributes. The other values of A share the rest."""
 RELATED, UNRELATED = 1 / 3, 0.02
