@@ -21,7 +21,7 @@ mu(x_t)         ``kernel.mean(x, D_ref)``      the reverse mean, r x + (1 - r) D
 mu(x_t, c-)     ``kernel.mean(x, D_neg)``      the reverse mean under the undesired condition             data
 sigma_t^2       ``ReverseKernel.vp_variance``  beta-tilde, the variance of DDPM's reverse step            data^2
 p(c-)           ``Settings.prior``             the share of samples expected to be undesired              1
-log p(c-|x_t)   ``Point.log_p``                the tracked posterior                                      nats
+log p(c-|x_t)   ``PathPoint.log_p``            the tracked posterior                                      nats
 tau             ``Settings.temperature``       how far evidence counts                                    1
 delta           ``Settings.offset``            an upward drift of the posterior                           offset_form
 lambda_0        ``Settings.guidance_scale``    how hard the push is                                       1
@@ -111,7 +111,7 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class Point:
+class PathPoint:
     """A point of the tracked path, from which a jump may start.
 
     Parameters
@@ -144,7 +144,7 @@ class Path:
         :func:`~.guidance.guide` sets it after every step; without it, ``step_noise`` is Algorithm 2.
     """
 
-    points: tuple[Point, ...] = ()
+    points: tuple[PathPoint, ...] = ()
     log_prior: Tensor | None = None
     guided: Tensor | None = None
 
@@ -156,11 +156,11 @@ class Path:
         kept = [point for point in self.points if point.sigma > sigma * (1 + SAME_SIGMA)]
         return replace(self, points=tuple(kept))
 
-    def at(self, sigma: float) -> Point | None:
+    def at(self, sigma: float) -> PathPoint | None:
         """The point at ``sigma``, if there is one."""
         return next((p for p in self.points if math.isclose(p.sigma, sigma, rel_tol=SAME_SIGMA)), None)
 
-    def add(self, point: Point) -> "Path":
+    def add(self, point: PathPoint) -> "Path":
         """The path that goes on from ``point``; what the model said at the oldest points is forgotten."""
         old = len(self.points) + 1 - STATES_KEPT
         points = [replace(p, call=None) if i < old and p.call else p for i, p in enumerate(self.points)]
@@ -199,10 +199,11 @@ def step(path: Path, call: Call, settings: Settings, chain: Chain) -> tuple[Path
         log_p = advance(start.log_p, jump.evidence, settings.temperature, offset, settings)
     if start is not None and not chain.on_schedule(call.sigma):
         return above, log_p
-    return above.add(Point(call.sigma, log_p, jump.evidence, call.negative is not None, call, jump.noise_gap)), log_p
+    applies = call.negative is not None
+    return above.add(PathPoint(call.sigma, log_p, jump.evidence, applies, call, jump.noise_gap)), log_p
 
 
-def algorithm_2(start: Point, said: Call, call: Call, guided: Tensor | None, chain: Chain) -> Jump:
+def algorithm_2(start: PathPoint, said: Call, call: Call, guided: Tensor | None, chain: Chain) -> Jump:
     """The rule of Algorithm 2 as printed: the predictions before a jump count for all of it.
 
     Exact in the limit of small steps whose noise is the exact kernel's, as in DDPM's own sampler. On larger steps the
@@ -211,7 +212,7 @@ def algorithm_2(start: Point, said: Call, call: Call, guided: Tensor | None, cha
     return Jump(held_evidence(said, call, said, chain.weight), start.noise_gap)
 
 
-def step_noise(start: Point, said: Call, call: Call, guided: Tensor | None, chain: Chain) -> Jump:
+def step_noise(start: PathPoint, said: Call, call: Call, guided: Tensor | None, chain: Chain) -> Jump:
     """The rule that takes the predictions of both ends of a jump, and the divergence from the noise of the steps.
 
     Where that noise is not known, or too little, Algorithm 2 stands in. The error of the divergence grows with the
@@ -228,7 +229,7 @@ def step_noise(start: Point, said: Call, call: Call, guided: Tensor | None, chai
     return Jump(path_evidence(said, call, gap, chain.weight), gap)
 
 
-def probe(start: Point, said: Call, call: Call, guided: Tensor | None, chain: Chain) -> Jump:
+def probe(start: PathPoint, said: Call, call: Call, guided: Tensor | None, chain: Chain) -> Jump:
     """The rule that takes the predictions of both ends of a jump, and the divergence from a probe's predictions.
 
     Where the next predictions are missing (the run ends, or the concept stops applying), Algorithm 2 stands in, less
@@ -245,7 +246,7 @@ def probe(start: Point, said: Call, call: Call, guided: Tensor | None, chain: Ch
     return Jump(evidence)
 
 
-EVIDENCE: dict[Rule, Callable[[Point, Call, Call, Tensor | None, Chain], Jump]] = {
+EVIDENCE: dict[Rule, Callable[[PathPoint, Call, Call, Tensor | None, Chain], Jump]] = {
     "algorithm_2": algorithm_2,
     "step_noise": step_noise,
     "probe": probe,
