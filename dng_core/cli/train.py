@@ -17,10 +17,18 @@ from ..files import write_json
 from ..models.datasets import Dataset, load_dataset
 from ..models.devices import devices
 from ..models.mnist import MNIST_MD5
-from ..models.networks import Classifier, UNet
-from ..models.training import PRECISIONS, TrainingResult, classifier_accuracy, train_classifier, train_denoiser
-from ..models.training_plan import DEFAULTS, TrainingPlan, read_plan
+from ..models.networks import PREDICTIONS, Classifier, UNet
+from ..models.training import (
+    CHOICES,
+    TrainingResult,
+    chosen_precision,
+    classifier_accuracy,
+    train_classifier,
+    train_denoiser,
+)
+from ..models.training_plan import DEFAULTS, DENOISER_SETTINGS, TrainingPlan, read_plan
 from ..models.weight_files import (
+    NUMBERS,
     ClassifierInfo,
     DenoiserInfo,
     load_classifier,
@@ -30,7 +38,24 @@ from ..models.weight_files import (
 )
 
 CLASSIFIER_WIDTH = 32
-OPTIONS = ("epochs", "batch_size", "learning_rate", "seed", "checkpoint_every", "precision")
+OPTIONS = {  # fields of TrainingConfig and what they are
+    "epochs": "passes over the training images",
+    "batch_size": "images per step",
+    "learning_rate": "peak learning rate",
+    "seed": "seed of the weights, batches and noise",
+    "warmup_steps": "steps over which the learning rate rises",
+    "schedule": "of the learning rate: constant until its last part, or cosine",
+    "decay_share": "the last share of all steps, in which a constant learning rate falls to 0",
+    "ema_decay": "of the weights' moving average, a step",
+    "timesteps": "of a denoiser, how they are drawn",
+    "log_sigma_mean": "of log-normal timesteps",
+    "log_sigma_spread": "of log-normal timesteps, the standard deviation",
+    "weighting": "of a denoiser's errors",
+    "null_label_share": "of a denoiser's labels, dropped",
+    "checkpoint_every": "steps between checkpoints, 0 for none",
+    "checkpoint_minutes": "minutes between checkpoints, 0 for none",
+    "precision": "of forward passes; auto takes bfloat16 where the processor is fast at it",
+}
 
 
 @dataclass(frozen=True)
@@ -57,13 +82,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data")
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights, record and checkpoint")
     parser.add_argument("--start-from", type=Path, metavar="WEIGHTS", help="weights to go on from (default: random)")
-    parser.add_argument("--epochs", type=float, help=_default("passes over the training images", "epochs"))
-    parser.add_argument("--batch-size", type=int, help=_default("images per step", "batch_size"))
-    parser.add_argument("--learning-rate", type=float, help=_default("peak learning rate", "learning_rate"))
-    parser.add_argument("--seed", type=int, help=_default("seed of the weights, batches and noise", "seed"))
+    for option, text in OPTIONS.items():
+        flag, default = f"--{option.replace('_', '-')}", getattr(DEFAULTS["denoiser"], option)
+        kind: dict[str, Any] = {"choices": CHOICES[option]} if option in CHOICES else {"type": type(default)}
+        parser.add_argument(flag, help=_default(text, option), **kind)
+    parser.add_argument("--prediction", choices=PREDICTIONS, help="of a denoiser (default: the plan's; shipped: v)")
+    parser.add_argument("--numbers", choices=NUMBERS, default="float32", help="in the weights file (default: float32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    parser.add_argument("--checkpoint-every", type=int, help=_default("steps between checkpoints", "checkpoint_every"))
-    parser.add_argument("--precision", choices=PRECISIONS, help=_default("of forward passes", "precision"))
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help="of the CPU (default: all cores; on a busy machine 1 is best; another number rounds differently)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,6 +108,11 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         return 1
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        print(f"dng train: too little memory ({error}): give a smaller --batch-size", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -91,7 +126,15 @@ def train(args: argparse.Namespace) -> None:
     FloatingPointError: if the loss is no longer finite.
     """
     plan = read_plan(args.plan).with_training(**{name: getattr(args, name) for name in OPTIONS})
+    plan = plan.with_network(prediction=args.prediction)
     device = torch.device(devices(args.device)[0])
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads must be 1 or more, not {args.threads}")
+        torch.set_num_threads(args.threads)
+    precision, why = chosen_precision(plan.training.precision, device)
+    plan = plan.with_training(precision=precision)
+    print(f"precision {precision}: {why}; threads: {torch.get_num_threads()}")
     everything = load_dataset(plan.dataset, args.data, train=True, download=args.download, size=plan.size or None)
     data, class_names = plan.chosen(everything), plan.class_names(everything)
     shape = data.images.shape[1:]
@@ -108,7 +151,7 @@ def train(args: argparse.Namespace) -> None:
     if network:
         result = train_denoiser(data.images, data.labels, network, plan.training, files.checkpoint, device, initial)
         info = DenoiserInfo(name, network, "linear", (-1.0, 1.0), class_names)
-        save_denoiser(files.weights, result.state_dict, info)
+        save_denoiser(files.weights, result.state_dict, info, args.numbers)
     else:
         labelled = (data.images, data.labels, len(class_names))
         result = train_classifier(*labelled, plan.training, files.checkpoint, device, initial, width)
@@ -116,7 +159,7 @@ def train(args: argparse.Namespace) -> None:
         judged, measured = (test, "test_accuracy") if test else (data, "training_accuracy")
         figures[measured] = classifier_accuracy(model.eval(), judged.images, judged.labels)
         described = ClassifierInfo(name, shape[1], shape[0], width, (-1.0, 1.0), class_names)
-        save_classifier(files.weights, result.state_dict, described)
+        save_classifier(files.weights, result.state_dict, described, args.numbers)
 
     record = _record(args, plan, data, device, result) | figures
     if args.start_from and (earlier := args.start_from.with_suffix(".json")).is_file():
@@ -139,6 +182,10 @@ def _initial(plan: TrainingPlan, model: nn.Module, path: Path) -> dict[str, Tens
     state_dict = network.state_dict()
     if {k: v.shape for k, v in state_dict.items()} != {k: v.shape for k, v in model.state_dict().items()}:
         raise ValueError(f"--start-from: {path} holds another network than the plan {plan.name} trains")
+    if isinstance(network, UNet) and isinstance(model, UNet):
+        was, wanted = network.config.prediction, model.config.prediction
+        if was != wanted:
+            print(f"{path} predicts {was}; from here on it is trained to predict {wanted}")
     return state_dict
 
 
@@ -160,8 +207,12 @@ def _record(
     if args.start_from:
         command += ["--start-from", str(args.start_from)]
     for option in OPTIONS:
-        value = getattr(plan.training, option)
-        command += [f"--{option.replace('_', '-')}", value if isinstance(value, str) else f"{value:g}"]
+        if plan.model == "denoiser" or option not in DENOISER_SETTINGS:
+            value = getattr(plan.training, option)
+            command += [f"--{option.replace('_', '-')}", value if isinstance(value, str) else f"{value:.9g}"]
+    if plan.model == "denoiser":
+        command += ["--prediction", plan.network.get("prediction", "epsilon")]
+    command += ["--numbers", args.numbers, "--threads", str(torch.get_num_threads())]
     source: dict[str, Any] = {"name": data.name, "images": len(data.images), "digest": data.digest()}
     if plan.dataset == "mnist":
         source["md5"] = MNIST_MD5

@@ -7,12 +7,15 @@ diffusers' ``UNet2DModel``, so that public weights in that layout load as they a
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import cast
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+Prediction = Literal["epsilon", "v"]
+PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,9 @@ class UNetConfig:
 
     ``num_classes`` of 0 makes an unconditional network; otherwise labels 0 .. num_classes - 1 are classes and the
     label ``num_classes`` is the null label (no class). ``patch_size`` folds p x p pixels into channels before the
-    first convolution and unfolds them after the last, which makes small images cheap on a CPU.
+    first convolution and unfolds them after the last, which makes small images cheap on a CPU. ``prediction`` is what
+    the network was trained to give, of x_t = alpha x_0 + s epsilon with alpha^2 = alpha_bar and s^2 = 1 - alpha_bar:
+    "epsilon", or "v" = alpha epsilon - s x_0 (Salimans & Ho 2022).
     """
 
     image_size: int
@@ -33,6 +38,11 @@ class UNetConfig:
     num_classes: int = 0
     patch_size: int = 1
     dropout: float = 0.0
+    prediction: Prediction = "epsilon"
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, not {self.prediction!r}")
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -142,7 +152,7 @@ class MiddleBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """The DDPM U-Net: predicts the noise epsilon in x_t, (batch, channels, height, width) in and out."""
+    """The DDPM U-Net: predicts epsilon or v from x_t, (batch, channels, height, width) in and out."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -187,7 +197,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.in_channels * patch**2, 3, padding=1)
 
     def forward(self, x: Tensor, timestep: Tensor, label: Tensor | None = None) -> Tensor:
-        """Predict epsilon.
+        """Predict epsilon or v, as the description says.
 
         Parameters
         ----------

@@ -1,7 +1,7 @@
 """The two predictions that guidance compares, from networks: one label-conditional network, or a pair of networks.
 
-Both are :data:`~dng_core.sampling.Predictor` functions, (state, sigma) -> (reference, [undesired]), for epsilon
-networks on a training chain. The denoised estimates are kept in the images' range -1 .. 1, as DDPM does.
+Both are :data:`~dng_core.sampling.Predictor` functions, (state, sigma) -> (reference, [undesired]), for networks
+on a training chain. The denoised estimates are kept in the images' range -1 .. 1, as DDPM does.
 """
 
 import math
@@ -14,13 +14,20 @@ from .networks import UNet
 
 
 def denoised(network: UNet, chain: DDPMSchedule, x: Tensor, sigma: float, label: Tensor | None = None) -> Tensor:
-    """D = x - sigma epsilon, clamped to -1 .. 1, for VE states x, (n, channels, height, width); ``label``: (n,).
+    """The denoised estimate D of VE states x, (n, channels, height, width), clamped to -1 .. 1; ``label``: (n,).
+
+    D = x - sigma epsilon, or D = (x - sigma sqrt(1 + sigma^2) v) / (1 + sigma^2), by what the network predicts.
 
     What the network does not predict as a finite number becomes NaN, which the clamp would hide.
     """
     timestep = int(chain.timestep(torch.tensor(sigma, dtype=torch.float64)))
-    epsilon = network(x / (1 + sigma**2) ** 0.5, torch.full((len(x),), timestep, device=x.device), label)
-    return torch.where(epsilon.isfinite(), x - sigma * epsilon, math.nan).clamp(-1, 1)
+    scale = (1 + sigma**2) ** 0.5
+    predicted = network(x / scale, torch.full((len(x),), timestep, device=x.device), label)
+    if network.config.prediction == "epsilon":
+        clean = x - sigma * predicted
+    else:
+        clean = x / scale**2 - sigma / scale * predicted
+    return torch.where(predicted.isfinite(), clean, math.nan).clamp(-1, 1)
 
 
 class LabelConditional:

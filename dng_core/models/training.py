@@ -9,9 +9,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +26,41 @@ from .mnist import images_digest, to_model_range
 from .networks import Classifier, UNet, UNetConfig
 from .weight_files import read_safetensors
 
-Precision = Literal["float32", "bfloat16"]
-PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+Precision = Literal["auto", "float32", "bfloat16"]
+Schedule = Literal["constant", "cosine"]
+Timesteps = Literal["uniform", "log_normal"]
+Weighting = Literal["simple", "min_snr"]
+CHOICES: dict[str, tuple[str, ...]] = {
+    "precision": get_args(Precision),
+    "schedule": get_args(Schedule),
+    "timesteps": get_args(Timesteps),
+    "weighting": get_args(Weighting),
+}
+MIN_SNR = 5.0  # gamma of Hang et al. (2023)
+FREE = ("checkpoint_every", "checkpoint_minutes")  # settings that do not touch the weights
 LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]  # (model, indices of the batch, generator)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long and how fast to train; the learning rate warms up linearly and decays by a cosine to zero.
+    """How long and how to train.
 
-    ``checkpoint_every`` counts steps; 0 writes a checkpoint at the end only. ``precision`` "bfloat16" computes forward
-    passes in mixed precision (weights, their average and the loss stay in float32), which is for GPUs.
+    Parameters
+    ----------
+    schedule: of the learning rate after a linear warm-up of ``warmup_steps``: "constant" until it falls linearly to 0
+        over the last ``decay_share`` of all steps, so that a run can be made longer or shorter while it is constant;
+        or "cosine", falling to 0 from the start.
+    ema_decay: of the exponential moving average of the weights, a step.
+    timesteps: of a denoiser, how they are drawn: "uniform", or "log_normal", the nearest to a log sigma of mean
+        ``log_sigma_mean`` and standard deviation ``log_sigma_spread`` (Karras et al. 2022, sec. 5), which spends the
+        training where images take shape.
+    weighting: of a denoiser's squared error of epsilon or v: "simple" weighs all timesteps alike, "min_snr" weighs
+        the error of x_0 by min(SNR, 5) (Hang et al. 2023).
+    null_label_share: of a denoiser's labels, this share is dropped to null.
+    checkpoint_every, checkpoint_minutes: steps, and minutes, after which a checkpoint is written; 0 for never. There
+        is one at the end in any case.
+    precision: "bfloat16" computes forward passes in mixed precision (weights, their average and the loss stay in
+        float32); "auto" takes it where the device is fast at it (:func:`fast_bfloat16`).
     """
 
     epochs: float
@@ -46,18 +70,43 @@ class TrainingConfig:
     ema_decay: float = 0.999
     null_label_share: float = 0.3
     seed: int = 0
-    checkpoint_every: int = 250
-    precision: Precision = "float32"
+    checkpoint_every: int = 0
+    checkpoint_minutes: float = 3.0
+    precision: Precision = "auto"
+    schedule: Schedule = "cosine"
+    decay_share: float = 0.3
+    timesteps: Timesteps = "uniform"
+    log_sigma_mean: float = 0.5
+    log_sigma_spread: float = 1.5
+    weighting: Weighting = "simple"
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
-        for name in ("epochs", "batch_size", "learning_rate"):
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        for name in ("epochs", "batch_size", "learning_rate", "warmup_steps", "log_sigma_spread"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("seed", "checkpoint_every"):
-            if getattr(self, name) < 0:
+        for name in ("seed", "checkpoint_every", "checkpoint_minutes"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        for name in ("decay_share", "ema_decay", "null_label_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+        if not math.isfinite(self.log_sigma_mean):
+            raise ValueError(f"log_sigma_mean must be a finite number, not {self.log_sigma_mean}")
+
+    def rate(self, step: int, total: int) -> float:
+        """The learning rate of a step, 0 .. total - 1."""
+        warmup = min(1.0, (step + 1) / self.warmup_steps)
+        if self.schedule == "cosine":
+            return self.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / total))
+        left = (total - step) / max(total - self.decay_starts(total), 1)
+        return self.learning_rate * warmup * min(1.0, left)
+
+    def decay_starts(self, total: int) -> int:
+        """Up to this step, the steps are the same however long the training is to be."""
+        return 0 if self.schedule == "cosine" else total - math.floor(self.decay_share * total)
 
 
 @dataclass(frozen=True)
@@ -82,29 +131,38 @@ def train_denoiser(
     device: torch.device,
     initial: Mapping[str, Tensor] | None = None,
 ) -> TrainingResult:
-    """Train the epsilon network by the simple loss of Ho et al. (eq. 14), a share of the labels dropped to null.
+    """Train a denoiser by the squared error of what it predicts (Ho et al. 2020, eq. 14, for epsilon and "simple").
 
-    A network without classes is trained without labels. ``images``: (n, channels, height, width) uint8. ``initial``:
-    weights to start from, in place of random ones. Returns the exponential moving average of the weights.
+    A network without classes is trained without labels. ``images``: (n, channels, height, width) uint8, which stay so
+    and go to the device once: a batch is brought to the model's range in a ten-thousandth of a step. ``initial``:
+    weights to start from, in place of random ones; they may be those of a network that predicts something else.
+    Returns the exponential moving average of the weights.
     """
     torch.manual_seed(config.seed)
     schedule = DDPMSchedule.named("linear")
     alpha_bars = schedule.alpha_bars.to(device=device, dtype=torch.float32)
+    snr = alpha_bars / (1 - alpha_bars)
+    least = snr.clamp(max=MIN_SNR) / (snr if network.prediction == "epsilon" else snr + 1)
+    weights = least if config.weighting == "min_snr" else torch.ones_like(snr)
     model = UNet(network)
+    identity = f"denoiser {network.to_dict()} on {images_digest(images, labels)}"
+    images = images.to(device)
 
     def loss(model: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
-        x0 = to_model_range(images[index])
+        x0 = to_model_range(images[index.to(device)])
         spread = (torch.arange(len(index)) + torch.rand(len(index), generator=generator)) / len(index)
-        timestep = (spread * len(alpha_bars)).long()
+        timestep = _timesteps(spread, schedule, config)
         noise = torch.randn(x0.shape, generator=generator)
         dropped = torch.rand(len(index), generator=generator) < config.null_label_share
         label = labels[index].masked_fill(dropped, network.num_classes) if network.num_classes else None
-        x0, timestep, noise = (v.to(device) for v in (x0, timestep, noise))
+        timestep, noise = timestep.to(device), noise.to(device)
         label = None if label is None else label.to(device)
-        alpha_bar = alpha_bars[timestep][:, None, None, None]
-        return F.mse_loss(model(alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, timestep, label), noise)
+        alpha = alpha_bars[timestep][:, None, None, None].sqrt()
+        spread_of_noise = (1 - alpha**2).sqrt()
+        target = noise if network.prediction == "epsilon" else alpha * noise - spread_of_noise * x0
+        error = model(alpha * x0 + spread_of_noise * noise, timestep, label) - target
+        return (weights[timestep] * error.square().mean(dim=(1, 2, 3))).mean()
 
-    identity = f"denoiser {network.to_dict()} on {images_digest(images, labels)}"
     return _optimise(model, loss, len(images), config, checkpoint, device, identity, initial)
 
 
@@ -126,13 +184,15 @@ def train_classifier(
     torch.manual_seed(config.seed)
     model = Classifier(images.shape[1], num_classes, width)
     identity = f"classifier {images.shape[1]} {num_classes} {width} on {images_digest(images, labels)}"
+    images, labels = images.to(device), labels.to(device)
 
     def loss(model: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
+        index = index.to(device)
         batch = to_model_range(torch.roll(images[index], (dy, dx), dims=(2, 3)))
         size = 0.3 * torch.rand(len(index), 1, 1, 1, generator=generator)
-        batch = batch + size * torch.randn(batch.shape, generator=generator)
-        return F.cross_entropy(model(batch.to(device)), labels[index].to(device), label_smoothing=0.05)
+        batch = batch + (size * torch.randn(batch.shape, generator=generator)).to(device)
+        return F.cross_entropy(model(batch), labels[index], label_smoothing=0.05)
 
     return _optimise(model, loss, len(images), config, checkpoint, device, identity, initial)
 
@@ -148,6 +208,46 @@ def classifier_accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -
     return right / len(images)
 
 
+def fast_bfloat16(device: torch.device) -> tuple[bool, str]:
+    """Whether a device computes in bfloat16 faster than in float32, and by what that was decided.
+
+    A CPU does with AMX or AVX-512 BF16; others emulate it, several times slower than float32.
+    """
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+        return fast, f"{torch.cuda.get_device_name(device)} {'has' if fast else 'lacks'} bfloat16"
+    found = _cpu_bfloat16()
+    return bool(found), f"this processor has {' and '.join(found) or 'neither AMX nor AVX-512 for bfloat16'}"
+
+
+def chosen_precision(precision: Precision, device: torch.device) -> tuple[Precision, str]:
+    """The precision that a setting means on a device, and why; ValueError for bfloat16 where it is slow."""
+    fast, why = fast_bfloat16(device)
+    if precision == "bfloat16" and not fast:
+        raise ValueError(f"precision bfloat16 would be slower than float32 here, {why}: use auto or float32")
+    if precision != "auto":
+        return precision, "as asked"
+    return ("bfloat16" if fast else "float32"), why
+
+
+def _cpu_bfloat16() -> list[str]:
+    """The processor's instructions for bfloat16: as Linux names them, else as torch's own query finds them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        flags = cpuinfo.read_text(encoding="utf-8", errors="replace").split()
+        return [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
+    queries = {"amx": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}  # torch 2.6 and later
+    return [name for name, query in queries.items() if getattr(torch.cpu, query, bool)()]
+
+
+def _timesteps(spread: Tensor, schedule: DDPMSchedule, config: TrainingConfig) -> Tensor:
+    """Timesteps, (n,) long, whose quantiles are ``spread``, (n,) in 0 .. 1."""
+    if config.timesteps == "uniform":
+        return (spread * len(schedule.betas)).long()
+    normal = torch.special.ndtri(spread.double().clamp(1e-6, 1 - 1e-6))
+    return schedule.timestep((config.log_sigma_mean + config.log_sigma_spread * normal).exp())
+
+
 def _optimise(
     model: nn.Module,
     loss: LossFunction,
@@ -158,7 +258,10 @@ def _optimise(
     identity: str,
     initial: Mapping[str, Tensor] | None,
 ) -> TrainingResult:
-    """Train ``model`` on ``count`` images from the checkpoint on, if there is one, to the end of ``config.epochs``."""
+    """Train ``model`` on ``count`` images from the checkpoint on, if there is one, to the end of ``config.epochs``.
+
+    A checkpoint from before the learning rate falls serves a longer or shorter run as well.
+    """
     if config.batch_size > count:
         raise ValueError(f"batch_size {config.batch_size} is above the number of images, {count}")
     if initial is not None:
@@ -169,15 +272,25 @@ def _optimise(
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     total = math.ceil(config.epochs * count / config.batch_size)
     per_epoch = count // config.batch_size
-    identity = json.dumps([identity, repr(replace(config, checkpoint_every=0))])
+    precision, _ = chosen_precision(config.precision, device)
+    identity = json.dumps([identity, _settled(config, precision)])
     losses: list[float] = []
     start, seconds = 0, 0.0
     if checkpoint.exists():
-        start, seconds, losses = _load_checkpoint(checkpoint, model, average, optimiser, identity)
+        start, seconds, losses, planned = _load_checkpoint(checkpoint, model, average, optimiser, identity)
+        if total != planned and start > min(config.decay_starts(total), config.decay_starts(planned)):
+            raise ValueError(
+                f"the checkpoint at step {start} is of a run of {planned} steps, whose learning rate has begun to "
+                f"fall, or would have in one of {total}: give the epochs it was started with, or remove {checkpoint} "
+                f"to start afresh"
+            )
 
     order, order_epoch = torch.empty(0), -1
     began = time.monotonic() - seconds
-    with tqdm(total=total, initial=start, desc="training", unit="step", dynamic_ncols=True) as progress:
+    saved = time.monotonic()
+    size = config.batch_size
+    bar = {"desc": "training", "unit": "image", "mininterval": 1.0, "dynamic_ncols": True}
+    with tqdm(total=total * size, initial=start * size, **bar) as progress:
         for step in range(start, total):
             epoch, position = divmod(step, per_epoch)
             if epoch != order_epoch:
@@ -186,11 +299,9 @@ def _optimise(
             index = order[position * config.batch_size : (position + 1) * config.batch_size]
             generator = torch.Generator().manual_seed((config.seed + 1) * 1_000_000_007 + step)
 
-            warmup = min(1.0, (step + 1) / config.warmup_steps)
-            decay = 0.5 * (1 + math.cos(math.pi * step / total))
             for group in optimiser.param_groups:
-                group["lr"] = config.learning_rate * warmup * decay
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                group["lr"] = config.rate(step, total)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                 value = loss(model, index, generator)
             optimiser.zero_grad(set_to_none=True)
             value.backward()
@@ -208,11 +319,14 @@ def _optimise(
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(f"the loss became {losses[-1]} at step {step}; lower the learning rate")
             progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", refresh=False)
-            progress.update()
+            progress.update(size)
+            now = time.monotonic()
             due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
+            due = due or (config.checkpoint_minutes and now - saved >= 60 * config.checkpoint_minutes)
             if due or step + 1 == total:
-                seconds = time.monotonic() - began
-                _save_checkpoint(checkpoint, model, average, optimiser, identity, step + 1, seconds, losses)
+                seconds, saved = now - began, now
+                metadata = {"identity": identity, "step": str(step + 1), "of": str(total), "seconds": f"{seconds:.1f}"}
+                _save_checkpoint(checkpoint, model, average, optimiser, metadata, losses)
     return TrainingResult(average, sum(losses) / len(losses), total, seconds)
 
 
@@ -221,9 +335,7 @@ def _save_checkpoint(
     model: nn.Module,
     average: dict[str, Tensor],
     optimiser: torch.optim.Optimizer,
-    identity: str,
-    step: int,
-    seconds: float,
+    metadata: dict[str, str],
     losses: list[float],
 ) -> None:
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
@@ -232,12 +344,21 @@ def _save_checkpoint(
         tensors |= {f"optimiser.{i}.{k}": v for k, v in state.items()}
     tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    write_whole(path, save(tensors, metadata={"identity": identity, "step": str(step), "seconds": f"{seconds:.1f}"}))
+    write_whole(path, save(tensors, metadata=metadata))
+
+
+def _settled(config: TrainingConfig, precision: Precision) -> dict[str, Any]:
+    """The settings that decide the weights of every step before the learning rate falls."""
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    if config.schedule == "constant":
+        del settings["epochs"]
+    return settings | {"precision": precision}
 
 
 def _load_checkpoint(
     path: Path, model: nn.Module, average: dict[str, Tensor], optimiser: torch.optim.Optimizer, identity: str
-) -> tuple[int, float, list[float]]:
+) -> tuple[int, float, list[float], int]:
+    """Fill in what a checkpoint holds; its step, the seconds spent, the last losses, and the steps it was to take."""
     remedy = f"remove {path} to start afresh"
     try:
         tensors, metadata = read_safetensors(path)
@@ -254,4 +375,5 @@ def _load_checkpoint(
             _, i, key = name.split(".")
             state.setdefault(int(i), {})[key] = value
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    return int(metadata["step"]), float(metadata.get("seconds", 0)), tensors["losses"].tolist()
+    step, total = int(metadata["step"]), int(metadata["of"])
+    return step, float(metadata["seconds"]), tensors["losses"].tolist(), total

@@ -19,9 +19,11 @@ SHIPPED_NETWORK = {
     "blocks_per_level": 1,
     "attention_levels": (1,),
     "patch_size": 2,
+    "prediction": "v",
 }
+DENOISER_SETTINGS = ("timesteps", "log_sigma_mean", "log_sigma_spread", "weighting", "null_label_share")
 DEFAULTS: dict[Model, TrainingConfig] = {
-    "denoiser": TrainingConfig(epochs=8.0),
+    "denoiser": TrainingConfig(epochs=8.0, schedule="constant", timesteps="log_normal"),
     "classifier": TrainingConfig(epochs=4.0, learning_rate=2e-3, ema_decay=0.99),
 }
 
@@ -77,7 +79,14 @@ class TrainingPlan:
     def with_training(self, **changes: Any) -> "TrainingPlan":
         """The plan with some training settings changed; None leaves them."""
         given = {name: value for name, value in changes.items() if value is not None}
+        if (unused := given.keys() & set(DENOISER_SETTINGS)) and self.model != "denoiser":
+            raise ValueError(f"{', '.join(sorted(unused))}: these are settings of a denoiser, not of a {self.model}")
         return replace(self, training=replace(self.training, **given))
+
+    def with_network(self, **changes: Any) -> "TrainingPlan":
+        """The plan with some fields of the network changed; None leaves them."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        return replace(self, network={**self.network, **given}) if given else self
 
     def _network_fields(self) -> set[str]:
         if self.model == "classifier":

@@ -280,7 +280,8 @@ def test_a_plan_trains_every_kind_of_denoiser(image_folder, tmp_path, more, clas
     assert json.loads((output / "try.json").read_text())["data"]["images"] == images
 
 
-def test_a_plan_trains_a_classifier_in_mixed_precision(image_folder, tmp_path):
+def test_a_plan_trains_a_classifier_in_mixed_precision(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_cpu_bfloat16", lambda: ["amx_bf16"])
     path = plan(tmp_path, "bugs_classifier", "classifier", network="width = 4")
     output = tmp_path / "out"
     options = ("--data", image_folder, "--output", output, "--device", "cpu", "--precision", "bfloat16")
