@@ -36,6 +36,10 @@ SAMPLING_SETTINGS = {  # DDPMSchedule's names -> ComfyUI's, which calls Stable D
     "linear": {"beta_schedule": "sqrt_linear", "linear_start": 1e-4, "linear_end": 0.02},
     "scaled_linear": {"beta_schedule": "linear", "linear_start": 0.00085, "linear_end": 0.012},
 }
+MODEL_TYPES = {  # what a network predicts -> how ComfyUI computes the denoised image from it
+    "epsilon": comfy.model_base.ModelType.EPS,
+    "v": comfy.model_base.ModelType.V_PREDICTION,
+}
 LIVE_FEATURE_MAPS = 14  # peak memory of a forward pass in feature maps: 0.64 MiB per 28x28 image, measured on the CPU
 
 DNGReport = io.Custom("DNG_REPORT")
@@ -76,10 +80,10 @@ class PixelNetwork(nn.Module):
 
 
 class PixelModel(comfy.model_base.BaseModel):
-    """A class-conditional network that predicts noise, as a ComfyUI model. ``info`` says what it draws."""
+    """A class-conditional network that predicts epsilon or v, as a ComfyUI model. ``info`` says what it draws."""
 
     def __init__(self, unet: UNet, info: DenoiserInfo) -> None:
-        super().__init__(PixelModelConfig(info), comfy.model_base.ModelType.EPS)
+        super().__init__(PixelModelConfig(info), MODEL_TYPES[info.network.prediction])
         self.diffusion_model = PixelNetwork(unet)
         self.info = info
 

@@ -5,6 +5,9 @@ import gzip
 import hashlib
 import json
 import struct
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +18,16 @@ from PIL import Image
 from dng_core.cli import train as train_command
 from dng_core.models import mnist, training
 from dng_core.models.networks import UNet, UNetConfig
-from dng_core.models.training import TrainingConfig, train_classifier, train_denoiser
+from dng_core.models.predictors import denoised
+from dng_core.models.training import TrainingConfig, chosen_precision, train_classifier, train_denoiser
 from dng_core.models.training_plan import PLAN_FILES, read_plan
 from dng_core.models.weight_files import DenoiserInfo, load_classifier, load_denoiser, save_denoiser
+from dng_core.schedules import DDPMSchedule
 
 CPU = torch.device("cpu")
 NETWORK = UNetConfig(8, 1, 32, channel_multipliers=(1,), blocks_per_level=1, attention_levels=(), num_classes=3)
 CONFIG = TrainingConfig(epochs=3.0, batch_size=4, checkpoint_every=2)  # 12 steps on 16 images
+CONSTANT = replace(CONFIG, schedule="constant", warmup_steps=2, decay_share=0.5)  # falls from step 6 on
 
 
 @pytest.fixture
@@ -108,7 +114,82 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, images, labels):
         train_denoiser(images, labels, NETWORK, CONFIG, tmp_path / "checkpoint", CPU)
 
 
-@pytest.mark.parametrize("change", [{"epochs": 0}, {"batch_size": -1}, {"learning_rate": float("nan")}, {"seed": -1}])
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("how", [{}, {"weighting": "min_snr", "timesteps": "log_normal"}], ids=["plain", "weighted"])
+def test_a_network_of_either_kind_learns_to_denoise(tmp_path, prediction, how):
+    """On one image it comes to give that image, and before training it does not."""
+    image = torch.full((16, 1, 8, 8), 64, dtype=torch.uint8)
+    network = replace(NETWORK, prediction=prediction, num_classes=0)
+    config = TrainingConfig(epochs=60.0, batch_size=16, warmup_steps=10, learning_rate=3e-3, ema_decay=0.9, **how)
+    result = train_denoiser(image, torch.zeros(16, dtype=torch.long), network, config, tmp_path / "c", CPU)
+    clean, chain = torch.full((16, 1, 8, 8), 64 / 127.5 - 1), DDPMSchedule.named("linear")
+    noisy = clean + torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for state in (UNet(network).state_dict(), result.state_dict):
+        model = UNet(network).requires_grad_(False)
+        model.load_state_dict(state)
+        errors.append(float((denoised(model, chain, noisy, 1.0) - clean).square().mean()))
+    assert errors[1] < 0.1 < errors[0]
+
+
+def test_log_normal_timesteps_are_centred_where_they_are_meant_to_be():
+    config = replace(CONFIG, timesteps="log_normal", log_sigma_mean=0.7, log_sigma_spread=1.2)
+    chain = DDPMSchedule.named("linear")
+    timesteps = training._timesteps(torch.tensor([0.1587, 0.5, 0.8413, 0.0, 1.0]), chain, config)
+    sigmas = chain.sigmas[timesteps].log()
+    torch.testing.assert_close(sigmas[:3], torch.tensor([-0.5, 0.7, 1.9]).double(), atol=0.01, rtol=0)
+    assert timesteps[3] < 10 and timesteps[4] > 990
+
+
+def test_a_constant_learning_rate_falls_to_0_at_the_end():
+    rates = [CONSTANT.rate(step, 12) / CONSTANT.learning_rate for step in range(12)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert replace(CONSTANT, decay_share=0.0).rate(11, 12) == CONSTANT.learning_rate
+
+
+def test_a_training_can_be_made_longer_while_its_learning_rate_is_constant(tmp_path, images, labels, monkeypatch):
+    longer = replace(CONSTANT, epochs=5.0)
+    whole = train_denoiser(images, labels, NETWORK, longer, tmp_path / "whole", CPU)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)  # at step 6
+        with pytest.raises(Stopped):
+            train_denoiser(images, labels, NETWORK, CONSTANT, tmp_path / "made longer", CPU)
+    assert same(
+        whole.state_dict, train_denoiser(images, labels, NETWORK, longer, tmp_path / "made longer", CPU).state_dict
+    )
+
+
+def test_a_training_whose_learning_rate_has_fallen_is_not_made_longer(tmp_path, images, labels):
+    train_denoiser(images, labels, NETWORK, CONSTANT, tmp_path / "c", CPU)
+    with pytest.raises(ValueError, match="begun to fall"):
+        train_denoiser(images, labels, NETWORK, replace(CONSTANT, epochs=9.0), tmp_path / "c", CPU)
+
+
+def test_checkpoints_are_written_by_time(tmp_path, images, labels, monkeypatch):
+    config = replace(CONFIG, checkpoint_every=0, checkpoint_minutes=1e-9)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 12)  # one a step
+        with pytest.raises(Stopped):
+            train_denoiser(images, labels, NETWORK, config, tmp_path / "often", CPU)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)  # the last step's alone is written
+        train_denoiser(images, labels, NETWORK, replace(config, checkpoint_minutes=60.0), tmp_path / "once", CPU)
+
+
+def test_bfloat16_is_taken_where_the_processor_has_it_and_refused_where_not(monkeypatch):
+    monkeypatch.setattr(training, "_cpu_bfloat16", lambda: ["amx_bf16"])
+    assert chosen_precision("auto", CPU) == ("bfloat16", "this processor has amx_bf16")
+    assert chosen_precision("bfloat16", CPU)[0] == "bfloat16"
+    assert chosen_precision("float32", CPU)[0] == "float32"
+    monkeypatch.setattr(training, "_cpu_bfloat16", lambda: [])
+    assert chosen_precision("auto", CPU)[0] == "float32"
+    with pytest.raises(ValueError, match=r"slower than float32 here.*neither AMX nor AVX-512.*use auto or float32"):
+        chosen_precision("bfloat16", CPU)
+
+
+@pytest.mark.parametrize(
+    "change", [{"epochs": 0}, {"batch_size": -1}, {"learning_rate": float("nan")}, {"seed": -1}, {"decay_share": 2}]
+)
 def test_settings_out_of_range_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         replace(CONFIG, **change)
@@ -166,6 +247,48 @@ def test_training_can_go_on_from_weights(mnist_like, tmp_path, monkeypatch):
     record = json.loads((second / "mnist_classifier.json").read_text())
     assert f"--start-from {start}" in record["command"]
     assert record["started_from"] == json.loads((first / "mnist_classifier.json").read_text())
+
+
+def test_a_v_network_can_go_on_from_an_epsilon_one(mnist_like, tmp_path, capsys):
+    options = ("denoiser", "--data", mnist_like, "--epochs", 1, "--batch-size", 64)
+    assert dng_train(*options, "--prediction", "epsilon", "--output", tmp_path / "first") == 0
+    start = tmp_path / "first" / "mnist_denoiser.safetensors"
+    assert load_denoiser(start)[1].network.prediction == "epsilon"
+    assert dng_train(*options, "--output", tmp_path / "second", "--start-from", start, "--numbers", "float16") == 0
+    assert "predicts epsilon; from here on it is trained to predict v" in capsys.readouterr().out
+    weights = tmp_path / "second" / "mnist_denoiser.safetensors"
+    assert load_denoiser(weights)[1].network.prediction == "v"
+    assert weights.stat().st_size < 0.6 * start.stat().st_size
+
+
+def test_threads_are_recorded(mnist_like, tmp_path, capsys):
+    before = torch.get_num_threads()
+    options = ("classifier", "--data", mnist_like, "--epochs", 1, "--batch-size", 64, "--output", tmp_path / "out")
+    try:
+        assert dng_train(*options, "--threads", 0) == 1
+        assert "--threads must be 1 or more, not 0" in capsys.readouterr().err
+        assert dng_train(*options, "--threads", before + 1) == 0
+    finally:
+        torch.set_num_threads(before)
+    record = json.loads((tmp_path / "out" / "mnist_classifier.json").read_text())
+    assert record["threads"] == before + 1
+    assert f"--threads {before + 1}" in record["command"]
+    assert "--timesteps" not in record["command"]
+
+
+def test_settings_of_a_denoiser_are_refused_for_a_classifier(mnist_like, tmp_path, capsys):
+    options = ("--data", mnist_like, "--output", tmp_path / "out", "--timesteps", "uniform")
+    assert dng_train("classifier", *options) == 1
+    assert "timesteps: these are settings of a denoiser" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_a_message(mnist_like, tmp_path, capsys, monkeypatch):
+    def none_left(*args: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(train_command, "train_classifier", none_left)
+    assert dng_train("classifier", "--data", mnist_like, "--output", tmp_path / "out") == 1
+    assert "give a smaller --batch-size" in capsys.readouterr().err
 
 
 def test_a_checkpoint_started_elsewhere_is_refused(tmp_path, images, labels):
@@ -290,6 +413,28 @@ def test_a_plan_trains_a_classifier_in_mixed_precision(image_folder, tmp_path, m
     assert (info.width, info.in_channels, info.image_size, info.class_names) == (4, 3, 8, ("ant", "bee"))
     assert all(v.dtype == torch.float32 for v in model.state_dict().values() if v.is_floating_point())
     assert "--precision bfloat16" in json.loads((output / "bugs_classifier.json").read_text())["command"]
+
+
+def test_a_killed_training_goes_on_with_the_same_weights(image_folder, tmp_path):
+    """SIGKILL at whatever moment it comes, of a run that writes a checkpoint a step."""
+    path = plan(tmp_path, "try", "denoiser")
+    options = ["--data", image_folder, "--epochs", 20, "--checkpoint-every", 1, "--threads", 1, "--device", "cpu"]
+    command = [sys.executable, "-m", "dng_core", "train", path, *options, "--output", tmp_path / "killed"]
+    process = subprocess.Popen([str(a) for a in command], cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / "killed" / "try.checkpoint"
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert checkpoint.exists() and not checkpoint.with_suffix(".safetensors").exists()
+    threads = torch.get_num_threads()
+    try:
+        for output in ("killed", "whole"):
+            assert dng_train(path, *options, "--output", tmp_path / output) == 0
+    finally:
+        torch.set_num_threads(threads)
+    killed, whole = (load_denoiser(tmp_path / output / "try.safetensors")[0] for output in ("killed", "whole"))
+    assert same(killed.state_dict(), whole.state_dict())
 
 
 @pytest.mark.parametrize(

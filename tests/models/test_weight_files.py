@@ -92,7 +92,13 @@ def test_tensors_of_another_shape_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"network": {"image_size": 8, "in_channels": 1, "novelty": 2}}, {"network": 3}, {"data_range": [0, 1]}]
+    "change",
+    [
+        {"network": {"image_size": 8, "in_channels": 1, "novelty": 2}},
+        {"network": {"image_size": 8, "in_channels": 1, "prediction": "x0"}},
+        {"network": 3},
+        {"data_range": [0, 1]},
+    ],
 )
 def test_a_network_that_this_version_does_not_know_is_refused(tmp_path, change):
     info = {"name": "x", "network": {"image_size": 8, "in_channels": 1}, "schedule": "linear", "class_names": []}
@@ -100,6 +106,39 @@ def test_a_network_that_this_version_does_not_know_is_refused(tmp_path, change):
     save_file({"x": torch.zeros(1)}, tmp_path / "file", metadata={"kind": "denoiser", "info": json.dumps(info)})
     with pytest.raises(ValueError, match=r"doesn't know.*update DNG"):
         load_denoiser(tmp_path / "file")
+
+
+def test_a_file_that_names_no_prediction_means_epsilon(tmp_path):
+    small = {"base_channels": 32, "channel_multipliers": [1], "blocks_per_level": 1, "attention_levels": []}
+    info = {"name": "x", "network": {"image_size": 8, "in_channels": 1, **small}, "schedule": "linear"}
+    info |= {"class_names": [], "data_range": [-1, 1]}
+    state = UNet(replace(NETWORK, num_classes=0)).state_dict()
+    save_file(state, tmp_path / "file", metadata={"kind": "denoiser", "info": json.dumps(info)})
+    assert load_denoiser(tmp_path / "file")[1].network.prediction == "epsilon"
+
+
+def test_what_a_network_predicts_is_kept(tmp_path):
+    info = replace(DENOISER, network=replace(NETWORK, prediction="v"))
+    save_denoiser(tmp_path / "file", UNet(NETWORK).state_dict(), info)
+    model, read = load_denoiser(tmp_path / "file")
+    assert (read, model.config.prediction) == (info, "v")
+
+
+def test_float16_halves_the_file_and_is_loaded_as_float32(tmp_path):
+    state = UNet(NETWORK).state_dict()
+    save_denoiser(tmp_path / "whole", state, DENOISER)
+    save_denoiser(tmp_path / "half", state, DENOISER, "float16")
+    assert (tmp_path / "half").stat().st_size < 0.6 * (tmp_path / "whole").stat().st_size
+    for key, value in load_denoiser(tmp_path / "half")[0].state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.allclose(value, state[key], rtol=5e-4, atol=1e-7)
+
+
+def test_weights_too_large_for_float16_are_not_written_as_such(tmp_path):
+    state = UNet(NETWORK).state_dict() | {"conv_in.bias": torch.full((32,), 7e4)}
+    with pytest.raises(ValueError, match=r"not written: conv_in\.bias hold numbers too large for float16"):
+        save_denoiser(tmp_path / "file", state, DENOISER, "float16")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_shipped_weights_load_and_take_at_most_8_megabytes():

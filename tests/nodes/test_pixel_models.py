@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from dng_core.models.networks import PREDICTIONS, UNet, UNetConfig
+from dng_core.models.predictors import denoised
+from dng_core.models.weight_files import DenoiserInfo
 from dng_core.headless.client import run_workflow
 from dng_core.schedules import DDPMSchedule
 
@@ -90,11 +93,24 @@ def test_a_class_and_none_ride_in_one_forward_pass(pixel, stock, model, batches)
 def test_the_network_sees_the_vp_state(pixel, model, batches):
     x = torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     sigma = DDPMSchedule.named("linear").sigmas[500:501].float()
-    denoised = model.model.apply_model(x, sigma, class_label=torch.tensor([4]))
+    model.model.apply_model(x, sigma, class_label=torch.tensor([4]))
     assert torch.allclose(batches[0].x, x / (1 + sigma**2).sqrt(), rtol=1e-5)
     assert batches[0].timestep.tolist() == [500.0]
-    epsilon = model.model.diffusion_model.unet(batches[0].x, torch.tensor([500]), torch.tensor([4]))
-    assert torch.allclose(denoised, (x - sigma * epsilon).clamp(-1, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_comfyui_denoises_as_the_experiments_do_whatever_the_network_predicts(pixel, prediction):
+    torch.manual_seed(0)
+    network = UNetConfig(8, 1, 32, (1,), 1, (), num_classes=2, prediction=prediction)
+    unet = UNet(network).eval().requires_grad_(False)
+    model = pixel.PixelModel(unet, DenoiserInfo("try", network, "linear", (-1.0, 1.0), ("a", "b")))
+    chain, labels = DDPMSchedule.named("linear"), torch.tensor([0, 2])
+    for timestep in (0, 300, 700):
+        sigma = chain.sigmas[timestep]
+        x = torch.full((2, 1, 8, 8), -0.5) + sigma.float() * torch.randn(2, 1, 8, 8)
+        ours = denoised(unet, chain, x, float(sigma), labels)
+        theirs = model.apply_model(x, sigma.float().expand(2), class_label=labels)
+        assert torch.allclose(theirs, ours, atol=1e-4)
 
 
 def test_memory_estimate_lets_a_batch_of_512_through_and_is_of_the_measured_size(model):

@@ -13,7 +13,7 @@ from dng_core.baselines import NegativePrompting
 from dng_core.kernels import ReverseKernel
 from dng_core.models.checkpoints import open_denoiser
 from dng_core.models.networks import UNet
-from dng_core.models.predictors import LabelConditional, NetworkPair
+from dng_core.models.predictors import LabelConditional, NetworkPair, denoised
 from dng_core.sampling import ddpm_sample
 from dng_core.settings import Settings
 from dng_core.studies import class_removal, runner, sweep
@@ -48,6 +48,18 @@ def test_predictions_are_the_noise_equation_in_range(tmp_path):
     (undesired,) = LabelConditional(network, CHAIN, 2)(x, sigma)[1]
     torch.testing.assert_close(undesired, (x - sigma * epsilon).clamp(-1, 1))
     assert torch.equal(pair[0], pair[1][0])
+
+
+@pytest.mark.parametrize("sigma", [0.05, 1.3, 40.0])
+def test_epsilon_and_v_say_the_same_of_an_image(monkeypatch, sigma):
+    """With x_t = alpha x_0 + s epsilon, perfect networks of either kind give x_0."""
+    clean, noise = 2 * torch.rand(3, 1, 8, 8, dtype=torch.float64) - 1, torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    alpha, s = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
+    targets = {"epsilon": noise, "v": alpha * noise - s * clean}
+    for prediction, target in targets.items():
+        network = UNet(replace(NETWORK, prediction=prediction))
+        monkeypatch.setattr(UNet, "forward", lambda self, x, timestep, label, target=target: target)
+        torch.testing.assert_close(denoised(network, CHAIN, clean + sigma * noise, sigma), clean)
 
 
 def test_networks_of_different_images_make_no_pair(tmp_path):
