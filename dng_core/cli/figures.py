@@ -59,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     others = ", ".join(f"{name} {figure.samples}" for name, figure in FIGURES.items() if figure.samples != usual)
     parser.add_argument("--samples", type=int, help=f"samples or images per point (default: {usual}; {others})")
     parser.add_argument("--repeats", type=int, default=10, help="turns of start and live-chart (default: 10)")
+    networks = parser.add_argument_group("the figure networks")
+    networks.add_argument(
+        "--denoisers", nargs="+", default=["mnist"], metavar="SOURCE", help="shipped ones or files (default: mnist)"
+    )
+    networks.add_argument("--data", type=Path, help="MNIST's folder, for the distance and the error of denoising")
     oracle = parser.add_argument_group(
         "the figures " + ", ".join(name for name, figure in FIGURES.items() if figure.over_samplers)
     )
@@ -69,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="N",
-        help=f"step counts (most figures: 30; evidence and rules take one: {NETWORK_STEPS})",
+        help=f"step counts (most figures: 30; evidence, rules and networks take one: {NETWORK_STEPS})",
     )
     oracle.add_argument("--nodes", nargs="+", metavar="NAME", help="of the matrix and of off: ksampler, guider, patch")
     oracle.add_argument("--settings", choices=("oracle", "cifar10"), default="oracle", help="default: oracle")
@@ -146,12 +151,23 @@ def of_the_network(help: str, name: str) -> Figure:
     def rows(args: argparse.Namespace) -> Iterator[Row]:
         from ..studies import evidence_figures
 
-        steps = args.steps or [NETWORK_STEPS]
-        if len(steps) > 1:
-            raise HeadlessError(f"--steps: the figure {args.figure} takes one step count, not {len(steps)}.")
-        yield from getattr(evidence_figures, name)(args.samples, steps[0], args.seed)
+        yield from getattr(evidence_figures, name)(args.samples, one_step_count(args), args.seed)
 
     return Figure(help, rows, 512)
+
+
+def networks(args: argparse.Namespace) -> Iterator[Row]:
+    from ..studies.network_figures import networks_figure
+
+    yield from networks_figure(args.denoisers, args.data, args.samples, one_step_count(args), args.seed)
+
+
+def one_step_count(args: argparse.Namespace) -> int:
+    """The step count of a figure on networks; raises HeadlessError for several."""
+    steps: list[int] = args.steps or [NETWORK_STEPS]
+    if len(steps) > 1:
+        raise HeadlessError(f"--steps: the figure {args.figure} takes one step count, not {len(steps)}.")
+    return steps[0]
 
 
 def over_samplers(
@@ -256,6 +272,9 @@ FIGURES = {
     ),
     "rules": of_the_network(
         "how well the posterior's rules foretell the classes of the MNIST network's images", "rules_figure"
+    ),
+    "networks": Figure(
+        "denoisers by themselves: how clear, even and near to real images what they draw unguided is", networks
     ),
     "matrix": over_samplers(
         "every sampler and scheduler of a real ComfyUI against the oracle's exact answer, through every node",

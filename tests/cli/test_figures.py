@@ -12,7 +12,7 @@ import pytest
 from dng_core.cli import figures
 from dng_core.headless.errors import HeadlessError
 from dng_core.headless.figures import comfyui_figures, cost_figures, exact_figures, sampler_matrix
-from dng_core.studies import evidence_figures, oracle_figures
+from dng_core.studies import evidence_figures, network_figures, oracle_figures
 
 
 def dng_figures(*arguments: object) -> int:
@@ -52,7 +52,8 @@ def test_every_figure_finds_the_function_that_measures_it(tmp_path, monkeypatch,
     monkeypatch.setattr(figures, "server_with_pack", lambda args: nullcontext(("server", Path("pack"))))
     monkeypatch.setattr(figures, "comfyui_and_pack", lambda args: ("location", Path("pack")))
     monkeypatch.setattr(figures, "write_matrix", lambda args, table: [])
-    for module in (comfyui_figures, cost_figures, evidence_figures, exact_figures, oracle_figures, sampler_matrix):
+    local = (evidence_figures, network_figures, oracle_figures)
+    for module in (comfyui_figures, cost_figures, exact_figures, sampler_matrix, *local):
         for name, function in vars(module).items():
             if name.endswith("_figure"):
                 monkeypatch.setattr(module, name, Measured(name, inspect.signature(function)))

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from dng_core.headless.client import run_workflow
 from dng_core.models.networks import PREDICTIONS, UNet, UNetConfig
 from dng_core.models.predictors import denoised
 from dng_core.models.weight_files import DenoiserInfo
-from dng_core.headless.client import run_workflow
 from dng_core.schedules import DDPMSchedule
 
 

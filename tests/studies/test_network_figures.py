@@ -1,0 +1,73 @@
+"""What denoisers are worth by themselves, on the shipped network and on images whose figures are known."""
+
+import gzip
+import hashlib
+import struct
+
+import pytest
+import torch
+
+from dng_core.models import mnist
+from dng_core.models.datasets import DIGITS, Dataset
+from dng_core.models.networks import UNet, UNetConfig
+from dng_core.models.weight_files import load_classifier, shipped_classifiers, shipped_denoisers
+from dng_core.schedules import DDPMSchedule
+from dng_core.studies.network_figures import NOISE_LEVELS, errors, judged, networks_figure
+
+
+def test_a_row_says_what_a_network_draws(tmp_path):
+    row = next(networks_figure(["mnist"], None, images=16, steps=3, seed=0))
+    assert (row["denoiser"], row["images"], row["distance"]) == ("mnist", 16, None)
+    assert 0 <= row["rarest, %"] <= 10 <= row["commonest, %"] <= 100
+    assert 0 <= row["unclear, %"] <= 100 and row["seconds"] > 0
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(shipped_denoisers()["mnist"].read_bytes())
+    again = next(networks_figure([str(copy)], None, images=16, steps=3, seed=0))
+    assert {**again, "seconds": 0, "denoiser": ""} == {**row, "seconds": 0, "denoiser": ""}
+
+
+def test_with_data_there_are_a_distance_and_errors(tmp_path, monkeypatch):
+    generator = torch.Generator().manual_seed(2)
+    for split in ("train", "t10k"):
+        pixels = torch.randint(0, 256, (20, 28, 28), generator=generator).to(torch.uint8).numpy().tobytes()
+        contents = {
+            f"{split}-images-idx3-ubyte": struct.pack(">IIII", 2051, 20, 28, 28) + pixels,
+            f"{split}-labels-idx1-ubyte": struct.pack(">II", 2049, 20) + bytes(i % 10 for i in range(20)),
+        }
+        for name, content in contents.items():
+            monkeypatch.setitem(mnist.MNIST_MD5, name, hashlib.md5(content).hexdigest())
+            (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+    row = next(networks_figure(["mnist"], tmp_path, images=16, steps=2, seed=0))
+    assert row["distance"] > 0
+    assert [key for key in row if key.startswith("error at ")] == [f"error at {sigma:g}" for sigma in NOISE_LEVELS]
+
+
+def test_noise_is_unclear():
+    classifier, _ = load_classifier(shipped_classifiers()["mnist"])
+    images = torch.randint(0, 256, (8, 1, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    features, classes, unclear = judged(classifier, images)
+    assert features.shape[0] == classes.shape[0] == 8
+    certain = classifier.head(features).softmax(dim=1).amax(dim=1)
+    assert torch.equal(unclear, certain < 0.6)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_the_error_of_a_perfect_network_is_0(monkeypatch, prediction):
+    """Of one that knows the images, and half of the labels."""
+    pixels = torch.randint(0, 256, (4, 1, 8, 8), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    clean = pixels.float() / 127.5 - 1
+    seen: list[list[int]] = []
+
+    def perfect(self: UNet, x: torch.Tensor, timestep: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        seen.append(label.tolist())
+        alpha_bar = chain.alpha_bars[timestep[0]].float()
+        alpha, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        epsilon = (x - alpha * clean) / spread
+        return epsilon if prediction == "epsilon" else alpha * epsilon - spread * clean
+
+    chain = DDPMSchedule.named("linear")
+    monkeypatch.setattr(UNet, "forward", perfect)
+    network = UNet(UNetConfig(8, 1, 32, (1,), 1, (), num_classes=10, prediction=prediction))
+    figures = errors(network, chain, Dataset("try", pixels, torch.tensor([3, 1, 4, 1]), DIGITS), seed=0)
+    assert all(error < 1 for error in figures.values())
+    assert seen[0] == [3, 10, 4, 10]
