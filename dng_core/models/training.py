@@ -76,8 +76,8 @@ class TrainingConfig:
     schedule: Schedule = "cosine"
     decay_share: float = 0.3
     timesteps: Timesteps = "uniform"
-    log_sigma_mean: float = 0.5
-    log_sigma_spread: float = 1.5
+    log_sigma_mean: float = 0.6
+    log_sigma_spread: float = 1.2
     weighting: Weighting = "simple"
 
     def __post_init__(self) -> None:
@@ -230,9 +230,8 @@ def chosen_precision(precision: Precision, device: torch.device) -> tuple[Precis
     return ("bfloat16" if fast else "float32"), why
 
 
-def _cpu_bfloat16() -> list[str]:
+def _cpu_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     """The processor's instructions for bfloat16: as Linux names them, else as torch's own query finds them."""
-    cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         flags = cpuinfo.read_text(encoding="utf-8", errors="replace").split()
         return [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
@@ -321,9 +320,9 @@ def _optimise(
             progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", refresh=False)
             progress.update(size)
             now = time.monotonic()
-            due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
-            due = due or (config.checkpoint_minutes and now - saved >= 60 * config.checkpoint_minutes)
-            if due or step + 1 == total:
+            by_steps = config.checkpoint_every > 0 and (step + 1) % config.checkpoint_every == 0
+            by_time = config.checkpoint_minutes > 0 and now - saved >= 60 * config.checkpoint_minutes
+            if by_steps or by_time or step + 1 == total:
                 seconds, saved = now - began, now
                 metadata = {"identity": identity, "step": str(step + 1), "of": str(total), "seconds": f"{seconds:.1f}"}
                 _save_checkpoint(checkpoint, model, average, optimiser, metadata, losses)

@@ -188,6 +188,25 @@ def test_bfloat16_is_taken_where_the_processor_has_it_and_refused_where_not(monk
 
 
 @pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ("fpu avx2 fma", []),
+        ("fpu avx512f avx512_bf16", ["avx512_bf16"]),
+        ("amx_bf16 avx512_bf16", ["amx_bf16", "avx512_bf16"]),
+    ],
+)
+def test_a_processors_bfloat16_is_read_from_its_flags(tmp_path, flags, found):
+    (tmp_path / "cpuinfo").write_text(f"model name\t: a processor\nflags\t\t: {flags}\n")
+    assert training._cpu_bfloat16(tmp_path / "cpuinfo") == found
+
+
+def test_where_there_are_no_flags_torch_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)  # before torch 2.6
+    assert training._cpu_bfloat16(tmp_path / "none") == ["avx512_bf16"]
+
+
+@pytest.mark.parametrize(
     "change", [{"epochs": 0}, {"batch_size": -1}, {"learning_rate": float("nan")}, {"seed": -1}, {"decay_share": 2}]
 )
 def test_settings_out_of_range_are_named(change):
@@ -219,13 +238,16 @@ def dng_train(*arguments: object) -> int:
     return train_command.run(parser.parse_args([str(a) for a in arguments]))
 
 
-def test_command_trains_a_denoiser_and_writes_a_record(mnist_like, tmp_path):
+def test_command_trains_a_denoiser_and_writes_a_record(mnist_like, tmp_path, capsys):
     output = tmp_path / "out"
     options = ("--epochs", 1, "--batch-size", 32, "--device", "cpu")
     assert dng_train("denoiser", "--data", mnist_like, "--output", output, *options) == 0
     model, info = load_denoiser(output / "mnist_denoiser.safetensors")
     assert info.class_names == tuple("0123456789")
     assert model(torch.zeros(1, 1, 28, 28), torch.tensor([5]), torch.tensor([10])).shape == (1, 1, 28, 28)
+    printed = capsys.readouterr()
+    assert "precision float32: this processor has neither" in printed.out or "precision bfloat16" in printed.out
+    assert "/64 [" in printed.err and "image" in printed.err  # the progress in images
     record = json.loads((output / "mnist_denoiser.json").read_text())
     assert record["steps"] == 2
     assert "dng train denoiser" in record["command"]
@@ -413,6 +435,21 @@ def test_a_plan_trains_a_classifier_in_mixed_precision(image_folder, tmp_path, m
     assert (info.width, info.in_channels, info.image_size, info.class_names) == (4, 3, 8, ("ant", "bee"))
     assert all(v.dtype == torch.float32 for v in model.state_dict().values() if v.is_floating_point())
     assert "--precision bfloat16" in json.loads((output / "bugs_classifier.json").read_text())["command"]
+
+
+def test_a_disk_that_fills_up_during_training_costs_no_more_than_since_the_last_checkpoint(
+    image_folder, tmp_path, disk_full_after, capsys
+):
+    path = plan(tmp_path, "try", "denoiser")
+    options = ["--data", image_folder, "--checkpoint-every", 1, "--device", "cpu"]
+    with disk_full_after(2):
+        assert dng_train(path, *options, "--output", tmp_path / "full") == 1
+    assert "What the last checkpoint holds is kept" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "full").iterdir()] == ["try.checkpoint"]
+    for output in ("full", "whole"):
+        assert dng_train(path, *options, "--output", tmp_path / output) == 0
+    full, whole = (load_denoiser(tmp_path / output / "try.safetensors")[0] for output in ("full", "whole"))
+    assert same(full.state_dict(), whole.state_dict())
 
 
 def test_a_killed_training_goes_on_with_the_same_weights(image_folder, tmp_path):
