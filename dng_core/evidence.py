@@ -115,9 +115,7 @@ def divergence_evidence(start: Call, end: Call, gap: Tensor) -> Tensor:
     return gap * (1 - kernel.ratio) / (2 * kernel.next_sigma**2)
 
 
-def gap_of_step(
-    start: Call, end: Call, guided: Tensor, noise_fraction: float, weight: Tensor | None = None
-) -> Tensor:
+def gap_of_step(start: Call, end: Call, guided: Tensor, noise_fraction: float, weight: Tensor | None = None) -> Tensor:
     """The covariance gap G of :func:`path_evidence`, (batch,), as the noise of one sampling step shows it.
 
     A sampler that moved towards the estimate ``guided`` (batch, ...) drew the noise n = x' - r x - (1 - r) ``guided``,

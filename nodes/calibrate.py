@@ -65,18 +65,24 @@ class Calibrate(io.ComfyNode):
                 ),
                 unconditional_input(),
                 float_input(
-                    "guidance_scale", DEFAULTS.guidance_scale, 0.01, 100.0, 0.01, 0.001,
+                    "guidance_scale",
+                    DEFAULTS.guidance_scale,
+                    (0.01, 100.0, 0.01, 0.001),
                     "The guidance_scale with which you will use the settings.",
                     optional=True,
                 ),
                 float_input(
-                    "on_by", DEFAULTS.on_by, 0.05, 1.0, 0.05, 0.01,
+                    "on_by",
+                    DEFAULTS.on_by,
+                    (0.05, 1.0, 0.05, 0.01),
                     "The share of the steps after which guidance should be on (p above 0.5) in at least half of "
                     "the images that show `negative`.",
                     optional=True,
                 ),
                 float_input(
-                    "below_scale", DEFAULTS.below_scale, 0.01, 1000.0, 0.1, 0.01,
+                    "below_scale",
+                    DEFAULTS.below_scale,
+                    (0.01, 1000.0, 0.1, 0.01),
                     "The push away from `unrelated` should stay below this value in 95 % of the images.",
                     optional=True,
                 ),

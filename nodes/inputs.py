@@ -16,6 +16,9 @@ CONCEPTS = io.Custom("DNG_CONCEPTS")
 DEFAULTS = Settings()
 CUSTOM = "custom"
 
+Limits = tuple[float, float, float, float]
+"""Of a number: the least and the most, by how much the front end changes it, and to what the front end rounds it."""
+
 
 def settings_inputs() -> list[io.Input]:
     """One input for each field of Settings, and the method. The inputs that are rarely used are folded away.
@@ -25,24 +28,28 @@ def settings_inputs() -> list[io.Input]:
     """
     return [
         _number(
-            "guidance_scale", 0.0, 100.0, 0.01, 0.001,
+            "guidance_scale",
+            (0.0, 100.0, 0.01, 0.001),
             "How hard an image is pushed away once it turns into what is to be avoided (lambda_0 in the paper). 1 "
             "is the exact value, a larger one removes more, and 0 switches guidance off.",
         ),
         _number(
-            "prior", 0.001, 0.999, 0.001, 0.001,
+            "prior",
+            (0.001, 0.999, 0.001, 0.001),
             "The share of images that you expect to show the undesired thing without guidance. If you are in "
             "doubt, choose a value that is too high rather than one that is too low.",
         ),
         _number(
-            "temperature", 0.0, 10.0, 0.01, 0.001,
+            "temperature",
+            (0.0, 10.0, 0.01, 0.001),
             "How far the evidence of each step moves the posterior (tau in the paper). 1 is the exact value. A "
             "smaller one makes the posterior slower, which helps with large latents and with models whose errors "
             "add up.",
             advanced=True,
         ),
         _number(
-            "offset", 0.0, 100.0, 0.0001, 0.0001,
+            "offset",
+            (0.0, 100.0, 0.0001, 0.0001),
             "A steady upward drift of the posterior, which switches guidance on earlier (delta in the paper). 0 "
             "is the exact value. offset_form says what the number means.",
             advanced=True,
@@ -58,17 +65,20 @@ def settings_inputs() -> list[io.Input]:
             "it is added at every step, as in the paper's Algorithm 2, so that more steps add more.",
         ),
         _number(
-            "p_min", 1e-6, 0.999, 0.000001, 1e-6,
+            "p_min",
+            (1e-6, 0.999, 0.000001, 1e-6),
             "The posterior never falls below this value, so that it can rise again.",
             advanced=True,
         ),
         _number(
-            "p_max", 0.001, 0.999, 0.001, 0.001,
+            "p_max",
+            (0.001, 0.999, 0.001, 0.001),
             "The posterior p never rises above this value. So the push guidance_scale * p / (1 - p) has a bound.",
             advanced=True,
         ),
         _number(
-            "max_scale", 0.1, 100000.0, 0.1, 0.01,
+            "max_scale",
+            (0.1, 100000.0, 0.1, 0.01),
             "The push guidance_scale * p / (1 - p) is never larger than this value.",
             advanced=True,
         ),
@@ -85,15 +95,14 @@ def settings_inputs() -> list[io.Input]:
     ]
 
 
-def _number(name: str, *range_and_tooltip: Any, **options: Any) -> io.Input:
+def _number(name: str, limits: Limits, tooltip: str, **options: bool) -> io.Input:
     """A number of Settings, with the default that it has there; otherwise as :func:`float_input`."""
-    return float_input(name, getattr(DEFAULTS, name), *range_and_tooltip, optional=True, **options)
+    return float_input(name, getattr(DEFAULTS, name), limits, tooltip, optional=True, **options)
 
 
-def float_input(
-    name: str, default: float, least: float, most: float, step: float, digit: float, tooltip: str, **options: bool
-) -> io.Input:
-    """A number from ``least`` to ``most``, that the front end changes by ``step`` and rounds to ``digit``."""
+def float_input(name: str, default: float, limits: Limits, tooltip: str, **options: bool) -> io.Input:
+    """A number within ``limits``."""
+    least, most, step, digit = limits
     return io.Float.Input(
         name, default=default, min=least, max=most, step=step, round=digit, tooltip=tooltip, **options
     )
@@ -112,7 +121,7 @@ def seed_input(name: str = "seed") -> io.Input:
 
 def cfg_input() -> io.Input:
     tooltip = "The scale of classifier-free guidance. At any value other than 1, connect `unconditional`."
-    return float_input("cfg", 8.0, 0.0, 100.0, 0.1, 0.01, tooltip)
+    return float_input("cfg", 8.0, (0.0, 100.0, 0.1, 0.01), tooltip)
 
 
 def scheduler_input() -> io.Input:

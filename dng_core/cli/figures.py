@@ -281,9 +281,7 @@ FIGURES = {
         "sampler_matrix.matrix_figure",
         schedulers=ALL,
     ),
-    "predictions": over_samplers(
-        "flow and v oracles against the epsilon one", "exact_figures.predictions_figure"
-    ),
+    "predictions": over_samplers("flow and v oracles against the epsilon one", "exact_figures.predictions_figure"),
     "concepts": over_samplers(
         "two forbidden components of eight, as a list and as chained patches",
         "exact_figures.concepts_figure",
