@@ -73,7 +73,7 @@ predictions the power 2.5 removes more; the posteriors of the MNIST network are 
 
 LONGEST_MEMORY = 0.8
 """The most that is left of earlier estimates after a step of the rule ``step_noise``, however short the step. This is
-a memory of five steps, a choice, so that many small steps come back to Algorithm 2."""
+a memory of five steps, a choice: with a longer one the average over many small steps would lag behind."""
 
 NoiseFraction = Callable[[float, float], float]
 """(sigma, sigma') -> the variance that the sampler injects over that step, as a share of the exact kernel's."""

@@ -95,7 +95,8 @@ def _add_run(prompt: Prompt, task: Task, name: str, run: OracleRun, avoided: lis
             model = patch
     elif len(avoided) > 1:
         for condition, previous in zip(avoided[1:], [None, *avoided[1:-1]], strict=True):
-            concept = _node("DNGConcept", negative=[condition, 0], **concept_settings(run.settings))
+            own = {name: value for name, value in settings.items() if name != "reference"}
+            concept = _node("DNGConcept", negative=[condition, 0], **own)
             if previous:
                 concept["inputs"]["previous"] = [f"{previous} concept", 0]
             prompt[f"{condition} concept"] = concept
