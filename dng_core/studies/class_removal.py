@@ -28,9 +28,9 @@ from ..schedules import ChainName, DDPMSchedule, IntegratedOffset, ddpm_sigmas, 
 
 NONE = "none"
 METHOD_NAMES = {NONE: "none", "negative_prompting": "NP", "safe_latent_diffusion": "SLD", "dng": "DNG"}
-TRACED = 8  # images whose posterior and scale are kept: the first, and as many that still show the class
-KEY_LENGTH = 24
-VERSION = 2  # of what is drawn for the same point: to be raised with every change that alters images
+TRACED = 8  # a choice: traces are kept of the first 8 images, and of the first 8 that still show the class
+KEY_LENGTH = 24  # hexadecimal digits of a SHA-256: a choice
+VERSION = 2  # part of every key: raise it with each change that alters the images of a point
 
 Spacing = Literal["ddpm", "karras"]
 Variance = Literal["posterior", "forward"]
@@ -42,11 +42,11 @@ class Point:
 
     Parameters
     ----------
-    denoiser: source of the reference network (:func:`~.checkpoints.open_denoiser`), label-conditional if
-        ``class_only`` is empty; ``class_only``: source of the network that draws the forbidden class alone.
+    denoiser: source of the reference network (:func:`~.checkpoints.open_denoiser`).
+    class_only: source of the network that draws the forbidden class alone; empty to use the denoiser's labels.
     weights: digest of both networks' weights, so that other weights under the same name are another point.
     forbidden: the class to remove; None without guidance.
-    settings: of the guidance; None without.
+    settings: the guidance's settings; None without guidance.
     undesired_every: N, to predict the class at every N-th step only (see :func:`~dng_core.sampling.ddpm_sample`).
     """
 
@@ -77,11 +77,11 @@ class Point:
 
     @property
     def evaluations(self) -> int:
-        """How often a network predicts for a single image: what the point costs."""
+        """How many predictions for single images the point costs."""
         return sum(batch.evaluations for batch in self.batches())
 
     def batches(self) -> list["Batch"]:
-        """What is drawn at once, one after the other or side by side."""
+        """The point's images in parts, each of which is drawn at once."""
         return [Batch(self, start) for start in range(0, self.images, self.batch)]
 
     def key(self) -> str:
@@ -105,7 +105,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Batch:
-    """The images of a point from ``start`` on that are drawn at once."""
+    """Some images of a point that are drawn at once; ``start`` is the number of the first."""
 
     point: Point
     start: int
@@ -116,7 +116,7 @@ class Batch:
 
     @property
     def evaluations(self) -> int:
-        """How often a network predicts for a single image: what the batch costs."""
+        """How many predictions for single images the batch costs."""
         guided = 0 if self.point.settings is None else math.ceil(self.point.steps / self.point.undesired_every)
         return (self.point.steps + guided) * self.images
 
@@ -125,8 +125,8 @@ class Batch:
 class Drawn:
     """The images of a point or batch, (n, channels, height, width) uint8, and traces of some of them.
 
-    ``traced``: (k,) indices of images; ``sigmas``: (steps,), where the undesired class was predicted; ``posterior``,
-    ``scale``: (steps, k); empty unguided.
+    ``traced``: (k,) indices of the traced images. ``sigmas``: (steps,) levels where the undesired class was predicted.
+    ``posterior`` and ``scale``: (steps, k). Without guidance, nothing is traced, and these two are empty.
     """
 
     images: np.ndarray
@@ -139,7 +139,7 @@ class Drawn:
 
 @lru_cache(maxsize=4)
 def network(source: str, device: str) -> tuple[UNet, DenoiserInfo]:
-    """A denoiser on its device; kept, as a sweep asks for it again and again."""
+    """A denoiser on its device. It is cached, because a sweep asks for it again and again."""
     unet, info = open_denoiser(source, CIFAR10_NETWORK)
     return unet.to(device), info
 
@@ -219,7 +219,7 @@ def draw_batch(batch: Batch, device: str = "cpu") -> Drawn:
 
 
 def joined(parts: Sequence[Drawn]) -> Drawn:
-    """The batches of a point, in their order, as one; all of their images are traced, or none."""
+    """The batches of a point, given in their order, as one. Either all of their images are traced or none."""
     images = np.concatenate([part.images for part in parts])
     return Drawn(
         images=images,
@@ -237,13 +237,13 @@ def image_shape(network: UNet) -> tuple[int, int, int]:
 
 
 def starting_noise(start: int, count: int, seed: int, shape: Sequence[int]) -> tuple[Tensor, torch.Generator]:
-    """Standard normal noise for ``count`` images from number ``start`` on, and the generator that goes on with it."""
+    """Standard normal noise for ``count`` images from number ``start`` on, and the generator for later noise."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
     return torch.randn((count, *shape), generator=generator), generator
 
 
 def noise_fraction(variance: Variance, levels: Sequence[float], sigma: float, next_sigma: float) -> float:
-    """The variance that DDPM's steps over ``levels`` add between two of them, as a share of the exact kernel's."""
+    """The variance that DDPM's steps add from ``sigma`` to ``next_sigma``, as a share of the exact kernel's."""
     if variance == "posterior":
         return 1.0  # exact kernels in a row make an exact kernel
     added = 0.0
@@ -254,7 +254,7 @@ def noise_fraction(variance: Variance, levels: Sequence[float], sigma: float, ne
 
 
 def keep_traces(drawn: Drawn, forbidden: np.ndarray) -> Drawn:
-    """``drawn`` with the traces of the first images, and of the first that still show the class (a boolean each)."""
+    """Keep only the traces of the first images and of the first images for which ``forbidden``, (n,) bool, is true."""
     if not len(drawn.traced):
         return drawn
     chosen = sorted({*range(min(TRACED, len(drawn.images))), *np.flatnonzero(forbidden)[:TRACED].tolist()})

@@ -1,8 +1,8 @@
-"""What the posterior of a trained network is worth: the evidence for their class in its own unguided images.
+"""How well the posterior of a trained network knows the class of the network's own unguided images.
 
-Where both predictions are of one and the same distribution, the images that turn into a class gather log(1 / share)
-nats of evidence for it, the most there is, and keep it. Errors in which the two differ count against every image.
-The same images tell which of the rules for the posterior's increments foresees their class best.
+Suppose that both predictions belong to one distribution. In the images that become a class, the evidence for the class
+then grows to log(1 / share) nats, its maximum. An error that the two do not share lowers the evidence in every image.
+The same images show which rule for the posterior's increments foretells the class best.
 """
 
 import math
@@ -25,8 +25,8 @@ from ..schedules import DDPMSchedule, ddpm_sigmas
 from ..settings import Rule, Settings
 from .class_removal import chain_name, image_shape, starting_noise
 
-BATCH = 128
-BOUNDS = (math.inf, 3.0, 0.3, 0.0)  # of sigma: before, while and after it is decided which class an image becomes
+BATCH = 128  # images drawn at once: a choice
+BOUNDS = (math.inf, 3.0, 0.3, 0.0)  # of sigma, a choice: an image's class is open, then decided, then settled
 
 
 @torch.no_grad()
@@ -50,8 +50,8 @@ def evidence_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, An
 def rules_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, Any]]:
     """One row per rule: how well the posteriors of all ten digits foretell the classes of unguided images.
 
-    *Cross entropy*, in nats, and *area under the ROC curve* of the posteriors of every digit, mean over the digits;
-    at the middle of the run, at its end, and for the cross entropy over all steps.
+    The scores are the *cross entropy*, in nats, and the *area under the ROC curve*, each a mean over the digits. Both
+    are taken at the middle and at the end of the run; the cross entropy is also averaged over all steps.
     """
     network, classifier, chain, names = shipped_mnist()
     levels = ddpm_sigmas(chain, steps)
@@ -86,7 +86,7 @@ def rules_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, Any]]
 def _seen_by(
     predict: Predictor, trackers: Sequence[NegativeGuidance], x: Tensor, sigma: float
 ) -> tuple[Tensor, list[Tensor]]:
-    """The reference alone, so that the images are the unguided ones, after every tracker has seen all predictions."""
+    """Show all predictions to every tracker, and return the reference alone, so that the images stay unguided."""
     reference, undesired = predict(x, sigma)
     for guidance in trackers:
         guidance(x, sigma, reference, reference, undesired)
@@ -107,7 +107,7 @@ def foretold(posterior: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def _roc_area(posterior: Tensor, truth: Tensor) -> float:
-    """Chance that an image of the class has a larger posterior than another (half for ties), mean over the classes."""
+    """How often an image of a class has a larger posterior than others; ties count half; mean over the classes."""
     areas = []
     for given, of_class in zip(posterior, truth, strict=True):
         difference = given[of_class][:, None] - given[~of_class]
@@ -123,7 +123,7 @@ def shipped_mnist() -> tuple[UNet, Classifier, DDPMSchedule, Sequence[str]]:
 
 
 def summed(increments: Tensor, shown: Tensor, levels: list[float]) -> dict[str, Any]:
-    """Mean evidence of the images ``shown`` to be of the class, by the noise levels that it came at.
+    """Mean evidence of the images that are ``shown`` to be of the class, by range of the noise level.
 
     ``increments``: (jumps, n), from each level to the next; ``shown``: (n,) bool; ``levels``: falling, jumps + 1.
     """

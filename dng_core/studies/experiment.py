@@ -26,7 +26,7 @@ class MethodPlan:
     ----------
     scales: guidance scales, each a point at the full number of images.
     search: other settings -> their candidates. All combinations are tried first with few images, at each of
-        ``search_scales``, for every class; the best one is what the scales are swept with.
+        ``search_scales``, for every class. The sweep over ``scales`` then uses the best combination.
     fixed: other settings, the same everywhere.
     """
 
@@ -41,7 +41,7 @@ class MethodPlan:
             raise ValueError(f"{METHOD_NAMES[self.method]} has no scales to sweep over")
         if self.search and not self.search_scales:
             raise ValueError(f"{METHOD_NAMES[self.method]} has a search without search_scales")
-        self.candidates(), self.sweep({})  # made, and so validated, before anything runs
+        self.candidates(), self.sweep({})  # makes, and so validates, all settings before anything runs
 
     def candidates(self) -> list[MethodSettings]:
         """All settings that the search tries; none without a search."""
@@ -59,7 +59,7 @@ class MethodPlan:
         return [self._settings(scale, best) for scale in sorted(self.scales)]
 
     def searched(self, settings: MethodSettings) -> dict[str, Any]:
-        """Of ``settings``, those that the search decides."""
+        """Those of ``settings`` that the search decides."""
         return {name: getattr(settings, name) for name in self.search}
 
     def _settings(self, scale: float, others: Mapping[str, Any]) -> MethodSettings:
@@ -81,14 +81,14 @@ class Experiment:
     denoiser: source of the unconditional or label-conditional network (:func:`~.checkpoints.open_denoiser`).
     class_only: class name -> source of a network trained on this class alone; empty for a label-conditional denoiser.
     classifier: a shipped classifier's name, or a file of `dng train classifier`.
-    dataset: of real images to compare with (:func:`~.datasets.load_dataset`); "" for none.
+    dataset: the real images to compare with (:func:`~.datasets.load_dataset`); "" for none.
     classes: names of the classes to remove, one after the other; () for all of the classifier's.
-    search_classes: names of the classes that the search for settings is done on, and whose best settings are used for
-        all; () to search for each class on its own.
-    adaptive: sweep each method from the smallest scale that the search finds safe to the first that is safe at full
-        size (:func:`~.selection.next_scale`), not over all scales.
+    search_classes: names of the classes on which one search finds the settings for all classes; () searches for each
+        class on its own.
+    adaptive: begin each sweep at the smallest scale that is safe with few images, and end it at the first that is safe
+        with all images (:func:`~.selection.next_scale`).
     undesired_every: see :class:`~.class_removal.Point`.
-    target_share: the forbidden share that counts as safe; settings are chosen by the least KL among safe ones.
+    target_share: the largest forbidden share that is safe. The best settings have the least KL among the safe ones.
     reference_images: the most real images that distances are measured against.
     """
 

@@ -1,7 +1,7 @@
 """Distances between drawn and real images in a classifier's features, and FID where Inception-V3's weights can be had.
 
-The Fréchet distance in the shipped classifier's features is FID's formula with another network: it is named so
-everywhere, and its values cannot be compared with FID's.
+The Fréchet distance in the shipped classifier's features is FID's formula with another network. It is never called
+FID, because its values cannot be compared with FID's.
 """
 
 from dataclasses import dataclass
@@ -43,8 +43,8 @@ class Gaussian:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Dowson & Landau 1982; Heusel et al. 2017).
 
-    The trace of the root is that of the symmetric (C_b^(1/2) C_a C_b^(1/2))^(1/2), by eigenvalues; pass the real
-    images as ``b``, whose root is kept.
+    (C_a C_b)^(1/2) has the same trace as the symmetric (C_b^(1/2) C_a C_b^(1/2))^(1/2), which is computed from
+    eigenvalues. Pass the real images as ``b``: its root is cached.
     """
     cross = torch.linalg.eigvalsh(b.root @ a.covariance @ b.root).clamp(min=0).sqrt().sum()
     traces = a.covariance.trace() + b.covariance.trace()
@@ -54,8 +54,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 def inside_manifold(points: Tensor, manifold: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
     """Whether each of ``points`` lies in the manifold of other points (Kynkäänniemi et al. 2019, eq. 2); (n,) bool.
 
-    That is: within the distance of some manifold point to its ``neighbours``-th nearest neighbour. Precision is the
-    share of drawn features inside the manifold of the real ones, recall the reverse.
+    A point lies inside if it is as near to some manifold point as that point's ``neighbours``-th nearest neighbour.
+    Precision is the share of drawn features inside the manifold of the real ones; recall is the reverse.
     """
     if len(manifold) <= neighbours:
         raise ValueError(f"precision and recall need more than {neighbours} images on each side, not {len(manifold)}")

@@ -25,15 +25,15 @@ from .metrics import (
     wilson_interval,
 )
 
-FORMAT = 1  # of the measures' records: to be raised when measures change, so that all of them are taken again
-# Bootstrap resamples. A histogram's statistics take microseconds; a Fréchet distance takes a matrix root each time.
+FORMAT = 1  # part of every record: raise it when a measure changes, and everything is measured again
+# Bootstrap resamples, a choice: a histogram's statistic takes microseconds, a Fréchet distance needs a matrix root.
 HISTOGRAM_RESAMPLES = 400
 FEATURE_RESAMPLES = 60
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A value with its 95 % interval; None where there is none (or it is not finite)."""
+    """A value with its 95 % interval. A number that is missing or not finite is written as None."""
 
     value: float | None
     low: float | None = None

@@ -1,4 +1,4 @@
-"""Measures of class removal: safety, balance of the other classes, and what happened to the images left alone.
+"""Measures of class removal: safety, the balance of the other classes, and the change of images to be left alone.
 
 Counts are histograms over the K classes of what a classifier saw; ``forbidden`` is the removed class. With N images,
 n_c of them in class c, and u = 1 / (K - 1) the uniform distribution over the other classes:
@@ -8,16 +8,16 @@ n_c of them in class c, and u = 1 / (K - 1) the uniform distribution over the ot
     KL, renormalised    the same with q_c = max(n_c, 1) / (N - n_f)
 
 Both are KL(uniform || generated), in nats: 0 when the other classes are drawn equally often, and large when one of
-them is missing. The paper's is not renormalised: where no class is empty it is the renormalised one minus
-log(1 - forbidden share). A class that nobody drew counts as one image, as in the paper.
+them is missing. The paper's form is the renormalised one minus log(1 - forbidden share). A class without images counts
+as one image, as in the paper.
 
     KL, unbiased        sum_{c != f} u (log u - H(n_c) + H(N - n_f)),  H the harmonic numbers, H(0) = 0
 
-With few images the other two are too large even for a balanced model, by about (K - 2) / (2 (N - n_f)). For a
-Poisson count, E[H(n)] = gamma + log E[n] + E_1(E[n]) (Grassberger 2003), so the third has no bias but E_1, less than
-1e-5 at ten images a class; it scatters around 0 for a balanced model, and can be negative.
+With few images the first two forms are too large, even for a balanced model: by about (K - 2) / (2 (N - n_f)). For a
+Poisson count, E[H(n)] = gamma + log E[n] + E_1(E[n]) (Grassberger 2003). The only bias of the third form is therefore
+E_1, less than 1e-5 at ten images a class. For a balanced model its values scatter around 0, and some are negative.
 
-The intervals need scipy, which every ComfyUI has; it is imported by those alone, as the divergences do without.
+Only the intervals import scipy, which every ComfyUI has.
 """
 
 import math
@@ -75,8 +75,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The basic bootstrap interval (Davison & Hinkley 1997, eq. 5.6) of ``statistic(indices)`` over 2 or more images.
 
-    2 t - q for the quantiles q of resamples with replacement: where fewer distinct images raise a statistic, as they
-    do divergences and distances, this form takes the rise away instead of counting it twice.
+    Its ends are 2 t - q, for the statistic t and quantiles q of resamples with replacement. A resample has fewer
+    distinct images, which raises divergences and distances. 2 t - q takes this rise away; q would count it twice.
     """
     from scipy.stats import DegenerateDataWarning, bootstrap
 
@@ -93,9 +93,8 @@ def bootstrap_interval(
 class Change:
     """What guidance did to the images whose baseline, from the same seed, was not of the forbidden class.
 
-    ``images``: how many those are; ``kept``: the share of them that keep their class; ``rms``: the root mean square
-    over all their pixels of guided minus baseline, in the unit of the images. The last two are NaN where ``images``
-    is 0.
+    ``images``: the number of these images. ``kept``: the share of them that keep their class. ``rms``: the root mean
+    square of guided minus baseline over all their pixels, in the images' unit. The last two are NaN without images.
     """
 
     images: int

@@ -1,4 +1,4 @@
-"""What denoisers are worth by themselves: what they draw without guidance, and how well they denoise unseen images."""
+"""How good denoisers are by themselves: what they draw without guidance, and how well they denoise unseen images."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -20,8 +20,8 @@ from .class_removal import chain_name, image_shape, starting_noise
 from .features import Gaussian, classified, frechet_distance
 from .metrics import class_histogram
 
-BATCH = 125
-UNCLEAR = 0.6  # an image is unclear if the classifier gives no class a higher probability
+BATCH = 125  # images drawn at once; like the numbers below, a choice
+UNCLEAR = 0.6  # an image is unclear if the classifier gives every class a lower probability
 REAL_IMAGES = 10_000  # of the training split, for the Fréchet distance
 HELD_OUT = 256  # images of the test split that are denoised
 NOISE_LEVELS = (0.3, 1.0, 2.5, 6.0, 20.0)  # sigma
@@ -31,12 +31,12 @@ NOISE_LEVELS = (0.3, 1.0, 2.5, 6.0, 20.0)  # sigma
 def networks_figure(
     sources: Sequence[str], data: Path | None, images: int, steps: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """One row per label-conditional MNIST denoiser, unguided, of the sources that ``open_denoiser`` reads.
+    """One row per label-conditional MNIST denoiser, drawing unguided; ``sources`` are what ``open_denoiser`` reads.
 
-    *unclear*: percent of images in which the classifier finds no class with a probability of 0.6; *rarest* and
-    *commonest*: the classes' shares, in percent; *distance*: Fréchet's, in the classifier's features, to training
-    images; *seconds*: to draw 100 images; *error at* a sigma: 1000 times the mean squared error of the denoised test
-    images, half of them with their label. Distance and errors need ``data``, MNIST's folder.
+    *unclear*: percent of images in which the classifier gives every class a probability below 0.6. *rarest* and
+    *commonest*: percent of images in these two classes. *distance*: Fréchet distance to training images, in the
+    classifier's features. *seconds*: time for 100 images. *error at* a sigma: 1000 times the mean squared error of
+    denoised test images, half of them with their label. Distance and errors need ``data``, MNIST's folder.
     """
     classifier, _ = load_classifier(shipped_classifiers()["mnist"])
     real = load_dataset("mnist", data, train=True).sample(REAL_IMAGES) if data else None

@@ -19,7 +19,7 @@ from ..schedules import DDPMSchedule, ddpm_sigmas, karras_sigmas
 from ..settings import PRESETS, Settings
 from .metrics import balance_kl_renormalised, class_histogram
 
-COMPONENTS = 8
+COMPONENTS = 8  # of the mixture; like the numbers below, a choice
 DIMENSIONS = 32
 STD = 0.2
 STEP_COUNTS = (20, 30, 50, 100, 250, 1000)
@@ -29,10 +29,10 @@ NO_CLAMP = Settings(prior=1 / COMPONENTS, p_min=1e-30, p_max=1 - 1e-6, max_scale
 def paper_increment(
     chain: DDPMSchedule, t: int, x_next: Tensor, x: Tensor, eps_negative: Tensor, eps: Tensor
 ) -> Tensor:
-    """Algorithm 2 as the paper writes it, for DDPM states and noise predictions: (batch,), tau 1, delta 0.
+    """The increment (batch,) of Algorithm 2 as the paper writes it, for DDPM states and noise; tau is 1, delta 0.
 
-    mu = (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t) (Ho et al. 2020, eq. 11), and the difference of the
-    squared distances of x_{t-1} to the two, over -2 beta-tilde_t.
+    Each noise prediction gives a mean mu = (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t) (Ho et al. 2020,
+    eq. 11). The increment is the difference of the squared distances from x_{t-1} to the two, over -2 beta-tilde_t.
     """
     beta, alpha_bar = chain.betas[t], chain.alpha_bars[t]
 
@@ -47,8 +47,8 @@ def paper_increment(
 def increment_figure(seed: int) -> Iterator[dict[str, Any]]:
     """Figure 1: the largest relative error of the increment over all DDPM steps, in float64 and float32.
 
-    At each step the error's norm over 16 random states is taken relative to that of the paper's formula in float64: a
-    single state's increment can be near zero by chance.
+    At each step the norm of 16 random states' errors is divided by the norm of their increments in float64, because
+    a single state's increment can be near zero by chance.
     """
     chain = DDPMSchedule.named("linear")
     generator = torch.Generator().manual_seed(seed)
@@ -107,7 +107,7 @@ def _sample(
 ) -> tuple[Tensor, float]:
     """Samples avoiding component 0, and the mean error of the posterior tracked at the last noise level.
 
-    The exact posterior of the first state takes the prior's place for the exact settings, as their figure asks.
+    Under the exact settings (``NO_CLAMP``), the first state's exact posterior replaces the prior, as figure 2 needs.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(samples, *mixture.means.shape[1:], generator=generator)

@@ -65,7 +65,7 @@ class Runner:
                          for k in self.labels if sources}  # fmt: skip
 
     def run(self) -> int:
-        """Draw and measure what is not there yet; the number of points that failed.
+        """Draw and measure what is not there yet; returns the number of points that failed.
 
         Raises
         ------

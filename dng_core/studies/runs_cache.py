@@ -39,12 +39,12 @@ class RunsCache:
             self._batch(batch).unlink(missing_ok=True)
 
     def missing(self, point: Point) -> list[Batch]:
-        """The batches to draw of a point that is not whole: those that are not there, at least the last."""
+        """The batches to draw of an unfinished point: those without a file, or the last if all have one."""
         batches = point.batches()
         return [batch for batch in batches if not self._batch(batch).is_file()] or batches[-1:]
 
     def add(self, batch: Batch, drawn: Drawn) -> Drawn | None:
-        """The whole point, if this batch was its last; else None, and the batch is kept."""
+        """Return the whole point if only this batch was missing; otherwise store the batch and return None."""
         others = [other for other in batch.point.batches() if other != batch]
         if not all(self._batch(other).is_file() for other in others):
             _store(self._batch(batch), drawn)

@@ -1,4 +1,4 @@
-"""Which settings are best, the least imbalance among those that are safe, and which to try next."""
+"""Which settings are best (the safe ones with the least imbalance), and which to try next."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
@@ -14,7 +14,7 @@ def safe(measures: dict[str, Any], target: float) -> bool:
 
 
 def best(measured: Iterable[tuple[Key, dict[str, Any]]], target: float, quality: str = "kl_renormalised") -> Key:
-    """Of (key, measures), the key with the least ``quality`` among the safe; if none is safe, the safest one's.
+    """The key of the safe pair (key, measures) with the least ``quality``; if no pair is safe, the safest pair's key.
 
     A quality that could not be measured counts as the worst. Raises ValueError for no pairs at all.
     """
@@ -33,7 +33,7 @@ def best(measured: Iterable[tuple[Key, dict[str, Any]]], target: float, quality:
 
 
 def mean_measures(measured: Sequence[dict[str, Any]], quality: str = "kl_renormalised") -> dict[str, Any]:
-    """What :func:`best` looks at, averaged over several classes; a quality that one of them lacks is lacking."""
+    """What :func:`best` looks at, averaged over several classes. The mean quality is None if one class has none."""
     qualities = [m.get(quality, {}).get("value") for m in measured]
     return {
         "forbidden_share": {"value": mean(m["forbidden_share"]["value"] for m in measured)},
@@ -46,13 +46,13 @@ def next_scale(
 ) -> tuple[Literal["search", "sweep"], float] | None:
     """What an adaptive sweep draws next: a scale with few images ("search") or with all ("sweep"); None at its end.
 
-    The smallest safe scale is looked for by bisection with few images, as if less were left at every larger scale.
-    There the sweep begins, and it goes up until a scale is safe with all images.
+    A bisection with few images looks for the smallest safe scale; it assumes that larger scales leave less. The sweep
+    begins at the scale found, and goes up until a scale is safe with all images.
 
     Parameters
     ----------
     scales: in rising order.
-    searched, swept: scale -> whether it was safe, of what was drawn with few and with all images.
+    searched, swept: scale -> whether it was safe with few images (``searched``) and with all (``swept``).
     """
     low, high = 0, len(scales) - 1
     while low < high:

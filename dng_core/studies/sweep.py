@@ -22,7 +22,7 @@ from .class_removal import Batch, Drawn, Point, draw_batch
 EngineName = Literal["local", "ray"]
 ENGINES: tuple[EngineName, ...] = ("local", "ray")
 PACKAGE = Path(__file__).resolve().parents[1]
-RAY_RETRIES = 3  # of a batch whose worker died
+RAY_RETRIES = 3  # of a batch whose worker died: a choice
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def draw_all(batches: Sequence[Batch], workers: Workers) -> Iterator[tuple[Batch
 
 
 def draw_one(batch: Batch, device: str, threads: int | None) -> Drawn | Exception:
-    """Draw one batch with so many CPU threads; errors are returned, so that others go on."""
+    """Draw one batch with ``threads`` CPU threads. An error is returned, not raised, so that other batches go on."""
     if threads:
         torch.set_num_threads(threads)
     began = time.monotonic()
@@ -143,7 +143,7 @@ def _on_ray(tasks: Iterable[tuple[Batch, str]], workers: Workers) -> Iterator[tu
                 include_dashboard=False if not workers.address else None,
                 log_to_driver=False,
             )
-        except Exception as error:  # Ray raises that very class where its processes don't answer in time
+        except Exception as error:  # Ray raises a plain Exception if its processes don't answer in time
             ray.shutdown()
             where = f"reached at {workers.address}" if workers.address else "started on this machine"
             raise ValueError(f"Ray could not be {where} ({error}): try again, or leave out --engine ray") from error

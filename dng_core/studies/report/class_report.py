@@ -22,7 +22,7 @@ from ..metrics import (
 )
 from .markdown import line
 
-SHEET_IMAGES = 64  # per method
+SHEET_IMAGES = 64  # per method: a choice
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def bar_chart(report: Report) -> Image.Image:
 
 
 def contact_sheet(report: Report) -> Image.Image:
-    """The methods' first images side by side, the same seed in the same place; a red frame: still forbidden."""
+    """The methods' first images, the same seed in the same place. A red frame marks the forbidden class."""
     removed = report.class_names[report.forbidden]
     return image_sheet(
         [

@@ -112,7 +112,7 @@ def page(results: Results, pictures: dict[str, dict[str, bytes]]) -> str:
 
 
 def overview_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: by class, what is left, and balance and distance of each method at its best."""
+    """Head and rows: for each class, what each method at its best leaves, its balance and its distance."""
     measures = {"forbidden_share": "left", "kl_renormalised": "KL", "frechet_without": "Fréchet"}
     by_class = {name: _unguided_and_best(results, name) for name in results.removed}
     methods = [m for m in METHOD_NAMES.values() if any(m in (r.method for r in rows) for rows in by_class.values())]
@@ -138,9 +138,9 @@ def every_table(results: Results, removed: str) -> tuple[list[str], list[list[st
 
 
 def verdict(results: Results, chosen_by: str, *compared: str) -> str:
-    """At how many classes DNG's best safe point is better than each other method's, by all measures ``compared``.
+    """For how many classes DNG's best safe point beats every other method's in all measures ``compared``.
 
-    ``chosen_by``: the measure that each method's best point has least of.
+    ``chosen_by``: the measure that is least at a method's best point.
     """
     better, decided, unsafe = 0, 0, []
     for removed in results.removed:
@@ -160,20 +160,20 @@ def verdict(results: Results, chosen_by: str, *compared: str) -> str:
         return f"{names}: not yet measured."
     text = (
         f"{names}: at a forbidden share of {results.target:.1%} or less, DNG is lower than every other method for "
-        f"{better} of {decided} classes, each method at its point with the least {COLUMNS[chosen_by]} (one that never "
-        "gets there counts as beaten)."
+        f"{better} of {decided} classes. Each method stands at its point with the least {COLUMNS[chosen_by]}. "
+        "A method that never reaches that share counts as beaten."
     )
     return text + (f" DNG itself does not get there for: {', '.join(unsafe)}." if unsafe else "")
 
 
 def _is_lower(ours: Result, theirs: Result, measure: str) -> bool:
-    """Whether a measure is lower; one that they lack is not compared."""
+    """Whether ``ours`` has the lower measure; also true where ``theirs`` has none."""
     mine, other = ours.value(measure), theirs.value(measure)
     return other is None or (mine is not None and mine < other)
 
 
 def tuned_table(results: Results) -> tuple[list[str], list[list[str]]] | None:
-    """Head and rows: what is left here and where the settings were tuned; None where they were tuned here."""
+    """Head and rows: what is left here, and what was left where the settings were tuned; None if that was here."""
     tuned = results.manifest.get("settings_of")
     if tuned is None:
         return None
@@ -196,9 +196,9 @@ def _introduction(results: Results) -> list[str]:
         + f"), seed {e['seed']}; {m['machine']}, torch {m['versions']['torch']}.",
         f"{m['note'][0].upper()}{m['note'][1:]}. Fréchet distances are in the features of the classifier "
         f"{e['classifier']!r}, and not FID. Each method stands at the settings with the least KL among its points "
-        f"with at most {results.target:.1%} left (else at its safest), chosen and shown on the same images. "
-        "Intervals: 95 %, Wilson's for shares; otherwise basic bootstrap, of what many images would give: with few, a "
-        "divergence or distance lies above its own.",
+        f"with at most {results.target:.1%} left, or else at its safest. It is chosen and shown on the same images. "
+        "Intervals (95 %) are Wilson's for shares, and otherwise basic bootstrap intervals for the value that many "
+        "images would give: with few images, a divergence or distance can lie above its own interval.",
         verdict(results, "kl_renormalised", "kl_renormalised"),
         verdict(results, "frechet_without", "frechet_without"),
         verdict(results, "kl_renormalised", "kl_renormalised", "frechet_without"),
@@ -266,7 +266,7 @@ def _title(results: Results) -> str:
 
 
 def _slug(name: str) -> str:
-    """A class name as part of a file name, another for every class."""
+    """A class name as part of a file name; no two classes have the same."""
     return "".join(c if c.isalnum() else f"_{ord(c):x}_" for c in name)
 
 

@@ -22,13 +22,11 @@ AXES = {
     "frechet_without": "Fréchet distance, classifier features",
     "fid_without": "FID",
 }
-SHEET_IMAGES = 36
+SHEET_IMAGES = 36  # per method: a choice
 
 
 def pareto(results: Results, removed: str) -> Figure:
-    """Balance and quality against safety, with 95 % intervals: points that differ in their guidance scale alone are
-    joined.
-    """
+    """Balance and quality against safety, with 95 % intervals. Lines join points that differ only in scale."""
     rows = results.of(removed, "baseline", "sweep")
     shown = [m for m in AXES if m == "kl_renormalised" or any(r.value(m) is not None for r in rows)]
     figure = Figure(figsize=(5.2 * len(shown), 4.0), layout="constrained")
@@ -133,7 +131,7 @@ def traces(results: Results, removed: str) -> Figure | None:
 
 
 def grid(results: Results, removed: str) -> Image.Image:
-    """The first images of each method at its best, the same seed in the same place; framed: still removed class."""
+    """The first images of each method at its best, the same seed in the same place. Frames mark the removed class."""
     rows = [*results.of(removed, "baseline"), *results.best(removed).values()]
     return image_sheet([_of_sheet(row, results.drawn(row)) for row in rows])
 
