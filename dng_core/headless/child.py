@@ -1,8 +1,8 @@
 """Run a Python program (SCRIPT, or -m MODULE, and its arguments) for as long as the process that started it lives.
 
-Run as a script by the Python that the program needs; the standard library only. The parent holds the other end of
-standard input and writes nothing there: when that end closes, the parent is gone, however it went, and so is every
-reason to run on.
+The Python that the program needs runs this file as a script, so only the standard library is imported. The parent
+holds the other end of standard input and writes nothing there. When that end closes, the parent has ended, whatever
+the reason, and the program must end too.
 """
 
 import os
@@ -28,6 +28,6 @@ if __name__ == "__main__":
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv = sys.argv[1:]
-        # -P kept this file's folder off the path; a script's own folder comes first there, and ComfyUI relies on it.
+        # ComfyUI needs its own folder first on the path, as for any script. -P has kept this file's folder off it.
         sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
         runpy.run_path(sys.argv[0], run_name="__main__")

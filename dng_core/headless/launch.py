@@ -1,7 +1,7 @@
 """Start the command line in an interpreter where dng_core is not installed, leaving sys.path alone.
 
-Run as a script. The package is loaded from where this file lies and registered under its name; the folder that holds
-it stays off sys.path, for beside it lies nodes/, which would hide ComfyUI's module of that name.
+This file is run as a script. It loads the package from its own folder's parent and registers it under its name. The
+folder above stays off sys.path, because its nodes/ would hide ComfyUI's module of that name.
 """
 
 import importlib

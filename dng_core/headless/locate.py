@@ -11,7 +11,7 @@ from pathlib import Path
 from .errors import HeadlessError
 from .paths import venv_python
 
-PROBE_SECONDS = 300
+PROBE_SECONDS = 300  # a first import of torch can be slow: a choice
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def find_python(comfyui: Path, python: Path | None, environ: Mapping[str, str] =
     """The Python that runs `comfyui`: `python`, DNG_COMFYUI_PYTHON, an environment beside it, or this interpreter."""
     named = python or environ.get("DNG_COMFYUI_PYTHON")
     if named:
-        # Not resolved: a virtual environment's interpreter is a link, and works only by its own name.
+        # The link is not resolved: a virtual environment's interpreter is a link that works only by its own name.
         interpreter = Path(named).expanduser().absolute()
         if not interpreter.is_file():
             raise HeadlessError(
@@ -71,7 +71,7 @@ def find_python(comfyui: Path, python: Path | None, environ: Mapping[str, str] =
 def has_accelerator(location: Location) -> bool:
     """Whether torch sees a GPU (CUDA, ROCm, Intel's or Apple's) from the interpreter that runs ComfyUI.
 
-    Raises HeadlessError where that interpreter cannot import torch: it is not the one that ComfyUI was installed for.
+    Raises HeadlessError where that interpreter cannot import torch, because it is then not ComfyUI's own.
     """
     code = (
         "import torch\n"

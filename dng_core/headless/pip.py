@@ -13,7 +13,7 @@ LINE_WIDTH = 100
 TAIL_LINES = 15
 PYTHON = f"Python {sys.version_info.major}.{sys.version_info.minor} on {sys.platform}"
 
-# What pip prints, and what that means; the first that matches is the reason.
+# What pip prints, the problem that it means, and the remedy. The first pattern that matches is taken.
 REASONS = (
     (
         r"DO NOT MATCH THE HASHES|Hashes are required|HashMismatch",
@@ -58,7 +58,7 @@ def run_pip(python: Path, arguments: Sequence[str | Path], purpose: str) -> None
 
 
 def show(line: str) -> None:
-    """Print a line of pip's that tells of progress."""
+    """Print a line of pip's output if it reports progress."""
     if line.strip().startswith(SHOWN):
         print(f"  {line.strip()[:LINE_WIDTH]}", file=sys.stderr, flush=True)
 

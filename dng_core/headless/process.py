@@ -18,7 +18,7 @@ GRACE_SECONDS = 10.0
 def start(
     python: Path, arguments: Sequence[str | Path], output: IO[bytes] | int, folder: Path | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start `python ARGUMENTS` in `folder`, leader of a process group, all it prints going to `output`.
+    """Start `python ARGUMENTS` in `folder`, as the leader of a process group that prints to `output`.
 
     Raises HeadlessError where that Python does not start.
     """
@@ -30,7 +30,7 @@ def start(
             stderr=subprocess.STDOUT,
             cwd=folder,
             env=child_environment(),
-            start_new_session=True,  # the terminal's Ctrl-C is for this process alone, which then stops the child
+            start_new_session=True,  # Ctrl-C in the terminal reaches this process only, which then stops the child
         )
     except OSError as error:
         raise HeadlessError(
@@ -41,7 +41,7 @@ def start(
 def run_helper(
     python: Path, arguments: Sequence[str | Path], on_line: Callable[[str], None] = lambda line: None
 ) -> tuple[int, list[str]]:
-    """Run `python ARGUMENTS` to its end; returns its status and what it printed, having told `on_line` each line."""
+    """Run `python ARGUMENTS` to its end; passes each line to `on_line`; returns the status and all lines."""
     process = start(python, arguments, subprocess.PIPE)
     lines: list[str] = []
     try:
@@ -63,7 +63,7 @@ def child_environment() -> dict[str, str]:
 
 
 def stop(process: subprocess.Popen[bytes], grace_seconds: float = GRACE_SECONDS) -> None:
-    """End the process and its whole group: politely first, by force after `grace_seconds`."""
+    """Ask the process and its whole group to end, and kill what is left after `grace_seconds`."""
     try:
         _signal_group(process, "SIGTERM")
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -81,6 +81,6 @@ def _signal_group(process: subprocess.Popen[bytes], name: str) -> None:
         if process.poll() is None:
             process.terminate()
         return
-    # An empty group is no error; macOS says EPERM for one that holds only zombies.
+    # An empty group is no error. For a group of zombies only, macOS reports EPERM.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, getattr(signal, name))

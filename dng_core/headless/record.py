@@ -1,4 +1,4 @@
-"""Write what a run made into a folder: its files, its texts and a JSON record, each whole or not at all."""
+"""Write what a run made into a folder: its files, its texts and a JSON record. No file is ever half written."""
 
 import json
 import platform
@@ -15,7 +15,7 @@ from .server import Server
 from .workflow import Prompt, literal_inputs, seeds
 
 RECORD = "record.json"
-# How this pack's nodes are told from others: their class, name and category say so.
+# A node is this pack's own if its class, name or category matches.
 OURS = re.compile(r"\bDNG|Dynamic ?Negative ?Guidance", re.IGNORECASE)
 
 

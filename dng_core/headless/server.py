@@ -21,13 +21,13 @@ from .paths import is_pack
 from .process import start, stop
 
 HOST = "127.0.0.1"
-START_SECONDS = 600.0
+START_SECONDS = 600.0  # like the numbers below, a choice
 POLL_SECONDS = 0.3
 PORT_ATTEMPTS = 3
 LOG_TAIL_LINES = 25
 LOADING_ERROR = re.compile(r"Cannot import .* module for custom nodes|Error while calling comfy_entrypoint")
 ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# Unlike any name a user's copy has, so that the one loaded is the one meant.
+# No user's copy should have this name, so that ComfyUI loads the copy that is meant.
 PACK_NAME = "dynamic-negative-guidance-checkout"
 
 
@@ -80,9 +80,9 @@ def comfyui_server(
 ) -> Iterator[Server]:
     """Start the ComfyUI at `location` on loopback with the node pack `pack`, and stop it at the end, whatever happens.
 
-    It gets input, output, temporary and user folders of its own, deleted at the end, and reads its usual models. Other
-    custom nodes are loaded only with `all_custom_nodes`. `options` are more of ComfyUI's own. Without a GPU it runs on
-    the CPU. Raises HeadlessError where it does not start, or where the wished-for `port` is taken.
+    The server reads its usual models. Its other folders (input, output, temporary, user) are deleted at the end. Other
+    custom nodes are loaded only with `all_custom_nodes`. `options` are further options of ComfyUI. Without a GPU it
+    runs on the CPU. Raises HeadlessError where the server does not start, or where the given `port` is taken.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="dng-", ignore_cleanup_errors=True) as scratch:
@@ -120,8 +120,8 @@ def server_options(folder: Path, input_folder: Path | None) -> list[str]:
 def visible_pack(location: Location, pack: Path | None, folder: Path, all_custom_nodes: bool) -> Iterator[list[str]]:
     """ComfyUI's options that make it load `pack` once, through a link in `folder`, without touching the user's files.
 
-    Where the user's custom_nodes holds the pack, that copy is used instead if every custom node is to be loaded (two
-    would clash), if it leads to the same files, or if there is no `pack`.
+    A copy of the pack in the user's custom_nodes is used instead in three cases: every custom node is to be loaded
+    (two copies would clash), the copy leads to the same files, or there is no `pack`.
     """
     own = installed_pack(location)
     options = [] if all_custom_nodes else ["--disable-all-custom-nodes"]
@@ -155,7 +155,7 @@ def installed_pack(location: Location) -> Path | None:
 
 
 def start_on_some_port(location: Location, arguments: list[str], log: Path, port: int | None) -> Server:
-    """Start ComfyUI on `port`, or on a free one, trying another where some other program was quicker to take it."""
+    """Start ComfyUI on `port`, or on a free one. Try another free port where another program took the first."""
     attempts = 1 if port else PORT_ATTEMPTS
     for attempt in range(1, attempts + 1):
         chosen = port or free_port()
@@ -181,8 +181,8 @@ def start_on_some_port(location: Location, arguments: list[str], log: Path, port
 def wait_until_ready(server: Server, arguments: Sequence[str]) -> dict[str, Any]:
     """Wait for the server's answer and return its system statistics.
 
-    What answers must have been started with our arguments (our own folders are among them): another ComfyUI that took
-    the port meanwhile is not mistaken for ours. Raises HeadlessError where the server ends or never answers.
+    Another ComfyUI may have taken the port meanwhile. So the answer must show our own arguments, among them our own
+    folders. Raises HeadlessError where the server ends or never answers.
     """
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
@@ -208,8 +208,8 @@ def running_server(url: str) -> Server:
 
 
 def system_stats(url: str, timeout: float) -> dict[str, Any]:
-    """What ComfyUI says of itself; raises OSError without an answer, ValueError for an answer of something else."""
-    # Straight to the server: a proxy set for the internet knows nothing of loopback.
+    """What ComfyUI says of itself; raises OSError without an answer, and ValueError if something else answers."""
+    # No proxy is used: a proxy for the internet cannot reach loopback.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"{url}/system_stats", timeout=timeout) as response:
         stats = json.load(response)

@@ -37,7 +37,7 @@ def load_workflow(path: Path) -> Prompt:
 
 
 def title(prompt: Prompt, node_id: str) -> str:
-    """A node as people know it: its title, or else its class, with its id and class."""
+    """A node's name for messages: its title (or else its class), its id and its class."""
     # A node that another one expanded into has an id like "12.0.0.3"; its title is that of node 12.
     node = prompt.get(node_id) or prompt.get(node_id.split(".")[0].split(":")[0]) or {}
     class_type = node.get("class_type", "unknown class")
@@ -48,7 +48,7 @@ def title(prompt: Prompt, node_id: str) -> str:
 def set_inputs(prompt: Prompt, assignments: Iterable[str]) -> None:
     """Apply assignments NODE.INPUT=VALUE in place; NODE is an id, a title or a class that only one node has.
 
-    VALUE is read as JSON where it is that (numbers, true, "text"), as plain text otherwise. Raises HeadlessError for
+    VALUE is read as JSON if it is valid (numbers, true, "text"), as plain text otherwise. Raises HeadlessError for
     an assignment of another form and for a node or an input that is not there.
     """
     for assignment in assignments:

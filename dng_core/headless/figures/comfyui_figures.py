@@ -13,7 +13,7 @@ from .oracle_runs import UNGUIDED, OracleRun, OracleRunner, Task
 
 DIGITS = 10
 NP_SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
-"""Scales tried for negative prompting, from the weakest."""
+"""Scales tried for negative prompting, from the weakest; like the numbers below, a choice."""
 NP_TRIAL_IMAGES = 128
 NP_FIRST_TRIAL = 3  # index of the scale that is tried first
 
@@ -37,11 +37,11 @@ def oracle_figure(runs: OracleRunner, samples: int, seed: int) -> Iterator[dict[
 
 
 def mnist_figure(server: Server, workflow: Path, images: int, cache: Path) -> Iterator[dict[str, Any]]:
-    """Figure 5: one digit removed after the other by the shipped workflow, at its own settings: DNG first, then NP.
+    """Figure 5: the shipped workflow, at its own settings, removes each digit: first with DNG, then with NP.
 
-    Negative prompting stands at the smallest scale of a grid that leaves no more of the digit than DNG does: found
-    with few images, then confirmed with all, going up the grid where they do not agree. Runs are kept in ``cache`` (a
-    JSON file), so that a stopped figure goes on where it was.
+    NP, negative prompting, stands at the smallest scale of a grid that leaves no more of the digit than DNG does. A
+    search with few images finds that scale. If it leaves more with all images, the next larger scales are tried. Runs
+    are kept in the JSON file ``cache``, so that a stopped figure goes on where it was.
     """
     shipped = json.loads(workflow.read_text(encoding="utf-8"))
     kept = Kept(cache)
@@ -71,7 +71,7 @@ def mnist_figure(server: Server, workflow: Path, images: int, cache: Path) -> It
 
 
 def _trial_scale(rows: Any, digit: int, share: float) -> int:
-    """Index of the smallest scale that leaves at most ``share`` of the digit among few images."""
+    """Index of the smallest scale that leaves at most ``share`` of the digit, from few images."""
     index = NP_FIRST_TRIAL
 
     def safe(index: int) -> bool:

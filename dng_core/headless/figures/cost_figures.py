@@ -26,18 +26,18 @@ from ..server import LOG_TAIL_LINES, PACK_NAME, Server, server_options, visible_
 
 CHART_EVENT = "dynamic_negative_guidance.chart"
 CLIENT = "dng-figures"
-STEPS = 30
+STEPS = 30  # like the numbers below, a choice
 POLL_SECONDS = 0.25  # between looks at ComfyUI's history
 IMPORT_SECONDS = re.compile(rf"([\d.]+) seconds: .*{PACK_NAME}")
-RUN_SECONDS = 600  # after which a run counts as hanging
+RUN_SECONDS = 600  # a run that takes longer counts as hanging
 
 
 @dataclass(frozen=True)
 class Cost:
     """What a start or a run takes: seconds by the clock and seconds of the processor.
 
-    ``own``: the part of the clock's seconds that the pack itself took. For a start it is the pack's import, by
-    ComfyUI's log; for a run it is the time spent in the live chart, by the chart's last message.
+    ``own``: the part of the clock's seconds that the pack itself took. For a start, it is the pack's import time from
+    ComfyUI's log. For a run, it is the time spent in the live chart, from the chart's last message.
     """
 
     seconds: float
@@ -46,7 +46,7 @@ class Cost:
 
 
 def start_figure(location: Location, pack: Path, repeats: int) -> Iterator[dict[str, Any]]:
-    """ComfyUI started (until it could answer) without and with the pack in turns, after one untimed turn of each."""
+    """The time until ComfyUI could answer, without and with the pack in turns, after one untimed turn of each."""
     device = [] if has_accelerator(location) else ["--cpu"]
     costs: dict[str, list[Cost]] = {"without the pack": [], "with the pack": []}
     for turn in range(repeats + 1):
@@ -57,7 +57,7 @@ def start_figure(location: Location, pack: Path, repeats: int) -> Iterator[dict[
 
 
 def _start(location: Location, pack: Path | None, device: list[str]) -> Cost:
-    """What one start takes. ComfyUI's log tells the pack's part to a tenth of a second."""
+    """What one start takes. ComfyUI's log gives the pack's part to a tenth of a second."""
     with tempfile.TemporaryDirectory(prefix="dng-", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
         arguments = [str(location.path / "main.py"), *server_options(folder, None), *device, "--quick-test-for-ci"]
@@ -81,10 +81,10 @@ def _children_seconds() -> float:
 
 
 def live_chart_figure(server: Server, images: int, repeats: int) -> Iterator[dict[str, Any]]:
-    """The same MNIST run with a browser that is sent the live chart, and without, in turns, after an untimed turn.
+    """The same MNIST run with and without a browser that is sent the live chart, in turns, after an untimed turn.
 
-    Both are watched by one client, which ComfyUI sends its own progress to; only the run that is this client's own has
-    a chart. The time is what ComfyUI notes between the start and the end of the run.
+    One client watches both runs, and ComfyUI sends it the progress of both. Only a run that this client queued has a
+    chart. The time is what ComfyUI notes between the start and the end of the run.
     """
     costs = asyncio.run(_live_chart_runs(server, images, repeats))
     yield from _rows("30-step run", costs, "in the chart")
@@ -102,7 +102,7 @@ async def _live_chart_runs(server: Server, images: int, repeats: int) -> dict[st
 
 
 async def _run(server: Server, session: aiohttp.ClientSession, prompt: dict[str, Any], ours: bool) -> Cost:
-    """What the run takes from its start to its end, and how much of that in the chart."""
+    """What the run takes from its start to its end, and the part of it that is spent in the chart."""
     if server.process is None:
         raise ValueError("only a server that was started here tells what it takes")
     process = psutil.Process(server.process.pid)
@@ -135,7 +135,7 @@ async def _run(server: Server, session: aiohttp.ClientSession, prompt: dict[str,
 
 
 def mnist_prompt(seed: int, images: int) -> dict[str, Any]:
-    """KSampler (DNG) on the shipped MNIST model. A seed that was not used yet: ComfyUI answers others from memory."""
+    """KSampler (DNG) on the shipped MNIST model. Each run needs a new seed: ComfyUI caches the others."""
     sampling = {"steps": STEPS, "cfg": 1.0, "sampler_name": "euler_ancestral", "scheduler": "normal", "denoise": 1.0}
     wires = {"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0]}
     return {
@@ -150,9 +150,7 @@ def mnist_prompt(seed: int, images: int) -> dict[str, Any]:
 
 
 def _rows(what: str, costs: dict[str, list[Cost]], own: str) -> Iterator[dict[str, Any]]:
-    """A row for each way to run. What the second adds to the first is told by the difference within each turn, and by
-    the seconds that were measured in the pack itself.
-    """
+    """A row for each way to run. The second also has the differences within each turn and the pack's share."""
     first = next(iter(costs.values()))
     for name, taken in costs.items():
         row: dict[str, Any] = {what: name, "turns": len(taken)}

@@ -1,7 +1,6 @@
-"""What the exact answer says of model families, several concepts, step counts, references and unrelated concepts.
+"""The oracle's figures on model families, several concepts, step counts, references and unrelated concepts.
 
-Each function yields the rows of a table, measured with the oracle in a real ComfyUI; docs/samplers.md says what they
-show.
+Each function yields the rows of a table, measured in a real ComfyUI. docs/samplers.md says what they show.
 """
 
 import math
@@ -19,7 +18,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "flow")
 CFG_SCALES = (1.0, 3.0, 7.0)
 OFF = ORACLE_SETTINGS.with_(guidance_scale=0.0)
 NP_SCALES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
-"""Constant scales tried for negative prompting, from the weakest."""
+"""Constant scales tried for negative prompting, from the weakest: a choice."""
 
 
 def predictions_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
@@ -80,7 +79,7 @@ def concepts_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
 
 
 def step_counts_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
-    """The same settings at several step counts, and how far apart what they leave is."""
+    """What the same settings leave at several step counts, and the spread of these shares."""
     by_sampler: dict[tuple[str, str], list[Task]] = {}
     for task in choice.tasks():
         by_sampler.setdefault((task.sampler, task.scheduler), []).append(task)
@@ -98,10 +97,10 @@ def step_counts_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
 
 
 def references_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
-    """What is left under CFG by reference, where the undesired is a special case of the positive and where it is not.
+    """What each reference leaves under CFG, where the undesired is a special case of the positive and where it is not.
 
-    Priors are the undesired's share of what the positive asks for, as users can know it. For "auto", also its share of
-    everything, with which the posterior is the exact one of the image alone wherever the reference is unconditional.
+    The prior is the undesired's share of what the positive asks for, which users can know. "auto" is also run with its
+    share of everything: the posterior is then exact for the image alone, wherever the reference is unconditional.
     """
     cases = {
         "positive: half, undesired: one of it": (
@@ -160,8 +159,8 @@ def off_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
 def unrelated_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
     """A concept of the positive's own topic and one of a topic far away, by DNG and by a constant negative prompt.
 
-    The constant prompt stands at the smallest of a grid of scales that leaves no more of the related concept than DNG
-    does; what each changes when the concept is unrelated is then compared from the same seeds.
+    The constant prompt stands at the smallest of :data:`NP_SCALES` that leaves no more of the related concept than DNG
+    does. Both methods then avoid the unrelated concept from the same seeds, and their changes are compared.
     """
     topics: dict[str, Any] = {"kind": "topics", "components": 8, "positive": "0,1,2,3"}
     for cell in progress(choice.tasks(), "unrelated"):
@@ -189,7 +188,7 @@ def unrelated_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
 
 
 def _avoided(runs: OracleRunner, choice: Choice, task: Task, np_scale: float | None = None) -> Row:
-    """The report of avoiding what a task forbids, by DNG or by a constant scale; the prior is that of one of four."""
+    """The report of avoiding what a task forbids, by DNG or by a constant scale. The prior is 1/4: one of four."""
     settings: MethodSettings = choice.settings.with_(prior=1 / 4)
     if np_scale is not None:
         settings = NegativePrompting(guidance_scale=np_scale)

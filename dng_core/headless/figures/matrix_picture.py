@@ -17,7 +17,7 @@ TITLE_HEIGHT, HEAD_HEIGHT, FOOT_HEIGHT = 70, 160, 54
 
 @dataclass(frozen=True)
 class Panel:
-    """One measure: its title, how a cell's row gives it, and the values that are best, aimed at, and worst."""
+    """One measure: its title, its value in a row, its text, and the best value, the aim and the worst value."""
 
     title: str
     value: Callable[[Row], float | None]

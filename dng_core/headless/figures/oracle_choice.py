@@ -19,7 +19,7 @@ def chosen_by(
     schedulers: Sequence[str],
     steps: Sequence[int],
 ) -> Choice:
-    """What the arguments choose, and else ``samplers``, ``schedulers`` and ``steps``; ("all",) stands for all.
+    """What the arguments choose; where they choose nothing, ``samplers``, ``schedulers``, ``steps`` (("all",): all).
 
     ``known``: ComfyUI's names (:meth:`OracleRunner.options`); raises HeadlessError for a name that is not among them.
     """
@@ -46,7 +46,7 @@ def chosen(option: str, wanted: Sequence[Name], known: Sequence[Name]) -> Sequen
 
 
 def node_inputs(assignments: Sequence[str]) -> dict[str, Any]:
-    """INPUT=VALUE pairs by name, values read as JSON where they are that; raises HeadlessError for another form."""
+    """INPUT=VALUE pairs by name. Valid JSON is read as JSON, other values as text; HeadlessError for another form."""
     inputs = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")

@@ -15,7 +15,7 @@ from ..workflow import Prompt
 from .kept import Kept
 
 ORACLE_SETTINGS = Settings(prior=1 / 8)
-"""The exact setting at the mixture's true share: one of eight equally likely components is undesired."""
+"""The prior is the undesired's true share: one of eight equally likely components."""
 Node = Literal["stock", "stock guider", "ksampler", "guider", "patch"]
 
 
@@ -60,7 +60,7 @@ def concept_settings(settings: MethodSettings) -> dict[str, Any]:
 
 
 def oracle_prompt(task: Task, runs: Mapping[str, OracleRun]) -> Prompt:
-    """An API-format prompt that does a task's runs; the report of each is the node "NAME report"."""
+    """An API-format prompt that does a task's runs; the node "NAME report" reports on the run NAME."""
     of = task.components
     mixture = {"components": of, "kind": task.kind}
     prompt: Prompt = {
@@ -166,7 +166,7 @@ class OracleRunner:
         return reports
 
     def check_alive(self) -> None:
-        """Raise HeadlessError where the server has ended: then a failed run says nothing of its task."""
+        """Raise HeadlessError where the server has ended, because a run then fails whatever its task is."""
         self._server.check_alive()
 
     def options(self) -> dict[str, list[str]]:

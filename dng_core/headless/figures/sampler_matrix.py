@@ -19,7 +19,7 @@ SETTINGS = {"oracle": ORACLE_SETTINGS, "cifar10": PRESETS["CIFAR-10"]}
 
 @dataclass(frozen=True)
 class Choice:
-    """What the figures on samplers run over: the product of these, each cell a task like ``task``."""
+    """What the figures on samplers run over: every sampler, scheduler and step count, each in a copy of ``task``."""
 
     task: Task
     samplers: Sequence[str]
@@ -42,7 +42,7 @@ class Choice:
 def matrix_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
     """One row for each cell and node: what is left, the balance of the rest, the distance, and whether all is finite.
 
-    A cell that ComfyUI or a node refuses says so in its note.
+    Where ComfyUI or a node refuses a cell, the row's note says why.
     """
     wanted = {"unguided": UNGUIDED} | {node: choice.run(node) for node in choice.nodes}
     for task in progress(choice.tasks(), "matrix"):
@@ -79,11 +79,11 @@ def refusal_noted(runs: OracleRunner, row: Row) -> Iterator[None]:
         yield
     except HeadlessError as error:
         runs.check_alive()
-        row["note"] = str(error).strip().splitlines()[-1].strip(" |")  # the node's own words are its last
+        row["note"] = str(error).strip().splitlines()[-1].strip(" |")  # the last line is the node's own message
 
 
 def progress(tasks: Sequence[Any], name: str) -> Iterable[Any]:
-    """The tasks, with a bar on standard error where that is a terminal."""
+    """The tasks, with a progress bar if standard error is a terminal."""
     bar: Iterable[Any] = tqdm(tasks, desc=name, unit="cell", dynamic_ncols=True, disable=None)
     return bar
 
