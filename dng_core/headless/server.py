@@ -80,9 +80,9 @@ def comfyui_server(
 ) -> Iterator[Server]:
     """Start the ComfyUI at `location` on loopback with the node pack `pack`, and stop it at the end, whatever happens.
 
-    The server reads its usual models. Its other folders (input, output, temporary, user) are deleted at the end. Other
-    custom nodes are loaded only with `all_custom_nodes`. `options` are further options of ComfyUI. Without a GPU it
-    runs on the CPU. Raises HeadlessError where the server does not start, or where the given `port` is taken.
+    The server reads its usual models, and writes into folders that are deleted at the end. It loads other custom nodes
+    only with `all_custom_nodes`. `options` are further options of ComfyUI. Without a GPU it runs on the CPU. Raises
+    HeadlessError where the server does not start, or where the given `port` is taken.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="dng-", ignore_cleanup_errors=True) as scratch:
