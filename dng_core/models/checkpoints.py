@@ -1,7 +1,7 @@
 """Public denoisers in their own layouts: diffusers folders, and the class-only checkpoints of the paper's authors.
 
-Both become a :class:`~.networks.UNet` on the linear chain, which is what they were trained on. Nothing that could run
-is read: safetensors, JSON, and torch files with ``weights_only``.
+Both become a :class:`~.networks.UNet` on the linear chain, on which they were trained. Only files that cannot run code
+are read: safetensors, JSON, and torch files with ``weights_only``.
 """
 
 import json
@@ -20,7 +20,7 @@ from .weight_files import DenoiserInfo, load_denoiser, shipped_denoisers
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 UNCONDITIONAL: tuple[str, ...] = ()
-DIFFUSERS_FIXED = {  # the one value that this U-Net has of each; a config may leave them out
+DIFFUSERS_FIXED = {  # the only value of each that this U-Net can have; a config may leave them out
     "act_fn": "silu",
     "center_input_sample": False,
     "downsample_padding": 0,
@@ -50,7 +50,7 @@ def open_denoiser(source: str, class_only: UNetConfig = CIFAR10_NETWORK) -> tupl
     ----------
     source: a name of :func:`shipped_denoisers`; a ``.safetensors`` file of `dng train`; a ``.pt`` file of the paper's
         authors; a folder with ``config.json``; else "owner/name" on the hub, downloaded by its own client.
-    class_only: the shape of the network in a ``.pt`` file, which does not tell it.
+    class_only: the shape of the network in a ``.pt`` file, which does not contain the shape.
 
     Raises
     ------
@@ -109,7 +109,7 @@ def load_class_only(path: Path, network: UNetConfig = CIFAR10_NETWORK) -> tuple[
 
 
 def download(repository: str) -> Path:
-    """The folder with a hub repository's config and weights, fetched unless the hub's cache has them already."""
+    """The folder with a hub repository's config and weights; they are fetched unless the hub's cache has them."""
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -162,7 +162,7 @@ def _new_attention_name(key: str) -> str:
 
 
 def module_list_order(network: UNetConfig) -> list[tuple[str, dict[str, str] | None]]:
-    """score_sde's modules in their order: our prefix, and how the parts of a block are called (None: no parts)."""
+    """For each of score_sde's modules, in order: our prefix, and our names for its parts (None: it has no parts)."""
     last = len(network.channel_multipliers) - 1
     order: list[tuple[str, dict[str, str] | None]] = [
         ("time_embedding.linear_1", None),

@@ -31,7 +31,7 @@ JPEG_NOTE = "CIFAR-10 re-encoded as JPEG, not the original pixels"
 class Dataset:
     """Labelled images: uint8 (n, channels, height, width), labels (n,) long, and the classes' names.
 
-    ``note``: what has to be said beside every result on these data; "" for original data.
+    ``note``: a remark that every result on these data must carry; "" for original data.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Dataset:
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     def sample(self, most: int, seed: int = 0) -> "Dataset":
-        """At most so many images, drawn by a seed, in their order."""
+        """At most ``most`` images, chosen at random by ``seed``, in their original order."""
         if most >= len(self.images):
             return self
         chosen = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))[:most]
@@ -77,7 +77,7 @@ def load_dataset(name: str, folder: Path, train: bool, download: bool = False, s
     Raises
     ------
     FileNotFoundError: if files are missing.
-    ValueError: if they are damaged, of another data set, or there is one class only.
+    ValueError: if files are damaged or of another data set, or if there is only one class.
     """
     if name == "mnist":
         downloaded = folder / "MNIST" / "raw"  # where torchvision puts it
@@ -166,7 +166,7 @@ def _image_folder(folder: Path, train: bool, size: int | None) -> Dataset:
             raise ValueError(f"{path} has another size than {files[0][0]}: give a size to scale them all to")
     stacked = torch.from_numpy(np.stack(pictures))
     if bool((stacked[..., :1] == stacked).all()):
-        stacked = stacked[..., :1]  # grey throughout
+        stacked = stacked[..., :1]  # all images are grey
     images = stacked.permute(0, 3, 1, 2).contiguous()
     lossy = any(path.suffix.lower() in (".jpg", ".jpeg") for path, _ in files)
     labels = torch.tensor([label for _, label in files])

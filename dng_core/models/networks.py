@@ -25,8 +25,8 @@ class UNetConfig:
     ``num_classes`` of 0 makes an unconditional network; otherwise labels 0 .. num_classes - 1 are classes and the
     label ``num_classes`` is the null label (no class). ``patch_size`` folds p x p pixels into channels before the
     first convolution and unfolds them after the last, which makes small images cheap on a CPU. ``prediction`` is what
-    the network was trained to give, of x_t = alpha x_0 + s epsilon with alpha^2 = alpha_bar and s^2 = 1 - alpha_bar:
-    "epsilon", or "v" = alpha epsilon - s x_0 (Salimans & Ho 2022).
+    the network predicts from x_t = alpha x_0 + s epsilon, where alpha^2 = alpha_bar and s^2 = 1 - alpha_bar. It is
+    "epsilon", or "v" for alpha epsilon - s x_0 (Salimans & Ho 2022).
     """
 
     image_size: int
@@ -197,13 +197,13 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.in_channels * patch**2, 3, padding=1)
 
     def forward(self, x: Tensor, timestep: Tensor, label: Tensor | None = None) -> Tensor:
-        """Predict epsilon or v, as the description says.
+        """Predict epsilon or v, as ``config.prediction`` says.
 
         Parameters
         ----------
         x: (batch, in_channels, height, width), the VP-scaled state x_t.
         timestep: (batch,), 0 .. T - 1.
-        label: (batch,) of class labels, ``num_classes`` for none; None means none for the whole batch.
+        label: (batch,) of class labels, ``num_classes`` for no class; None means no class for the whole batch.
         """
         patch = self.config.patch_size
         embedding = self.time_embedding(timestep_embedding(timestep, self.config.base_channels).to(x.dtype))

@@ -1,4 +1,4 @@
-"""The two predictions that guidance compares, from networks: one label-conditional network, or a pair of networks.
+"""The two predictions that guidance compares, from one label-conditional network or from a pair of networks.
 
 Both are :data:`~dng_core.sampling.Predictor` functions, (state, sigma) -> (reference, [undesired]), for networks
 on a training chain. The denoised estimates are kept in the images' range -1 .. 1, as DDPM does.
@@ -18,7 +18,7 @@ def denoised(network: UNet, chain: DDPMSchedule, x: Tensor, sigma: float, label:
 
     D = x - sigma epsilon, or D = (x - sigma sqrt(1 + sigma^2) v) / (1 + sigma^2), by what the network predicts.
 
-    What the network does not predict as a finite number becomes NaN, which the clamp would hide.
+    A prediction that is not finite becomes NaN, because the clamp would hide infinity.
     """
     timestep = int(chain.timestep(torch.tensor(sigma, dtype=torch.float64)))
     scale = (1 + sigma**2) ** 0.5
@@ -35,7 +35,7 @@ class LabelConditional:
 
     Parameters
     ----------
-    label: the undesired class; None for the reference (the null label) alone.
+    label: the undesired class; with None there is only the reference, which has the null label.
     """
 
     def __init__(self, network: UNet, chain: DDPMSchedule, label: int | None) -> None:
@@ -56,7 +56,7 @@ class LabelConditional:
 
 
 class NetworkPair:
-    """The predictions of an unconditional network and of one trained on the undesired class alone (None: without)."""
+    """The predictions of an unconditional network and of one trained on the undesired class alone (or None)."""
 
     def __init__(self, reference: UNet, undesired: UNet | None, chain: DDPMSchedule) -> None:
         if undesired is not None:

@@ -1,7 +1,7 @@
 """Training of the shipped models: a label-conditional DDPM and a classifier.
 
-Every step draws its batch, timesteps, noise and dropped labels from a generator seeded by (seed, step), so a run that
-was stopped and resumed from its checkpoint gives the same weights as one that was not.
+Every step draws its batch, timesteps, noise and dropped labels from a generator seeded by (seed, step). A run that was
+stopped and resumed from its checkpoint therefore gives the same weights as an unbroken one.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "weighting": get_args(Weighting),
 }
 MIN_SNR = 5.0  # gamma of Hang et al. (2023)
-FREE = ("checkpoint_every", "checkpoint_minutes")  # settings that do not touch the weights
+FREE = ("checkpoint_every", "checkpoint_minutes")  # settings that do not change the weights
 LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]  # (model, indices of the batch, generator)
 
 
@@ -47,18 +47,18 @@ class TrainingConfig:
 
     Parameters
     ----------
-    schedule: of the learning rate after a linear warm-up of ``warmup_steps``: "constant" until it falls linearly to 0
-        over the last ``decay_share`` of all steps, so that a run can be made longer or shorter while it is constant;
-        or "cosine", falling to 0 from the start.
-    ema_decay: of the exponential moving average of the weights, a step.
-    timesteps: of a denoiser, how they are drawn: "uniform", or "log_normal", the nearest to a log sigma of mean
-        ``log_sigma_mean`` and standard deviation ``log_sigma_spread`` (Karras et al. 2022, sec. 5), which spends the
-        training where images take shape.
-    weighting: of a denoiser's squared error of epsilon or v: "simple" weighs all timesteps alike, "min_snr" weighs
-        the error of x_0 by min(SNR, 5) (Hang et al. 2023).
-    null_label_share: of a denoiser's labels, this share is dropped to null.
-    checkpoint_every, checkpoint_minutes: steps, and minutes, after which a checkpoint is written; 0 for never. There
-        is one at the end in any case.
+    schedule: the learning rate after a linear warm-up of ``warmup_steps``. "constant" stays and then falls linearly to
+        0 over the last ``decay_share`` of all steps; until it falls, a run can still be made longer or shorter.
+        "cosine" falls to 0 from the start.
+    ema_decay: the decay per step of the exponential moving average of the weights.
+    timesteps: how a denoiser's timesteps are drawn. "uniform" draws all alike. "log_normal" draws log sigma with mean
+        ``log_sigma_mean`` and standard deviation ``log_sigma_spread`` (Karras et al. 2022, sec. 5) and takes the
+        nearest timestep, so that most training is spent where images take shape.
+    weighting: weights of a denoiser's squared error of epsilon or v. "simple" weighs all timesteps alike; "min_snr"
+        weighs the error of x_0 by min(SNR, 5) (Hang et al. 2023).
+    null_label_share: the share of a denoiser's labels that is replaced by the null label.
+    checkpoint_every, checkpoint_minutes: steps, and minutes, after which a checkpoint is written; 0 for never. The end
+        always has one.
     precision: "bfloat16" computes forward passes in mixed precision (weights, their average and the loss stay in
         float32); "auto" takes it where the device is fast at it (:func:`fast_bfloat16`).
     """
@@ -105,7 +105,7 @@ class TrainingConfig:
         return self.learning_rate * warmup * min(1.0, left)
 
     def decay_starts(self, total: int) -> int:
-        """Up to this step, the steps are the same however long the training is to be."""
+        """The step up to which all steps are the same, whatever the length of the training."""
         return 0 if self.schedule == "cosine" else total - math.floor(self.decay_share * total)
 
 
@@ -113,7 +113,7 @@ class TrainingConfig:
 class TrainingResult:
     """What a training run leaves behind: the averaged weights and the mean loss of its last 500 steps.
 
-    ``seconds`` counts the time spent in steps, of all the runs that a resumed training took.
+    ``seconds`` counts the time spent in steps, over all runs of a resumed training.
     """
 
     state_dict: dict[str, Tensor]
@@ -133,9 +133,9 @@ def train_denoiser(
 ) -> TrainingResult:
     """Train a denoiser by the squared error of what it predicts (Ho et al. 2020, eq. 14, for epsilon and "simple").
 
-    A network without classes is trained without labels. ``images``: (n, channels, height, width) uint8, which stay so
-    and go to the device once: a batch is brought to the model's range in a ten-thousandth of a step. ``initial``:
-    weights to start from, in place of random ones; they may be those of a network that predicts something else.
+    A network without classes is trained without labels. ``images``: (n, channels, height, width) uint8. They go to the
+    device once and stay uint8, because bringing a batch to the model's range takes a ten-thousandth of a step.
+    ``initial``: weights to start from, in place of random ones; their network may predict something else.
     Returns the exponential moving average of the weights.
     """
     torch.manual_seed(config.seed)
@@ -176,10 +176,10 @@ def train_classifier(
     initial: Mapping[str, Tensor] | None = None,
     width: int = 32,
 ) -> TrainingResult:
-    """Train the classifier by cross-entropy. ``images`` and ``initial`` as above.
+    """Train the classifier by cross-entropy. ``images`` and ``initial`` are as in :func:`train_denoiser`.
 
-    Batches are shifted by up to two pixels, and each image gets Gaussian noise of a random size up to 0.3 (on a range
-    of -1 to 1), so that the remains of noise in generated images don't decide the class.
+    Batches are shifted by up to two pixels. Each image gets Gaussian noise of a random size up to 0.3 (its range is -1
+    to 1), so that noise left in generated images does not decide the class. Both limits are a choice.
     """
     torch.manual_seed(config.seed)
     model = Classifier(images.shape[1], num_classes, width)
@@ -209,9 +209,9 @@ def classifier_accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -
 
 
 def fast_bfloat16(device: torch.device) -> tuple[bool, str]:
-    """Whether a device computes in bfloat16 faster than in float32, and by what that was decided.
+    """Whether a device computes in bfloat16 faster than in float32, and the reason for the answer.
 
-    A CPU does with AMX or AVX-512 BF16; others emulate it, several times slower than float32.
+    A CPU with AMX or AVX-512 BF16 does. Other CPUs emulate bfloat16, which is several times slower than float32.
     """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported()
@@ -231,7 +231,7 @@ def chosen_precision(precision: Precision, device: torch.device) -> tuple[Precis
 
 
 def _cpu_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """The processor's instructions for bfloat16: as Linux names them, else as torch's own query finds them."""
+    """The processor's instructions for bfloat16, as Linux lists them; elsewhere as torch's own query finds them."""
     if cpuinfo.is_file():
         flags = cpuinfo.read_text(encoding="utf-8", errors="replace").split()
         return [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
@@ -257,9 +257,9 @@ def _optimise(
     identity: str,
     initial: Mapping[str, Tensor] | None,
 ) -> TrainingResult:
-    """Train ``model`` on ``count`` images from the checkpoint on, if there is one, to the end of ``config.epochs``.
+    """Train ``model`` on ``count`` images to the end of ``config.epochs``, starting at the checkpoint if there is one.
 
-    A checkpoint from before the learning rate falls serves a longer or shorter run as well.
+    A checkpoint made before the learning rate falls can also start a longer or shorter run.
     """
     if config.batch_size > count:
         raise ValueError(f"batch_size {config.batch_size} is above the number of images, {count}")
@@ -357,7 +357,7 @@ def _settled(config: TrainingConfig, precision: Precision) -> dict[str, Any]:
 def _load_checkpoint(
     path: Path, model: nn.Module, average: dict[str, Tensor], optimiser: torch.optim.Optimizer, identity: str
 ) -> tuple[int, float, list[float], int]:
-    """Fill in what a checkpoint holds; its step, the seconds spent, the last losses, and the steps it was to take."""
+    """Load a checkpoint; returns its step, the seconds spent, the last losses, and the planned number of steps."""
     remedy = f"remove {path} to start afresh"
     try:
         tensors, metadata = read_safetensors(path)

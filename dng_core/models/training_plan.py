@@ -1,4 +1,4 @@
-"""What `dng train` trains: a plan in a TOML file, or one of the two that the shipped MNIST models were trained by."""
+"""What `dng train` trains: a plan in a TOML file, or one of the two plans of the shipped MNIST models."""
 
 import tomllib
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ class TrainingPlan:
 
     Parameters
     ----------
-    name: of the files in the output folder.
+    name: the name of the files in the output folder.
     labels: "conditional" trains a denoiser on all classes with their labels (and the null label), "none" trains it
         without labels.
     only: the one class that a denoiser without labels is trained on; "" for all.
@@ -62,7 +62,7 @@ class TrainingPlan:
             raise ValueError(f"[network] has unknown {', '.join(sorted(unknown))}")
 
     def chosen(self, data: Dataset) -> Dataset:
-        """The images to train on; ValueError for a class outside the data set, or one class where more are needed."""
+        """The images to train on; ValueError if ``only`` names a class outside the data set."""
         if self.only and self.only not in data.class_names:
             raise ValueError(f"class {self.only!r} is not one of the data set's: {', '.join(data.class_names)}")
         return data.only(data.class_names.index(self.only)) if self.only else data
@@ -77,14 +77,14 @@ class TrainingPlan:
         return UNetConfig(size, channels, num_classes=len(self.class_names(data)), **self.network)
 
     def with_training(self, **changes: Any) -> "TrainingPlan":
-        """The plan with some training settings changed; None leaves them."""
+        """The plan with some training settings changed; None leaves a setting as it is."""
         given = {name: value for name, value in changes.items() if value is not None}
         if (unused := given.keys() & set(DENOISER_SETTINGS)) and self.model != "denoiser":
             raise ValueError(f"{', '.join(sorted(unused))}: these are settings of a denoiser, not of a {self.model}")
         return replace(self, training=replace(self.training, **given))
 
     def with_network(self, **changes: Any) -> "TrainingPlan":
-        """The plan with some fields of the network changed; None leaves them."""
+        """The plan with some fields of the network changed; None leaves a field as it is."""
         given = {name: value for name, value in changes.items() if value is not None}
         return replace(self, network={**self.network, **given}) if given else self
 

@@ -1,6 +1,6 @@
-"""Weights of the class models: one safetensors file each, which says in its metadata what network it holds.
+"""Weights of the class models: one safetensors file each, whose metadata describes its network.
 
-Only safetensors is read: it holds tensors and text, and nothing that could run.
+Only safetensors files are read. They hold tensors and text, and no code.
 """
 
 import json
@@ -19,7 +19,7 @@ from ..files import write_whole
 from .networks import Classifier, UNet, UNetConfig
 
 Numbers = Literal["float32", "float16"]
-NUMBERS: tuple[Numbers, ...] = get_args(Numbers)  # that weights can be saved as
+NUMBERS: tuple[Numbers, ...] = get_args(Numbers)  # the number formats of a weights file
 SHIPPED = Path(__file__).resolve().parent / "weights"
 RETRAIN = "reinstall DNG, or train it with `dng train`"
 
@@ -28,9 +28,9 @@ RETRAIN = "reinstall DNG, or train it with `dng train`"
 class DenoiserInfo:
     """What a denoiser's file says of it: a network on images of ``data_range``, black to white.
 
-    A file whose network names no ``prediction`` is from before there was the choice, and means epsilon.
+    An old file names no ``prediction`` for its network, which then predicts epsilon.
     ``schedule``: the training chain's name (:meth:`DDPMSchedule.named`); ``class_names``: the names of labels 0, 1,
-    ... (the label after the last is the null label). Every file has the data range -1 .. 1 so far.
+    ... (the label after the last is the null label). So far, the data range is always -1 .. 1.
     """
 
     name: str
@@ -67,8 +67,8 @@ def save_denoiser(
 ) -> None:
     """Write a denoiser's weights; the file appears whole or not at all.
 
-    ``numbers``: "float16" halves the file, at a relative error of 5e-4; either is loaded as float32. ValueError for
-    weights beyond what it holds.
+    ``numbers``: "float16" halves the file, at a relative error of 5e-4. Both formats are loaded as float32. ValueError
+    for weights too large for the format.
     """
     _save(path, state_dict, "denoiser", info, numbers)
 
@@ -76,7 +76,7 @@ def save_denoiser(
 def save_classifier(
     path: Path, state_dict: Mapping[str, Tensor], info: ClassifierInfo, numbers: Numbers = "float32"
 ) -> None:
-    """Write a classifier's weights; as :func:`save_denoiser`."""
+    """Write a classifier's weights, as :func:`save_denoiser` does for a denoiser."""
     _save(path, state_dict, "classifier", info, numbers)
 
 
@@ -100,7 +100,7 @@ def load_denoiser(path: Path) -> tuple[UNet, DenoiserInfo]:
 
 
 def load_classifier(path: Path) -> tuple[Classifier, ClassifierInfo]:
-    """Read a classifier; as :func:`load_denoiser`."""
+    """Read a classifier, as :func:`load_denoiser` does a denoiser."""
     state_dict, raw = _load(path, "classifier")
     with _reading(path):
         info = ClassifierInfo(**_tuples(raw))
@@ -114,7 +114,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn whatever an unreadable description raises into one message that names the file."""
+    """Turn any error from an unreadable description into one message that names the file."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, ValueError) as error:
