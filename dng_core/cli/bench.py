@@ -22,24 +22,24 @@ from ..settings import Settings
 from ..studies.class_removal import chain_name, image_shape, starting_noise
 from ..studies.report.markdown import line, table_lines
 
-PRODUCT_SIZE = 1024  # large enough that a product runs near the machine's full speed
+PRODUCT_SIZE = 1024  # a choice: large enough that a product runs near the machine's full speed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``dng bench``."""
     parser.description = (
         "Measure images per second of the label-conditional network under DNG, against a plain float32 loop that "
-        "evaluates the two predictions one after the other at every step. They take turns; medians are printed."
+        "evaluates the two predictions one after the other at every step. They all take turns; medians are printed."
     )
     parser.add_argument("--denoiser", default="mnist", help="a label-conditional network (default: mnist)")
     parser.add_argument("--batch", type=int, default=64, help="images drawn at once (default: 64)")
-    parser.add_argument("--steps", type=int, default=1000, help="sampling steps that the rate is for (default: 1000)")
+    parser.add_argument("--steps", type=int, default=1000, help="sampling steps per image in the rate (default: 1000)")
     parser.add_argument("--timed-steps", type=int, default=10, help="steps actually timed (default: 10)")
     parser.add_argument(
         "--undesired-every",
         type=int,
         default=10,
-        help="one variant predicts the undesired class only once in so many steps; --timed-steps is a multiple of it "
+        help="one variant predicts the undesired class once in this many steps, a divisor of --timed-steps "
         "(default: 10)",
     )
     parser.add_argument("--repeats", type=int, default=15, help="turns of each variant (default: 15)")
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; 1 with a message if it cannot be measured."""
+    """Print the table; returns 1, with a message, if it cannot be measured."""
     try:
         if min(args.batch, args.steps, args.timed_steps, args.undesired_every, args.repeats - 1) < 1:
             raise ValueError("--batch and the numbers of steps must be at least 1, --repeats at least 2")
@@ -78,19 +78,19 @@ def run(args: argparse.Namespace) -> int:
     plain, batched = (2 * args.batch * args.timed_steps * flops / median(taken) / 1e9 for taken in turns[:2])
     most = 2 * PRODUCT_SIZE**3 / median(products) / 1e9
     print(
-        f"\nOne prediction takes {flops / 1e6:.0f} million operations. In 10^9 a second:",
+        f"\nOne prediction takes {flops / 1e6:.0f} million operations. In 10^9 operations a second:",
         f"the plain loop does {plain:.0f}, one batch {batched:.0f}, "
         f"a product of two {PRODUCT_SIZE} x {PRODUCT_SIZE} matrices {most:.0f}.",
-        f"At that rate throughout it would be {most / plain:.2f} x the plain loop.",
+        f"A loop at the rate of that product would be {most / plain:.2f} x as fast as the plain loop.",
         sep="\n",
     )
     return 0
 
 
 def variants(unet: UNet, chain: DDPMSchedule, every: int) -> dict[str, tuple[Predictor, int]]:
-    """The predictions as a plain loop has them, and as the experiment does: at each step or at ``every``-th ones.
+    """The predictions of a plain loop, and those of the experiment at each step or once in ``every`` steps.
 
-    ValueError without labels.
+    ValueError if the network knows no labels.
     """
     together = LabelConditional(unet, chain, 0)
 

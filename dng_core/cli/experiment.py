@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--settings-of",
         type=Path,
         metavar="FOLDER",
-        help="take each method's best settings from this experiment's folder (tuned at another number of steps, say)",
+        help="take each method's best settings from this experiment's folder (it may have another number of steps)",
     )
     parser.add_argument(
         "--adaptive", action="store_true", help="draw all images only at the smallest scales that are safe"
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the experiment and write its report; 1 if anything failed, with what was done kept."""
+    """Run the experiment and write its report; returns 1 if anything failed. What was done is kept."""
     try:
         runner = prepare(args)
         if args.estimate:
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prepare(args: argparse.Namespace) -> Runner:
-    """Read everything that the experiment needs, so that what is wrong is said before anything is drawn."""
+    """Read everything that the experiment needs, so that errors are reported before anything is drawn."""
     experiment = changed(read_experiment(args.experiment), args)
     classifier_file = shipped_classifiers().get(experiment.classifier, Path(experiment.classifier))
     classifier, info = load_classifier(classifier_file)
@@ -148,7 +148,7 @@ def require_fitting(experiment: Experiment, classifier: ClassifierInfo) -> None:
 
 
 def changed(experiment: Experiment, args: argparse.Namespace) -> Experiment:
-    """The experiment with what the command line says otherwise."""
+    """The experiment with the changes that the command line asks for."""
     changes: dict[str, Any] = {
         name: getattr(args, name)
         for name in ("images", "search_images", "steps", "batch", "undesired_every", "seed")

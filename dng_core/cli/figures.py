@@ -1,6 +1,6 @@
 """``dng figures``: prints the project's figures as tables, and records them with what made them.
 
-What needs aiohttp is imported where it is used: the figures of the mathematics and of the networks do without.
+Modules that need aiohttp are imported where they are used, so that the other figures do not need it.
 """
 
 import argparse
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
     from ..headless.server import Server
 
 ALL = ("all",)
-NETWORK_STEPS = 50  # of the figures on the MNIST network
+NETWORK_STEPS = 50  # of the figures on the MNIST network: a choice
 WORKFLOW = Path("workflows", "api", "mnist_class_removal.json")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure: a line of help, its rows as they come, and how many samples or images it takes by default.
+    """A figure: its line of help, a function that yields its rows, and its default number of samples or images.
 
-    ``over_samplers``: whether it is measured over ComfyUI's samplers, as the options of the oracle figures choose.
+    ``over_samplers``: whether it runs over ComfyUI's samplers, which the options of the oracle figures choose.
     """
 
     help: str
@@ -76,9 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"step counts (most figures: 30; evidence, rules and networks take one: {NETWORK_STEPS})",
     )
-    oracle.add_argument("--nodes", nargs="+", metavar="NAME", help="of the matrix and of off: ksampler, guider, patch")
+    oracle.add_argument("--nodes", nargs="+", metavar="NAME", help="nodes of matrix and off: ksampler, guider, patch")
     oracle.add_argument("--settings", choices=("oracle", "cifar10"), default="oracle", help="default: oracle")
-    oracle.add_argument("--prediction", choices=("epsilon", "v", "flow"), default="epsilon", help="of the oracle")
+    oracle.add_argument("--prediction", choices=("epsilon", "v", "flow"), default="epsilon", help="the oracle's")
     oracle.add_argument(
         "--set", action="append", default=[], metavar="INPUT=VALUE", help="an input of the guiding nodes (repeatable)"
     )
@@ -177,7 +177,7 @@ def over_samplers(
     schedulers: Sequence[str] = ("karras",),
     steps: Sequence[int] = (30,),
 ) -> Figure:
-    """A figure on the oracle: MODULE.FUNCTION of headless/figures, over these unless the arguments say otherwise."""
+    """A figure on the oracle. ``name``: MODULE.FUNCTION in headless/figures. The last three are default options."""
 
     def rows(args: argparse.Namespace) -> Iterator[Row]:
         from ..headless.figures.oracle_choice import chosen_by
@@ -274,7 +274,7 @@ FIGURES = {
         "how well the posterior's rules foretell the classes of the MNIST network's images", "rules_figure"
     ),
     "networks": Figure(
-        "denoisers by themselves: how clear, even and near to real images what they draw unguided is", networks
+        "denoisers by themselves: how clear, even and near to real images their unguided images are", networks
     ),
     "matrix": over_samplers(
         "every sampler and scheduler of a real ComfyUI against the oracle's exact answer, through every node",

@@ -1,7 +1,7 @@
 """The command line `dng`: each command is the module of its name beside this one, imported when it is used.
 
-A command's module has `add_arguments(parser)` and `run(args) -> int`. A command with needs is imported only where the
-interpreter has these modules; where it lacks one, the same command is started again under the Python of the ComfyUI
+A command's module has `add_arguments(parser)` and `run(args) -> int`. It is imported only if the interpreter has the
+modules that the command needs. If one is missing, the same command is started again under the Python of the ComfyUI
 that this project installs.
 """
 
@@ -58,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        signal.raise_signal(signal.SIGINT)  # one way to stop: whatever handles Ctrl-C in an orderly way handles these
+        signal.raise_signal(signal.SIGINT)  # the code that handles Ctrl-C then also handles these signals
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), interrupt)

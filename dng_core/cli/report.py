@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report and print its files; 1 with a message if there is nothing to report."""
+    """Write the report and print its files; returns 1, with a message, if there is nothing to report."""
     try:
         for path in write_reports(args.folder):
             print(path)

@@ -21,10 +21,10 @@ NEEDS = ("aiohttp", "tqdm")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dng run`."""
     parser.description = (
-        "Run a workflow in a real ComfyUI. Which one: --comfyui, --server or --install; else DNG_SERVER or "
-        "DNG_COMFYUI; else comfy-cli's default workspace; else the one that this project installs, installed first if "
-        "it is not there. A ComfyUI that is started here gets input, output, temporary and user folders of its own "
-        "and is stopped at the end."
+        "Run a workflow in a real ComfyUI. The first of these that is given chooses it: --comfyui, --server or "
+        "--install; DNG_SERVER or DNG_COMFYUI; comfy-cli's default workspace. Otherwise this project's own is used, "
+        "and first installed if necessary. A ComfyUI that is started here gets input, output, temporary and user "
+        "folders of its own and is stopped at the end."
     )
     parser.add_argument("workflow", type=Path, help="workflow file in API format")
     where = parser.add_mutually_exclusive_group()
@@ -122,6 +122,6 @@ def run_on(server: Server, args: argparse.Namespace, prompt: dict[str, dict[str,
         raise cannot_write(folder, error) from error
     texts = dict.fromkeys(text for ui in result.ui.values() if (text := node_text(ui)))
     for text in texts:
-        if not any(text in other for other in texts if other != text):  # a table that grew over several nodes
+        if not any(text in other for other in texts if other != text):  # print a growing table only once
             print(text)
     print("Saved:", *saved, sep="\n  ")

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything given goes to pytest."""
     parser.description = (
         "Install what the tests need, then run ruff, mypy and pytest on this checkout, all with the Python of the "
-        "ComfyUI that this project installs. They test with that ComfyUI, or with the source that DNG_COMFYUI names."
+        "ComfyUI that this project installs. The tests use that ComfyUI, or the source that DNG_COMFYUI names."
     )
     parser.usage = "dng test [-h] [pytest's arguments]"
 
@@ -54,9 +54,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def tools_of(root: Path) -> list[str]:
-    """What the project's extra "test" asks for, this project itself left out: the tests use the checkout.
+    """The requirements of the extra "test", without this project itself, because the tests use the checkout.
 
-    On a machine with a Chromium also the extra "browser"; elsewhere the browser tests are skipped anyway.
+    A machine with a Chromium also gets the extra "browser". Other machines skip the browser tests anyway.
     """
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras: dict[str, list[str]] = project["optional-dependencies"]

@@ -44,17 +44,17 @@ OPTIONS = {  # fields of TrainingConfig and what they are
     "learning_rate": "peak learning rate",
     "seed": "seed of the weights, batches and noise",
     "warmup_steps": "steps over which the learning rate rises",
-    "schedule": "of the learning rate: constant until its last part, or cosine",
+    "schedule": "course of the learning rate: constant until its last part, or cosine",
     "decay_share": "the last share of all steps, in which a constant learning rate falls to 0",
-    "ema_decay": "of the weights' moving average, a step",
-    "timesteps": "of a denoiser, how they are drawn",
-    "log_sigma_mean": "of log-normal timesteps",
-    "log_sigma_spread": "of log-normal timesteps, the standard deviation",
-    "weighting": "of a denoiser's errors",
-    "null_label_share": "of a denoiser's labels, dropped",
+    "ema_decay": "decay per step of the weights' moving average",
+    "timesteps": "how a denoiser's timesteps are drawn",
+    "log_sigma_mean": "mean log sigma of log-normal timesteps",
+    "log_sigma_spread": "standard deviation of log sigma of log-normal timesteps",
+    "weighting": "weights of a denoiser's errors",
+    "null_label_share": "share of a denoiser's labels that is dropped",
     "checkpoint_every": "steps between checkpoints, 0 for none",
     "checkpoint_minutes": "minutes between checkpoints, 0 for none",
-    "precision": "of forward passes; auto takes bfloat16 where the processor is fast at it",
+    "precision": "precision of forward passes; auto takes bfloat16 where the processor is fast at it",
 }
 
 
@@ -86,18 +86,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flag, default = f"--{option.replace('_', '-')}", getattr(DEFAULTS["denoiser"], option)
         kind: dict[str, Any] = {"choices": CHOICES[option]} if option in CHOICES else {"type": type(default)}
         parser.add_argument(flag, help=_default(text, option), **kind)
-    parser.add_argument("--prediction", choices=PREDICTIONS, help="of a denoiser (default: the plan's; shipped: v)")
-    parser.add_argument("--numbers", choices=NUMBERS, default="float32", help="in the weights file (default: float32)")
+    parser.add_argument("--prediction", choices=PREDICTIONS, help="a denoiser's (default: the plan's; shipped: v)")
+    parser.add_argument("--numbers", choices=NUMBERS, default="float32", help="of the weights file (default: float32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument(
         "--threads",
         type=int,
-        help="of the CPU (default: all cores; on a busy machine 1 is best; another number rounds differently)",
+        help="CPU threads (default: all cores; on a busy machine 1 is best; another number rounds differently)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, write the weights and the record beside them, print both paths; 1 with a message if that can't be."""
+    """Train, write weights and record, and print both paths; returns 1, with a message, if that fails."""
     try:
         train(args)
     except (OSError, ValueError, FloatingPointError) as error:
@@ -122,7 +122,7 @@ def train(args: argparse.Namespace) -> None:
     Raises
     ------
     OSError: if the data is not there or the output can't be written.
-    ValueError: for a bad plan or option, damaged data, and a checkpoint of another run.
+    ValueError: for a bad plan or option, damaged data, or a checkpoint of another run.
     FloatingPointError: if the loss is no longer finite.
     """
     plan = read_plan(args.plan).with_training(**{name: getattr(args, name) for name in OPTIONS})
