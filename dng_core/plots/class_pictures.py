@@ -18,7 +18,7 @@ COLOURS: tuple[Colour, ...] = (
 )
 # Okabe and Ito's palette, which colour-blind readers can tell apart; grey for the first method, usually "no guidance"
 TINT = (253, 236, 236)  # behind the class that was to be removed
-SHEET_CELL = 56  # smallest side of an image on the sheet, in pixels
+SHEET_CELL = 56  # smallest side of an image on the sheet, in pixels: a choice
 
 
 def share_bars(
@@ -33,7 +33,7 @@ def share_bars(
 
     Parameters
     ----------
-    methods: a label, and the share of each class in 0 .. 1, for each method.
+    methods: for each method, its label and the share of each class in 0 .. 1.
     """
     drawing = Drawing(width, height)
     theme, size, small = drawing.theme, 18, 15
@@ -82,7 +82,7 @@ def image_sheet(panels: Sequence[tuple[str, np.ndarray, Sequence[bool]]]) -> Ima
 
     Parameters
     ----------
-    panels: a title, images (n, height, width, 3) uint8, and which of them to frame, for each method.
+    panels: for each method, its title, its images (n, height, width, 3) uint8, and which of them to frame.
     """
     count = min(len(images) for _, images, _ in panels)
     columns = math.ceil(math.sqrt(count))

@@ -15,8 +15,8 @@ Order = Literal["most changed first", "as drawn"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 
 TITLES = ("without", "with guidance", "difference")
-ASPECT = 1.5  # of the sheet, as near as its cards allow
-SMALLEST_SCALE = 0.1  # end of the difference's colours where nothing changes more
+ASPECT = 1.5  # width / height of the sheet, as nearly as its cards allow: a choice
+SMALLEST_SCALE = 0.1  # a choice: the difference's colours end here unless a pixel changes more
 
 
 def rms_changes(without: np.ndarray, with_: np.ndarray) -> np.ndarray:
@@ -105,7 +105,7 @@ def comparison_sheet(
 def _draw_head(
     drawing: Drawing, changes: np.ndarray, shown: int, order: Order, ceiling: float, concepts: int, size: int
 ) -> None:
-    """What was compared, and what the difference's colours and the trace's mean."""
+    """The summary, and keys to the colours of the difference and of the trace's concepts."""
     margin, width = size, drawing.width - 2 * size
     number = f"{len(changes)} images" if len(changes) > 1 else "1 image"
     told = f"{number}: RMS change {_total(changes):.3f}, pixels 0 to 1"

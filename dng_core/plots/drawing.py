@@ -19,7 +19,7 @@ OVERSAMPLING = 3  # shapes are drawn this much larger and then reduced: Pillow's
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours. ``series`` are told apart by colour-blind readers; ``ramp`` runs from no change to the largest."""
+    """Colours. Colour-blind readers can tell ``series`` apart; ``ramp`` runs from no change to the largest."""
 
     background: Colour
     ink: Colour
@@ -136,7 +136,7 @@ def fitted(text: str, size: int, width: float) -> str:
 
 
 def ticks(low: float, high: float, at_most: int) -> list[float]:
-    """At most so many round numbers (1, 2 or 5 times a power of ten apart) within low .. high."""
+    """At most ``at_most`` round numbers within low .. high, spaced by 1, 2 or 5 times a power of ten."""
     span = high - low
     if span <= 0:
         return [low]
@@ -147,7 +147,7 @@ def ticks(low: float, high: float, at_most: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float, at_most: int) -> list[float]:
-    """At most so many round numbers within low .. high, for a logarithmic axis; 0 < low <= high."""
+    """At most ``at_most`` round numbers within low .. high, for a logarithmic axis; 0 < low <= high."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1, 2, 5), (1, 3), (1,)):
         found = [d * 10.0**e for e in decades for d in digits if low * 0.999 <= d * 10.0**e <= high * 1.001]

@@ -16,11 +16,11 @@ View = Literal["auto", "lines", "quantiles"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 VIEWS: tuple[View, ...] = get_args(View)
 
-MOST_LINES = 8  # images whose lines can be told apart by colour; above, "auto" shows quantiles
-FEW_STEPS = 30  # up to here every step has its dot
+MOST_LINES = 8  # a choice: colours cannot tell more images apart, so "auto" then shows quantiles
+FEW_STEPS = 30  # a choice: up to this number of steps, every step has a dot
 DASHES: tuple[float | None, ...] = (None, 9.0, 3.0)  # of the first, second and every further concept
-BANDS = ((0.05, 0.95, 0.16), (0.25, 0.75, 0.26))  # quantiles and opacity; of several concepts only the inner one
-LIKELY = 0.5
+BANDS = ((0.05, 0.95, 0.16), (0.25, 0.75, 0.26))  # quantiles and opacity: a choice; several concepts: inner one only
+LIKELY = 0.5  # a choice: the summary counts the images whose posterior exceeds this
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def trace_chart(
     ----------
     trace: None, or one without steps, gives a picture that says so.
     axis: what the steps are drawn against. log-SNR is -2 ln sigma, which grows as the image gets clearer.
-    view: "lines", one per image and concept; "quantiles", the median with bands over the images; "auto", lines up to
-        8 images.
+    view: "lines" draws one per image and concept; "quantiles" draws the median, with bands over the images; "auto"
+        draws lines for up to 8 images.
 
     Raises
     ------
@@ -226,7 +226,7 @@ def _mapping(
 
 
 def _line_style(drawing: Drawing, concept: int, image: int, concepts: int, images: int) -> tuple[Colour, float | None]:
-    """Colours tell images apart and dashes concepts; where there is one image, or too many, colours tell concepts."""
+    """Colours tell images apart, and dashes concepts. With one image, or too many, colours tell concepts apart."""
     series = drawing.theme.series
     if images == 1 or images > MOST_LINES:
         return series[concept % len(series)], None
@@ -315,7 +315,7 @@ def as_array(values: object, name: str) -> np.ndarray:
 
 
 def _log_levels(sigmas: Sequence[float]) -> np.ndarray:
-    """ln sigma; a level of infinity or 0, which has none, is put one step beyond its neighbour."""
+    """ln sigma. For a level of infinity or 0 it is not finite; such a level is put one step beyond its neighbour."""
     with np.errstate(divide="ignore"):
         logs = np.log(np.asarray(sigmas, dtype=np.float64))
     finite = np.flatnonzero(np.isfinite(logs))
