@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     oracle.add_argument("--nodes", nargs="+", metavar="NAME", help="nodes of matrix and off: ksampler, guider, patch")
     oracle.add_argument("--settings", choices=("oracle", "cifar10"), default="oracle", help="default: oracle")
-    oracle.add_argument("--prediction", choices=("epsilon", "v", "flow"), default="epsilon", help="the oracle's")
+    oracle.add_argument("--prediction", choices=("epsilon", "v", "flow"), default="epsilon", help="oracle's output")
     oracle.add_argument(
         "--set", action="append", default=[], metavar="INPUT=VALUE", help="an input of the guiding nodes (repeatable)"
     )
@@ -177,7 +177,7 @@ def over_samplers(
     schedulers: Sequence[str] = ("karras",),
     steps: Sequence[int] = (30,),
 ) -> Figure:
-    """A figure on the oracle. ``name``: MODULE.FUNCTION in headless/figures. The last three are default options."""
+    """A figure on the oracle: MODULE.FUNCTION (``name``) of headless/figures. The last three are option defaults."""
 
     def rows(args: argparse.Namespace) -> Iterator[Row]:
         from ..headless.figures.oracle_choice import chosen_by

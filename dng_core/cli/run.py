@@ -21,10 +21,10 @@ NEEDS = ("aiohttp", "tqdm")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dng run`."""
     parser.description = (
-        "Run a workflow in a real ComfyUI. The first of these that is given chooses it: --comfyui, --server or "
-        "--install; DNG_SERVER or DNG_COMFYUI; comfy-cli's default workspace. Otherwise this project's own is used, "
-        "and first installed if necessary. A ComfyUI that is started here gets input, output, temporary and user "
-        "folders of its own and is stopped at the end."
+        "Run a workflow in a real ComfyUI. The first of these that is given decides which: --comfyui, --server "
+        "or --install; DNG_SERVER or DNG_COMFYUI; comfy-cli's default workspace. Otherwise this project's own is "
+        "used, and first installed if necessary. A ComfyUI that is started here gets input, output, temporary and "
+        "user folders of its own and is stopped at the end."
     )
     parser.add_argument("workflow", type=Path, help="workflow file in API format")
     where = parser.add_mutually_exclusive_group()

@@ -86,8 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flag, default = f"--{option.replace('_', '-')}", getattr(DEFAULTS["denoiser"], option)
         kind: dict[str, Any] = {"choices": CHOICES[option]} if option in CHOICES else {"type": type(default)}
         parser.add_argument(flag, help=_default(text, option), **kind)
-    parser.add_argument("--prediction", choices=PREDICTIONS, help="a denoiser's (default: the plan's; shipped: v)")
-    parser.add_argument("--numbers", choices=NUMBERS, default="float32", help="of the weights file (default: float32)")
+    parser.add_argument("--prediction", choices=PREDICTIONS, help="network's output (default: the plan's; shipped: v)")
+    parser.add_argument("--numbers", choices=NUMBERS, default="float32", help="weights' format (default: float32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument(
         "--threads",
