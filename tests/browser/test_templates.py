@@ -84,7 +84,7 @@ def test_two_clicks_lead_to_a_finished_picture(browser: Any, comfyui_server: Ser
 
 
 def test_the_readmes_link_opens_the_template() -> None:
-    """It names the address at which ComfyUI listens by default, and the folder that the README's clone makes."""
+    """The link names the address at which ComfyUI listens by default, and the folder that the README's clone makes."""
     readme = (WORKFLOWS.parent / "README.md").read_text(encoding="utf-8")
     (folder,) = re.findall(r"git clone \S+ \S*custom_nodes/(\S+)", readme)
     assert f"(http://127.0.0.1:8188/?template={FIRST}&source={folder})" in readme

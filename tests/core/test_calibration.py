@@ -41,7 +41,7 @@ def single(value: float) -> Tensor:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_on_exact_predictions_the_exact_settings_are_proposed(seed):
-    """The share of the component is 1/8; temperature 1, offset 0."""
+    """The exact prior is the component's share, 1/8; the exact temperature is 1 and the exact offset 0."""
     proposal = propose(recorded(seed=seed))
     assert 0.08 < proposal.settings.prior < 0.19
     assert (proposal.settings.temperature, proposal.settings.offset) == (1.0, 0.0)
@@ -79,7 +79,7 @@ def test_a_replay_is_what_those_settings_track_along_the_run(settings):
 
 
 def test_evidence_too_large_for_any_share_lowers_the_temperature():
-    """Twenty times the evidence of an exact model, as where errors add up: a temperature of about 1 / 9."""
+    """Errors that add up can give 20 times the evidence of an exact model: the temperature becomes about 1 / 9."""
     exact = recorded()
     proposal = propose(Evidence(20 * exact.increments, exact.offsets))
     assert proposal.settings.temperature < 0.2
@@ -106,7 +106,7 @@ def test_what_is_promised_holds_in_a_replay(below, on_by):
 
 
 def test_evidence_that_sinks_late_is_counted_at_its_peak():
-    """As where a model errs in fine detail: the proposal stays what it was, though no image ends as the concept."""
+    """A model that errs in fine detail gives such evidence. The proposal stays, but no image ends as the concept."""
     exact = recorded()
     late = torch.zeros(6, 256, dtype=torch.float64) - 5
     sinking = Evidence(torch.cat([exact.increments, late]), torch.cat([exact.offsets, torch.zeros(6).double()]))
@@ -114,7 +114,7 @@ def test_evidence_that_sinks_late_is_counted_at_its_peak():
 
 
 def test_an_unrelated_concept_that_stirs_is_kept_quiet():
-    """Its evidence rises for a while and sinks again; at the exact settings it would be pushed."""
+    """The concept's evidence rises for a while and sinks again. At the exact settings, the concept would be pushed."""
     related = recorded()
     steps = len(related.increments)
     hump = torch.zeros(steps, 64, dtype=torch.float64)

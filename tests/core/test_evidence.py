@@ -197,7 +197,7 @@ def test_probes_hold_from_any_starting_level(top, partial):
 
 
 def test_the_gap_averaged_over_the_steps_before_brings_the_posterior_nearer_to_the_exact_one():
-    """Nearer than each step's own estimate, by hand along the same run."""
+    """It is nearer than with each step's own estimate, which is computed by hand along the same run."""
     guidance, calls = unguided("step_noise", 1.0)
     log_p = torch.full((300,), math.log(1 / 8))
     for start, end in itertools.pairwise(calls):
@@ -209,7 +209,7 @@ def test_the_gap_averaged_over_the_steps_before_brings_the_posterior_nearer_to_t
 
 
 def test_the_refined_posterior_is_near_the_exact_one_at_many_steps_too():
-    """However long the run: an average over ever more, ever smaller steps would lag behind."""
+    """A long run must not make the averaged gap lag behind, although it averages over more and smaller steps."""
     algorithm_2, refined = final_error("algorithm_2", 1.0, 300), final_error("step_noise", 1.0, 300)
     assert refined <= algorithm_2 < 0.03, (refined, algorithm_2)
 

@@ -81,7 +81,7 @@ def test_to_ve_takes_a_state_of_the_frame_to_x0_plus_sigma_noise_and_from_ve_tak
 
 @pytest.mark.parametrize("noise_scale", [1.0, 8.0])
 def test_a_flow_at_t_1_is_infinite_noise_whose_state_carries_nothing(noise_scale):
-    """r x, what a jump to t = 0.9 keeps of a state, is 0 there and comes to it from below."""
+    """A jump to t = 0.9 keeps r x of a state x: this is 0 at t = 1, and tends to 0 as t rises to 1."""
     frame, state = NoiseFrame("flow", noise_scale), torch.full((2,), 3.0, dtype=torch.float64)
     assert frame.sigma(1.0) == math.inf
     assert not frame.to_ve(state, 1.0).any()

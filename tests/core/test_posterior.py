@@ -486,7 +486,7 @@ def test_at_a_midpoint_step_noise_is_algorithm_2():
 
 @pytest.mark.parametrize("fraction", [0.0, 0.6, 1.0, None])
 def test_the_rule_probe_takes_both_ends_and_the_mean_of_the_probed_gaps(fraction):
-    """At the end of the run it takes the held predictions, and the share of the divergence that the noise lacks."""
+    """At the end, it takes the last predictions, less the divergence's evidence times the missing share of noise."""
     (a, b, end), logs = walked("probe", noise_fraction=None if fraction is None else lambda *sigmas: fraction)
     torch.testing.assert_close(logs[1], logs[0] + path_evidence(a, b, (a.gap + b.gap) / 2), rtol=1e-10, atol=0)
     lacking = 0.0 if fraction is None else 1 - fraction

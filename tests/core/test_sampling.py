@@ -100,7 +100,7 @@ def test_the_papers_cifar_10_setting_leaves_at_most_1_percent_at_any_step_count(
 
 
 def test_the_per_step_offset_does_not_carry_over_to_few_steps():
-    """What the integrated form is for."""
+    """The integrated form of the offset exists for this reason."""
     per_step = PRESETS["CIFAR-10"].with_(offset_form="per_step")
     assert forbidden_share(run(per_step, schedule("ddpm", 50), 500)) > 0.05
 
@@ -129,10 +129,10 @@ def test_negative_prompting_at_scale_0_is_unguided():
 
 
 def test_the_product_mixture_needs_the_reference_that_its_negative_is_a_part_of():
-    """Components by two attributes: the positive asks for A (0-3), to avoid is B (0, 4, 5), only in part inside A.
+    """Attribute A, the positive, is components 0-3. Attribute B, the undesired, is 0, 4 and 5: only 0 is in A too.
 
-    p(B|x) has the unconditional mixture as reference, p(B|x, A) the positive with the joint negative (component 0).
-    The raw positive against the raw negative is neither, and removes much less.
+    p(B|x) compares B with the unconditional mixture. p(B|x, A) compares the joint negative, component 0, with the
+    positive. To compare B itself with the positive gives neither, and removes much less.
     """
     positive, undesired, joint = [0, 1, 2, 3], [0, 4, 5], [0]
     cases = {

@@ -117,7 +117,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, images, labels):
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 @pytest.mark.parametrize("how", [{}, {"weighting": "min_snr", "timesteps": "log_normal"}], ids=["plain", "weighted"])
 def test_a_network_of_either_kind_learns_to_denoise(tmp_path, prediction, how):
-    """On one image it comes to give that image, and before training it does not."""
+    """Trained on one image, the network predicts that image; before training it does not."""
     image = torch.full((16, 1, 8, 8), 64, dtype=torch.uint8)
     network = replace(NETWORK, prediction=prediction, num_classes=0)
     config = TrainingConfig(epochs=60.0, batch_size=16, warmup_steps=10, learning_rate=3e-3, ema_decay=0.9, **how)
@@ -321,7 +321,7 @@ def test_a_checkpoint_started_elsewhere_is_refused(tmp_path, images, labels):
 
 
 def test_a_full_disk_keeps_the_checkpoint_and_leaves_no_half_file(mnist_like, tmp_path, disk_full_after, capsys):
-    """The checkpoint is written, the weights find no space; with space, the same command goes on from there."""
+    """At first there is space for the checkpoint only. With more space, the same command goes on from there."""
     command = ("classifier", "--data", mnist_like, "--output", tmp_path / "out", "--epochs", 1, "--batch-size", 32)
     with disk_full_after(1):
         assert dng_train(*command) == 1
@@ -453,7 +453,7 @@ def test_a_disk_that_fills_up_during_training_costs_no_more_than_since_the_last_
 
 
 def test_a_killed_training_goes_on_with_the_same_weights(image_folder, tmp_path):
-    """SIGKILL at whatever moment it comes, of a run that writes a checkpoint a step."""
+    """The run writes a checkpoint at each step, and SIGKILL comes at any moment."""
     path = plan(tmp_path, "try", "denoiser")
     options = ["--data", image_folder, "--epochs", 20, "--checkpoint-every", 1, "--threads", 1, "--device", "cpu"]
     command = [sys.executable, "-m", "dng_core", "train", path, *options, "--output", tmp_path / "killed"]

@@ -181,7 +181,7 @@ def nan_at(call: int, place: int | None) -> Any:
 @pytest.mark.parametrize("node", ["ksampler", "patch"])
 @pytest.mark.parametrize("call", [0, 2, 4])
 def test_nan_in_the_undesired_prediction_is_no_push_and_a_warning(bench, node, call, caplog):
-    """At cfg 1 the undesired one is in the third place; the second, the unconditional, is empty."""
+    """At cfg 1 the undesired prediction is in the third place; the second place, the unconditional's, is empty."""
     model = bench.model()
     model.set_model_unet_function_wrapper(nan_at(call, 2))
     if node == "ksampler":
@@ -238,7 +238,7 @@ def test_a_model_that_follows_no_noise_schedule_is_refused(bench, prediction):
 
 @pytest.mark.parametrize("sampling", ["lcm", "v_prediction"])
 def test_a_thinned_training_chain_takes_offsets_on_the_usual_one(bench, sampling):
-    """ModelSamplingDiscrete's lcm keeps 50 of 1000 steps: an offset integrated over those would be another unit."""
+    """ModelSamplingDiscrete's lcm keeps 50 of 1000 steps. An offset per step would mean something else on these."""
     nodes = importlib.import_module("comfy_extras.nodes_model_advanced")
     (model,) = nodes.ModelSamplingDiscrete().patch(bench.model(), sampling, False)
     chain = bench.frames.training_chain(model.get_model_object("model_sampling"))

@@ -35,7 +35,7 @@ def test_on_the_oracle_the_exact_settings_are_proposed(bench, calibrate):
 
 
 def test_under_cfg_the_positive_may_ask_for_what_is_to_be_avoided(bench, calibrate):
-    """Every image shows it, and the prior is still its share without the positive."""
+    """Every image shows the undesired concept, and yet the prior is the concept's share without the positive."""
     prior, temperature, _, text = calibrate(
         bench.model(), bench.cond("0"), bench.cond("0"), bench.latent(64), cfg=1.5, unconditional=bench.cond()
     )

@@ -99,7 +99,7 @@ def test_no_text_holds_what_the_front_end_would_read_as_syntax(language):
 
 
 def test_comfyui_serves_the_translations(comfyui, tmp_path, monkeypatch):
-    """Its own reader finds the files where a pack has them."""
+    """ComfyUI's own reader finds the files where a pack has them."""
     folder_paths = importlib.import_module("folder_paths")
     manager = importlib.import_module("app.custom_node_manager")
     (tmp_path / "pack").symlink_to(ROOT, target_is_directory=True)

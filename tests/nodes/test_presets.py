@@ -46,7 +46,7 @@ def test_the_node_draws_with_a_preset_what_it_draws_with_its_values(bench):
 
 
 def test_every_node_with_settings_has_the_preset_after_them(pack):
-    """Graphs saved before it, which hold widget values by position, still load."""
+    """Graphs saved before there was a preset hold widget values by position; they must still load."""
     nodes = importlib.import_module(f"{pack.__name__}.nodes").NODES
     with_settings = 0
     for node in nodes:

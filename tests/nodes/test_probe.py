@@ -66,7 +66,7 @@ def test_the_cfg_mix_as_reference_is_refused_with_what_to_do(bench):
 
 
 def test_nan_from_a_probe_touches_no_other_image_and_no_later_step(bench):
-    """A probe that overflows in one image of the batch: that one is not corrected there, the others are as before."""
+    """The probe overflows in one image of the batch. That image is not corrected there; the others are as before."""
     model, concept = bench.model(), bench.concept(rule="probe")
     broken, calls = bench.model(), []
 

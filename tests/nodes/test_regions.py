@@ -37,7 +37,7 @@ def test_an_area_meets_its_mask(bench):
 
 @pytest.mark.parametrize("extra", [{"strength": 0.0}, {"mask_strength": 0.0}], ids=str)
 def test_an_undesired_conditioning_of_strength_0_pushes_nowhere(bench, extra):
-    """ComfyUI leaves zeros there, which are no prediction."""
+    """ComfyUI gives zeros for such a conditioning, and zeros are no prediction."""
     out = one_step(bench, bench.cond("0", mask=bench.left_half(), **extra))
     torch.testing.assert_close(out, bench.sample(bench.model(), steps=1), rtol=1e-6, atol=1e-6)
 

@@ -116,7 +116,7 @@ def test_lcm_is_refused_with_what_to_do_instead(bench, entry):
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_cfg_pp_without_an_unconditional_names_the_input(bench, scale):
-    """With none, ComfyUI's CFG++ would take zeros for it: a wrong image and no error."""
+    """Without this error, ComfyUI's CFG++ would use zeros as the unconditional and draw a wrong image."""
     with pytest.raises(ValueError, match="unconditional"):
         bench.dng(bench.model(), bench.concept(guidance_scale=scale), sampler_name="euler_ancestral_cfg_pp")
 

@@ -60,7 +60,7 @@ def test_the_node_itself_samples_what_its_function_samples(bench):
 
 
 def test_the_best_reference_under_cfg_is_the_unconditional(bench):
-    """To avoid 0, 4, 5 among positives 0-3: a negative alone fits the unconditional, not the positive."""
+    """The negative 0, 4, 5 is only partly in the positive 0-3, so it must be compared with the unconditional."""
     model = bench.model()
     options = {"latent": bench.latent(600), "steps": 30, "cfg": 3.0, "positive": bench.cond("0,1,2,3")}
     left = {}
@@ -167,7 +167,7 @@ def test_a_guider_can_be_used_twice(bench):
 
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "dpm_2_ancestral"])
 def test_sigmas_of_ones_own_are_followed_and_at_scale_0_the_stock_guiders(bench, sampler):
-    """No scheduler's: uneven, and starting below the model's largest. Less than half of the undesired is left."""
+    """The sigmas are uneven and start below the model's largest. Less than half of the undesired is left."""
     model, latent = bench.model(), bench.latent(400)["samples"]
     sigmas = torch.tensor([120.0, 40, 20, 12, 9, 6, 5, 4, 3, 2.6, 2, 1.7, 1.3, 1, 0.8, 0.7, 0.5, 0.3, 0.1, 0.02, 0])
     noise = bench.comfy.sample.prepare_noise(latent, 1, None)

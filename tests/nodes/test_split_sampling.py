@@ -19,7 +19,7 @@ def advanced(
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_a_split_run_is_the_unsplit_run(bench, prediction, at):
-    """Bit for bit; a flow's latent is divided by 1 - t between the nodes and multiplied again, which rounds."""
+    """It is so bit for bit, except for a flow: its latent is divided by 1 - t between the nodes, which rounds."""
     model, latent = bench.model(prediction), bench.latent()
     whole, trace = advanced(bench, model, latent, 0, 6)
     first, upper = advanced(bench, model, latent, 0, at)
@@ -79,7 +79,7 @@ def test_three_nodes_make_one_trace(bench):
 
 
 def test_an_inpainting_mask_carries_over_too(bench):
-    """What the mask keeps gets its noise from each node's own, so that the two runs are not compared."""
+    """Each node draws its own noise for what the mask keeps, so samples are not compared with an unsplit run's."""
     model, mask = bench.model(), torch.zeros(1, 4, 4)
     mask[..., :2] = 1.0
     latent = {"samples": bench.mixture.means[:8].clone(), "noise_mask": mask}

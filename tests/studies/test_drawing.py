@@ -87,7 +87,7 @@ def test_all_methods_start_from_the_same_noise(files):
 @pytest.mark.parametrize("levels", [[2.0, 1.0], [3.0, 2.0, 1.5, 1.0]], ids=["a step", "three steps"])
 @pytest.mark.parametrize("variance", ["posterior", "forward"])
 def test_guidance_is_told_how_much_noise_is_added(variance, levels):
-    """The steps of the sampler itself, from predictions of zero with many draws of noise, against what it is told."""
+    """With predictions of zero and many draws, the sampler's own variance is compared with what guidance is told."""
     generator = torch.Generator().manual_seed(0)
     seen = []
 
@@ -103,7 +103,7 @@ def test_guidance_is_told_how_much_noise_is_added(variance, levels):
 
 @pytest.mark.parametrize("variance", ["posterior", "forward"])
 def test_the_undesired_class_is_predicted_at_every_so_many_th_step(files, monkeypatch, variance):
-    """Evaluations are counted, and are what the progress bar is told; the trace holds those steps alone."""
+    """The network is called as often as ``evaluations`` says; the trace holds only steps with the undesired class."""
     some = point(files, undesired_every=3, steps=7, variance=variance, images=4)
     evaluated: list[int] = []
     original = UNet.forward

@@ -53,7 +53,7 @@ def test_noise_is_unclear():
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_the_error_of_a_perfect_network_is_0(monkeypatch, prediction):
-    """Of one that knows the images, and half of the labels."""
+    """The network here knows the images. It is given the labels of half of them."""
     pixels = torch.randint(0, 256, (4, 1, 8, 8), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     clean = pixels.float() / 127.5 - 1
     seen: list[list[int]] = []

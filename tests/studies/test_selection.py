@@ -43,7 +43,7 @@ def test_an_adaptive_sweep_ends_at_the_smallest_safe_scale_whatever_the_search_s
 
 
 def test_an_adaptive_experiment_draws_few_points_and_shares_a_search(files, monkeypatch, capsys):
-    """Of the scales 1 .. 4 those from 3 on are called safe; two classes, one search."""
+    """Of the scales 1 .. 4, those from 3 on are called safe. Two classes share one search."""
     experiment(files, lambda t: t.replace('["ant"]', '["ant", "bee"]').replace("[0.0, 2.0]", "[4.0, 3.0, 2.0, 1.0]"))
     monkeypatch.setattr(runner, "safe", lambda measures, target: scale_of[id(measures)] >= 3)
     scale_of: dict[int, float] = {}
