@@ -1,7 +1,7 @@
 """Start the command line in an interpreter where dng_core is not installed, leaving sys.path alone.
 
-This file is run as a script. It loads the package from its own folder's parent and registers it under its name. The
-folder above stays off sys.path, because its nodes/ would hide ComfyUI's module of that name.
+This file is run as a script. It loads the package that it lies in and registers the package under its name. The
+checkout stays off sys.path, because its folder nodes/ would hide ComfyUI's module of that name.
 """
 
 import importlib

@@ -18,7 +18,7 @@ GRACE_SECONDS = 10.0
 def start(
     python: Path, arguments: Sequence[str | Path], output: IO[bytes] | int, folder: Path | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start `python ARGUMENTS` in `folder`, as the leader of a process group that prints to `output`.
+    """Start `python ARGUMENTS` in `folder`, as the leader of a process group; everything printed goes to `output`.
 
     Raises HeadlessError where that Python does not start.
     """

@@ -135,7 +135,7 @@ async def _run(server: Server, session: aiohttp.ClientSession, prompt: dict[str,
 
 
 def mnist_prompt(seed: int, images: int) -> dict[str, Any]:
-    """KSampler (DNG) on the shipped MNIST model. Each run needs a new seed: ComfyUI caches the others."""
+    """KSampler (DNG) on the shipped MNIST model. Each run needs a new seed: ComfyUI caches used ones."""
     sampling = {"steps": STEPS, "cfg": 1.0, "sampler_name": "euler_ancestral", "scheduler": "normal", "denoise": 1.0}
     wires = {"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0]}
     return {

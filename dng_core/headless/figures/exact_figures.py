@@ -99,8 +99,8 @@ def step_counts_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
 def references_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
     """What each reference leaves under CFG, where the undesired is a special case of the positive and where it is not.
 
-    The prior is the undesired's share of what the positive asks for, which users can know. "auto" is also run with its
-    share of everything: the posterior is then exact for the image alone, wherever the reference is unconditional.
+    The prior is the undesired's share of what the positive asks for, which users can know. With "auto", its share of
+    everything is tried too: the posterior is then exact for the image alone, wherever the reference is unconditional.
     """
     cases = {
         "positive: half, undesired: one of it": (
@@ -188,7 +188,7 @@ def unrelated_figure(runs: OracleRunner, choice: Choice) -> Iterator[Row]:
 
 
 def _avoided(runs: OracleRunner, choice: Choice, task: Task, np_scale: float | None = None) -> Row:
-    """The report of avoiding what a task forbids, by DNG or by a constant scale. The prior is 1/4: one of four."""
+    """The report of avoiding what a task forbids, by DNG or by a constant scale. The prior is 1/4, for one of four."""
     settings: MethodSettings = choice.settings.with_(prior=1 / 4)
     if np_scale is not None:
         settings = NegativePrompting(guidance_scale=np_scale)

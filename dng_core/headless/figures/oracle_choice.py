@@ -19,7 +19,7 @@ def chosen_by(
     schedulers: Sequence[str],
     steps: Sequence[int],
 ) -> Choice:
-    """What the arguments choose; where they choose nothing, ``samplers``, ``schedulers``, ``steps`` (("all",): all).
+    """What the arguments choose; the last three parameters are the defaults, and ("all",) stands for all.
 
     ``known``: ComfyUI's names (:meth:`OracleRunner.options`); raises HeadlessError for a name that is not among them.
     """
