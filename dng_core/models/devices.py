@@ -6,7 +6,7 @@ import torch
 
 
 def devices(choice: str) -> list[str]:
-    """The devices for "auto", "cpu" or "cuda": the CPU, or every GPU. ValueError for "cuda" where there is no GPU."""
+    """The devices for "auto", "cpu" or "cuda": the CPU, or every GPU; ValueError for "cuda" without a GPU."""
     gpus = torch.cuda.device_count() if choice != "cpu" and torch.cuda.is_available() else 0
     if choice == "cuda" and not gpus:
         raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")

@@ -47,9 +47,9 @@ class TrainingConfig:
 
     Parameters
     ----------
-    schedule: the learning rate after a linear warm-up of ``warmup_steps``. "constant" stays and then falls linearly to
-        0 over the last ``decay_share`` of all steps; until it falls, a run can still be made longer or shorter.
-        "cosine" falls to 0 from the start.
+    schedule: the learning rate after a linear warm-up of ``warmup_steps``. A "constant" one falls linearly to 0 only
+        over the last ``decay_share`` of all steps. Before this fall, a run can still be made longer or shorter.
+        A "cosine" one falls to 0 from the start.
     ema_decay: the decay per step of the exponential moving average of the weights.
     timesteps: how a denoiser's timesteps are drawn. "uniform" draws all alike. "log_normal" draws log sigma with mean
         ``log_sigma_mean`` and standard deviation ``log_sigma_spread`` (Karras et al. 2022, sec. 5) and takes the
@@ -57,8 +57,8 @@ class TrainingConfig:
     weighting: weights of a denoiser's squared error of epsilon or v. "simple" weighs all timesteps alike; "min_snr"
         weighs the error of x_0 by min(SNR, 5) (Hang et al. 2023).
     null_label_share: the share of a denoiser's labels that is replaced by the null label.
-    checkpoint_every, checkpoint_minutes: steps, and minutes, after which a checkpoint is written; 0 for never. The end
-        always has one.
+    checkpoint_every, checkpoint_minutes: steps, and minutes, after which a checkpoint is written; 0 for never. The
+        last step always writes one.
     precision: "bfloat16" computes forward passes in mixed precision (weights, their average and the loss stay in
         float32); "auto" takes it where the device is fast at it (:func:`fast_bfloat16`).
     """
@@ -178,7 +178,7 @@ def train_classifier(
 ) -> TrainingResult:
     """Train the classifier by cross-entropy. ``images`` and ``initial`` are as in :func:`train_denoiser`.
 
-    Batches are shifted by up to two pixels. Each image gets Gaussian noise of a random size up to 0.3 (its range is -1
+    Batches are shifted by up to two pixels. Each image gets Gaussian noise of a random size up to 0.3 (pixels are -1
     to 1), so that noise left in generated images does not decide the class. Both limits are a choice.
     """
     torch.manual_seed(config.seed)
@@ -211,7 +211,7 @@ def classifier_accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -
 def fast_bfloat16(device: torch.device) -> tuple[bool, str]:
     """Whether a device computes in bfloat16 faster than in float32, and the reason for the answer.
 
-    A CPU with AMX or AVX-512 BF16 does. Other CPUs emulate bfloat16, which is several times slower than float32.
+    A CPU with AMX or AVX-512 BF16 is faster. Other CPUs emulate bfloat16, which is several times slower than float32.
     """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported()
