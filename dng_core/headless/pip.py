@@ -9,7 +9,7 @@ from .errors import HeadlessError
 from .process import run_helper
 
 SHOWN = ("Collecting", "Downloading", "Building", "Installing", "Saved")
-LINE_WIDTH = 100
+LINE_WIDTH = 100  # like the number below, a choice
 TAIL_LINES = 15
 PYTHON = f"Python {sys.version_info.major}.{sys.version_info.minor} on {sys.platform}"
 

@@ -12,7 +12,7 @@ from .errors import HeadlessError
 from .paths import is_pack
 
 CHILD = Path(__file__).with_name("child.py")
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 10.0  # a choice
 
 
 def start(

@@ -15,7 +15,7 @@ from .oracle_runs import ORACLE_SETTINGS, UNGUIDED, OracleRun, OracleRunner, Tas
 from .sampler_matrix import Choice, progress, refusal_noted
 
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
-CFG_SCALES = (1.0, 3.0, 7.0)
+CFG_SCALES = (1.0, 3.0, 7.0)  # a choice
 OFF = ORACLE_SETTINGS.with_(guidance_scale=0.0)
 NP_SCALES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 """Constant scales tried for negative prompting, from the weakest: a choice."""
