@@ -43,7 +43,7 @@ LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]  # (model,
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long and how to train.
+    """How long and how to train. The defaults are a choice.
 
     Parameters
     ----------
