@@ -17,7 +17,7 @@ from ..headless.lock import exclusive
 from ..headless.paths import PACKAGE_FOLDER, checkout
 
 ALIAS = "dynamic_negative_guidance"
-GRACE_SECONDS = 15
+GRACE_SECONDS = 15  # a choice
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

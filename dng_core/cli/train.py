@@ -37,7 +37,7 @@ from ..models.weight_files import (
     save_denoiser,
 )
 
-CLASSIFIER_WIDTH = 32
+CLASSIFIER_WIDTH = 32  # a choice
 OPTIONS = {  # fields of TrainingConfig and what they are
     "epochs": "passes over the training images",
     "batch_size": "images per step",
