@@ -54,7 +54,7 @@ class ClassifierInfo:
 
 def shipped_denoisers() -> dict[str, Path]:
     """The denoisers that come with the project: name -> file (:func:`load_denoiser` says if it is missing)."""
-    return {"mnist": SHIPPED / "mnist_denoiser.safetensors"}
+    return {name: SHIPPED / f"{name}_denoiser.safetensors" for name in ("mnist", "mnist_v")}
 
 
 def shipped_classifiers() -> dict[str, Path]:
