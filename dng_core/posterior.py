@@ -251,6 +251,8 @@ EVIDENCE: dict[Rule, Callable[[PathPoint, Call, Call, Tensor | None, Chain], Jum
     "step_noise": step_noise,
     "probe": probe,
 }
+"""The rules by name. Each takes the point where a jump starts, what the model said there, what it says at the jump's
+end, the estimate that the sampler was given in between, and the chain."""
 
 
 def advance(
