@@ -1,9 +1,8 @@
-"""Algorithm 2 against the paper's formula, and its step along paths worked out by hand."""
+"""The posterior's step along paths worked out by hand, and as a pure function along random ones."""
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import hypothesis
@@ -12,13 +11,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dng_core.evidence import Call, divergence_evidence, gap_of_step, held_evidence, path_evidence
-from dng_core.frames import VE, VP, NoiseFrame
+from dng_core.evidence import Call
 from dng_core.guidance import NegativeGuidance
 from dng_core.kernels import ReverseKernel
 from dng_core.posterior import (
-    EVIDENCE,
-    LEAST_NOISE_FRACTION,
     STATES_KEPT,
     Chain,
     Path,
@@ -26,208 +22,9 @@ from dng_core.posterior import (
     offset_evidence,
     step,
 )
-from dng_core.schedules import DDPMSchedule, IntegratedOffset
 from dng_core.settings import RULES, Settings
 
-CHAIN = DDPMSchedule.named("linear")
-OFFSET = IntegratedOffset(CHAIN)
-WIDE = Settings(prior=0.3, p_min=1e-300, p_max=1 - 1e-12)  # no clamp to speak of
-TIMESTEPS = [1, 2, 3, 10, 50, 123, 250, 400, 500, 640, 777, 900, 998, 999]
-
-
-def ddpm_step(
-    t: int, shape: Sequence[int] = (16, 3, 8, 8), apart: float = 0.3
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A DDPM step t -> t - 1: VP states after and before it, and two random predictions of x_0, this far apart."""
-    generator = torch.Generator().manual_seed(t)
-    x_0, negative, noise, step_noise = torch.randn(4, *shape, generator=generator, dtype=torch.float64)
-    negative = x_0 + apart * negative
-    bar = CHAIN.alpha_bars[t]
-    state = bar.sqrt() * x_0 + (1 - bar).sqrt() * noise
-    next_state = reverse_mean(t, state, x_0) + CHAIN.posterior_variances[t - 1].sqrt() * step_noise
-    return next_state, state, negative, x_0
-
-
-def reverse_mean(t: int, state: Tensor, denoised: Tensor) -> Tensor:
-    """mu of Ho et al., eq. 11: from the noise that the prediction implies, in the VP frame."""
-    bar, beta = CHAIN.alpha_bars[t], CHAIN.betas[t]
-    eps = (state - bar.sqrt() * denoised) / (1 - bar).sqrt()
-    return (state - beta / (1 - bar).sqrt() * eps) / (1 - beta).sqrt()
-
-
-def increment(
-    next_state: Tensor,
-    state: Tensor,
-    negative: Tensor,
-    reference: Tensor,
-    next_level: float,
-    level: float,
-    frame: NoiseFrame = VE,
-    weight: Tensor | None = None,
-) -> Tensor:
-    """What Algorithm 2 counts for a jump between states in ``frame``."""
-    start = Call(frame.to_ve(state, level), frame.sigma(level), reference, negative)
-    end = Call(frame.to_ve(next_state, next_level), frame.sigma(next_level))
-    return held_evidence(start, end, start, weight)
-
-
-def paper_increment(t: int, next_state: Tensor, state: Tensor, negative: Tensor, reference: Tensor) -> Tensor:
-    """Algorithm 2's -1 / (2 sigma_t^2) (||x' - mu(c-)||^2 - ||x' - mu||^2), literally."""
-    far = (next_state - reverse_mean(t, state, negative)).flatten(1).square().sum(1)
-    near = (next_state - reverse_mean(t, state, reference)).flatten(1).square().sum(1)
-    return -(far - near) / (2 * CHAIN.posterior_variances[t - 1])
-
-
-def sigma(t: int) -> float:
-    return float(CHAIN.sigmas[t])
-
-
-def relative_error(ours: Tensor, truth: Tensor) -> float:
-    """The largest error of a batch, relative to its root mean square increment."""
-    return float((ours - truth).abs().max() / truth.square().mean().sqrt())
-
-
-@pytest.mark.parametrize("t", TIMESTEPS)
-def test_increment_is_the_papers_in_float64_to_1e_10(t):
-    jump = ddpm_step(t)
-    ours = increment(*jump, sigma(t - 1), sigma(t), VP)
-    assert relative_error(ours, paper_increment(t, *jump)) < 1e-10
-
-
-@pytest.mark.parametrize("t", TIMESTEPS)
-def test_increment_is_the_papers_in_float32_to_1e_4(t):
-    jump = ddpm_step(t)
-    ours = increment(*(x.float() for x in jump), sigma(t - 1), sigma(t), VP)
-    assert ours.dtype == torch.float32
-    assert relative_error(ours.double(), paper_increment(t, *jump)) < 1e-4
-
-
-@pytest.mark.parametrize("form", ["integrated", "per_step"])
-def test_a_tracked_step_is_algorithm_2_with_temperature_and_offset_in_either_form(form):
-    settings = WIDE.with_(prior=1e-6, temperature=0.2, offset=2e-4, offset_form=form)
-    for t in TIMESTEPS:
-        # so close together that the posterior stays away from the clamp at every t
-        next_state, state, negative, reference = jump = ddpm_step(t, apart=0.3 * sigma(t - 1))
-        path, _ = step(Path(), Call(VP.to_ve(state, sigma(t)), sigma(t), reference, negative), settings, Chain())
-        _, ours = step(path, Call(VP.to_ve(next_state, sigma(t - 1)), sigma(t - 1)), settings, Chain())
-        tau_part = 0.2 * paper_increment(t, *jump)
-        expected = math.log(1e-6) + tau_part + 2e-4 / (2 * CHAIN.posterior_variances[t - 1])
-        assert relative_error(ours, expected) < 1e-10
-
-
-@pytest.mark.parametrize("noise_scale", [1.0, 8.0])
-def test_all_frames_give_the_same_increment_for_the_same_states(noise_scale):
-    flow = NoiseFrame("flow", noise_scale)
-    for t in TIMESTEPS:
-        next_vp, vp, negative, reference = jump = ddpm_step(t)
-        high, low = sigma(t), sigma(t - 1)
-        ve, next_ve = vp * math.sqrt(1 + high**2), next_vp * math.sqrt(1 + low**2)
-        level, next_level = high / (noise_scale + high), low / (noise_scale + low)
-        truth = paper_increment(t, *jump)
-        in_ve = increment(next_ve, ve, negative, reference, low, high, VE)
-        in_flow = increment(next_ve * (1 - next_level), ve * (1 - level), negative, reference, next_level, level, flow)
-        assert relative_error(in_ve, truth) < 1e-9
-        assert relative_error(in_flow, truth) < 1e-9
-
-
-@pytest.mark.parametrize("noise_scale", [1.0, 8.0])
-def test_a_flow_increment_at_t_1_is_finite_and_the_limit_of_those_below(noise_scale):
-    flow = NoiseFrame("flow", noise_scale)
-    generator = torch.Generator().manual_seed(0)
-    state, next_state, negative, reference = torch.randn(4, 8, 3, 4, 4, generator=generator, dtype=torch.float64)
-    at_1 = increment(next_state, state, negative, reference, 0.95, 1.0, flow)
-    # At infinite noise the kernel is N(D, sigma'^2), whatever the state was.
-    x, low = next_state / 0.05, noise_scale * 0.95 / 0.05
-    far, near = ((x - d).flatten(1).square().sum(1) for d in (negative, reference))
-    torch.testing.assert_close(at_1, -(far - near) / (2 * low**2), rtol=1e-9, atol=1e-12)
-    below = [increment(next_state, state, negative, reference, 0.95, 1 - gap, flow) for gap in (1e-3, 1e-6)]
-    errors = [float((b - at_1).abs().max()) for b in below]
-    assert errors[1] < 1e-4 and errors[1] < errors[0] / 100
-
-
-@pytest.mark.parametrize("shape", [(4, 6), (4, 2, 5), (4, 2, 5, 3), (4, 2, 5, 3, 2)], ids=str)
-def test_any_latent_rank_gives_the_same_increment_as_its_flat_form(shape):
-    jump = ddpm_step(500, shape)
-    flat = [x.flatten(1) for x in jump]
-    ours = increment(*jump, sigma(499), sigma(500), VP)
-    assert ours.shape == (4,)
-    torch.testing.assert_close(ours, increment(*flat, sigma(499), sigma(500), VP), rtol=1e-12, atol=0)
-
-
-def test_elements_of_weight_0_do_not_count():
-    next_state, state, negative, reference = ddpm_step(500)
-    weight = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
-    weight[..., :3] = 1
-    inside = [x[..., :3] for x in (next_state, state, negative, reference)]
-    nonsense = [torch.where(weight > 0, x, 1e3 * i) for i, x in enumerate((next_state, state, negative, reference))]
-    torch.testing.assert_close(
-        increment(*nonsense, sigma(499), sigma(500), VP, weight),
-        increment(*inside, sigma(499), sigma(500), VP),
-        rtol=1e-10,
-        atol=0,
-    )
-
-
-def test_float16_states_are_accumulated_in_float32():
-    # 65,536 elements of product 1 / 16: summed in float16 this would stall far below 4096.
-    ones = torch.ones(1, 65536, dtype=torch.float16)
-    ours = increment(ones / 16, ones * 0, ones, ones * 0, 0.5, 1.0)
-    expected = 65536 * (1 / 16 - 0.75 / 2) / 0.25
-    assert ours.dtype == torch.float32
-    assert float(ours) == pytest.approx(expected, rel=1e-6)
-
-
-def test_no_precision_is_lost_at_high_noise_in_float32():
-    """At sigma 4518 and 65,000 elements, the difference of two norms loses 2e-3."""
-    next_state, state, negative, reference = torch.randn(4, 4, 65000, generator=torch.Generator().manual_seed(0))
-    negative = reference + 0.01 * negative
-    state, next_state = 4518 * state, 4518 * state * (4000 / 4518) ** 2 + 1000 * next_state
-    ours = increment(next_state, state, negative, reference, 4000.0, 4518.0)
-    truth = increment(*(x.double() for x in (next_state, state, negative, reference)), 4000.0, 4518.0)
-    torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-9)
-
-
-Said = tuple[Tensor, Tensor, Tensor]
-"""A state, and the reference and the undesired prediction there."""
-
-
-class Script:
-    """A scripted sampler: random states and predictions, and the evidence of a jump by hand."""
-
-    def __init__(self, shape: Sequence[int] = (3, 2, 4), seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.shape, self.dtype = tuple(shape), dtype
-
-    def point(self) -> Said:
-        x, negative, reference = torch.randn(3, *self.shape, generator=self.generator, dtype=self.dtype)
-        return x, reference, reference + 0.2 * negative
-
-    @staticmethod
-    def jump(start: Said, x: Tensor, low: float, high: float) -> Tensor:
-        """log of the ratio of two normal densities, written with the kernel's mean and variance."""
-        kernel = ReverseKernel(high, low)
-        reference, negative = (
-            torch.distributions.Normal(kernel.mean(start[0], d), kernel.variance**0.5).log_prob(x).flatten(1).sum(1)
-            for d in start[1:]
-        )
-        return negative - reference
-
-
-class Walk:
-    """An unguided run: the path so far, and what `step` answers to each call."""
-
-    def __init__(self, levels: Sequence[float] | None, settings: Settings = WIDE, **known: Any) -> None:
-        self.path, self.settings, self.chain = Path(), settings, Chain(levels, OFFSET, **known)
-
-    def visit(self, point: Said | tuple[Tensor], sigma: float, gap: Tensor | None = None) -> Tensor:
-        call = Call(point[0], sigma, *point[1:], gap=gap)
-        path, log_p = step(self.path, call, self.settings, self.chain)
-        self.path = dataclasses.replace(path, guided=call.reference)
-        return log_p
-
-    @property
-    def sigmas(self) -> list[float]:
-        return [point.sigma for point in self.path.points]
+from .walks import OFFSET, WIDE, Script, Walk
 
 
 def test_the_path_starts_at_the_prior_and_adds_every_jump():
@@ -423,95 +220,6 @@ def test_tracking_is_deterministic():
         runs.append(guidance.trace())
     assert torch.equal(runs[0].posterior, runs[1].posterior)
     assert torch.equal(runs[0].scale, runs[1].scale)
-
-
-def walked(rule: str, levels: Sequence[float] = (4.0, 3.0, 2.4), **known: Any) -> tuple[list[Call], list[Tensor]]:
-    """A run by a rule, which ends at the last level without predictions: its calls and posteriors."""
-    script, walk = Script(), Walk(levels, WIDE.with_(rule=rule, prior=1e-30), **known)
-    points = [script.point()[: 1 if sigma == levels[-1] else 3] for sigma in levels]
-    gaps = torch.randn(len(levels), 3, generator=script.generator, dtype=script.dtype)
-    logs = [walk.visit(*said) for said in zip(points, levels, gaps, strict=True)]
-    return [point.call for point in walk.path.points], logs
-
-
-def test_every_rule_is_tested_below():
-    assert set(EVIDENCE) == set(RULES) == {"algorithm_2", "step_noise", "probe"}
-
-
-@pytest.mark.parametrize("fraction", [None, 0.0, 0.5, 1.0])
-def test_the_rule_algorithm_2_holds_the_predictions_before_a_jump_whatever_else_is_known(fraction):
-    (a, b, end), logs = walked("algorithm_2", noise_fraction=None if fraction is None else lambda *sigmas: fraction)
-    for start, there, log_start, log_there in ((a, b, *logs[:2]), (b, end, *logs[1:])):
-        by_hand = Script.jump((start.x, start.reference, start.negative), there.x, there.sigma, start.sigma)
-        torch.testing.assert_close(log_there, log_start + by_hand, rtol=1e-10, atol=0)
-
-
-def test_the_rule_step_noise_takes_both_ends_and_the_gap_that_the_noise_of_the_steps_shows():
-    (a, b, c, _), logs = walked("step_noise", (4.0, 3.0, 2.4, 1.0), noise_fraction=lambda *sigmas: 0.9)
-    first, second = gap_of_step(a, b, a.reference, 0.9), gap_of_step(b, c, b.reference, 0.9)
-    torch.testing.assert_close(logs[1], logs[0] + path_evidence(a, b, first), rtol=1e-10, atol=0)
-    faded = (2.4 / 3.0) ** 4
-    averaged = faded * first + (1 - faded) * second
-    torch.testing.assert_close(logs[2], logs[1] + path_evidence(b, c, averaged), rtol=1e-10, atol=0)
-
-
-def test_the_rule_step_noise_forgets_a_fifth_of_the_steps_before_however_short_the_step():
-    (a, b, c, _), logs = walked("step_noise", (4.0, 3.0, 2.999, 1.0), noise_fraction=lambda *sigmas: 0.9)
-    averaged = 0.8 * gap_of_step(a, b, a.reference, 0.9) + 0.2 * gap_of_step(b, c, b.reference, 0.9)
-    torch.testing.assert_close(logs[2], logs[1] + path_evidence(b, c, averaged), rtol=1e-8, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("levels", "fraction"),
-    [
-        ((4.0, 3.0, 2.4), None),
-        ((4.0, 3.0, 2.4), LEAST_NOISE_FRACTION - 1e-6),
-        ((math.inf, 3.0), 1.0),
-    ],
-    ids=["unknown noise", "little noise", "from infinite noise"],
-)
-def test_where_a_steps_noise_says_nothing_step_noise_is_algorithm_2(levels, fraction):
-    known = {} if fraction is None else {"noise_fraction": lambda *sigmas: fraction}
-    plain, ours = (walked(rule, (*levels, 1.0), **known)[1] for rule in ("algorithm_2", "step_noise"))
-    torch.testing.assert_close(ours, plain, rtol=0, atol=0)
-
-
-def test_at_a_midpoint_step_noise_is_algorithm_2():
-    logs = []
-    for rule in ("algorithm_2", "step_noise"):
-        script, walk = Script(), Walk([4.0, 2.0], WIDE.with_(rule=rule), noise_fraction=lambda *sigmas: 1.0)
-        logs.append([walk.visit(script.point(), sigma) for sigma in (4.0, 3.0)])
-    torch.testing.assert_close(*logs, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.6, 1.0, None])
-def test_the_rule_probe_takes_both_ends_and_the_mean_of_the_probed_gaps(fraction):
-    """At the end, it takes the last predictions, less the divergence's evidence times the missing share of noise."""
-    (a, b, end), logs = walked("probe", noise_fraction=None if fraction is None else lambda *sigmas: fraction)
-    torch.testing.assert_close(logs[1], logs[0] + path_evidence(a, b, (a.gap + b.gap) / 2), rtol=1e-10, atol=0)
-    lacking = 0.0 if fraction is None else 1 - fraction
-    expected = held_evidence(b, end, b) - lacking * divergence_evidence(b, end, b.gap)
-    torch.testing.assert_close(logs[2], logs[1] + expected, rtol=1e-10, atol=0)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_by_no_rule_do_elements_of_weight_0_count(rule):
-    weight, logs = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64), []
-    for nonsense in (0.0, 1e3):
-        script = Script()
-        walk = Walk(None, WIDE.with_(rule=rule, prior=1e-30), weight=weight, noise_fraction=lambda *sigmas: 0.9)
-        for sigma in (4.0, 3.0, 2.4):
-            point = [torch.where(weight > 0, x, i * nonsense / sigma) for i, x in enumerate(script.point(), start=1)]
-            log_p = walk.visit(point, sigma, torch.ones(3))
-        logs.append(log_p)
-    torch.testing.assert_close(*logs, rtol=1e-12, atol=0)
-
-
-def test_a_trial_that_is_probed_counts_by_the_rule_probe_alone():
-    for rule in RULES:
-        script, walk = Script(), Walk([4.0, 2.0], WIDE.with_(rule=rule), trial_points=True)
-        at_a = walk.visit(script.point(), 4.0, torch.ones(3))
-        assert torch.equal(walk.visit(script.point(), 2.0, torch.ones(3)), at_a) == (rule != "probe")
 
 
 def bits(value: Any) -> Any:
