@@ -83,9 +83,12 @@ class NegativeGuider(comfy.samplers.CFGGuider):
         tracked = (sampler, sigmas, noise.shape, denoise_mask, self.previous, seed)
         run = begin_run(self, self._concepts, self._keys, *tracked, charted=not self._observing)
         samples = super().outer_sample(*inputs, **kwargs)
-        self.trace = run.finish()
-        if self.previous is not None and self.trace is not None:
-            self.trace = self.previous.then(self.trace)
+        trace = run.finish()
+        if trace is None:  # a baseline tracks nothing, and hands the trace before it on
+            trace = self.previous
+        elif self.previous is not None:
+            trace = self.previous.then(trace)
+        self.trace = trace
         if self._observing and isinstance(run.guidance, NegativeGuidance):
             self.evidence = evidence_of(run.guidance)
         return samples

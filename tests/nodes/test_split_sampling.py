@@ -90,10 +90,11 @@ def test_an_inpainting_mask_carries_over_too(bench):
     assert torch.equal(trace.posterior[:3], upper.posterior)
 
 
-def test_a_node_that_is_off_or_takes_no_step_hands_the_trace_on(bench):
+def test_a_node_that_is_off_or_tracks_nothing_or_takes_no_step_hands_the_trace_on(bench):
     model = bench.model()
     first, upper = advanced(bench, model, bench.latent(), 0, 3)
     assert advanced(bench, model, first, 3, 6, previous_trace=upper, guidance_scale=0.0)[1] is upper
+    assert advanced(bench, model, first, 3, 6, previous_trace=upper, method="negative_prompting")[1] is upper
     assert advanced(bench, model, first, 6, 6, previous_trace=upper)[1] is upper
 
 
