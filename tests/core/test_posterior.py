@@ -239,7 +239,6 @@ CALLS = st.tuples(
 
 
 @pytest.mark.parametrize("rule", RULES)
-@hypothesis.settings(deadline=None)
 @hypothesis.given(
     calls=st.lists(CALLS, min_size=1, max_size=12),
     falling=st.booleans(),
