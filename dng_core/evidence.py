@@ -162,7 +162,7 @@ class Probe:
         G = sigma < v, Delta(x + h sigma v) - Delta(x) > / h with h = PROBE_SIZE.
         """
         change = at_least_float32(probed_difference) - at_least_float32(difference)
-        return (self.direction * change).flatten(1).sum(dim=1) * (self.sigma / PROBE_SIZE)
+        return weighted_sum(change, self.direction) * (self.sigma / PROBE_SIZE)
 
 
 class Prober:

@@ -50,8 +50,8 @@ def guide(
     The paths, and the guided prediction in the base's dtype.
     """
     stepped = [step(*concept, chain) for concept in zip(paths, calls, settings, strict=True)]
-    applies = [call.negative is not None for call in calls]
-    scales = dynamic_scales([_counted(log_p, a) for (_, log_p), a in zip(stepped, applies, strict=True)], settings)
+    counted = [_counted(log_p, call.negative is not None) for (_, log_p), call in zip(stepped, calls, strict=True)]
+    scales = dynamic_scales(counted, settings)
     applying = [(call, scale) for call, scale in zip(calls, scales, strict=True) if call.negative is not None]
     guided = combine(base, [call.difference for call, _ in applying], [scale for _, scale in applying])
     noise_counts = any(s.rule == "step_noise" for s in settings)
@@ -246,12 +246,12 @@ class NegativeGuidance(Guidance):
         return guided
 
     def _update_gaps(self, reference: Tensor, negatives: Negatives, probed: Probed) -> None:
-        there = Call(probed.probe.x, probed.probe.sigma, probed.reference)
         for i, (negative, beside) in enumerate(zip(negatives, probed.negatives, strict=True)):
             beside = finite(beside, probed.reference)
             if negative is not None and beside is not None:
                 here = at_least_float32(negative) - at_least_float32(reference)
-                gap = probed.probe.covariance_gap(here, replace(there, negative=beside).difference)
+                there = at_least_float32(beside) - at_least_float32(probed.reference)
+                gap = probed.probe.covariance_gap(here, there)
                 self._gaps[i] = torch.where(gap.isfinite(), gap, torch.zeros_like(gap))
 
     def trace(self, end: tuple[Tensor, float] | None = None) -> Trace:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .baselines import BaselineGuidance, NegativePrompting, SafeLatentDiffusion
+from .baselines import Baseline, BaselineGuidance, NegativePrompting, SafeLatentDiffusion
 from .guidance import Guidance, NegativeGuidance
 from .posterior import Chain
 from .settings import Settings
 
-MethodSettings = Settings | NegativePrompting | SafeLatentDiffusion
+MethodSettings = Settings | Baseline
 
 METHODS: dict[str, type[MethodSettings]] = {
     settings.method: settings for settings in (Settings, NegativePrompting, SafeLatentDiffusion)

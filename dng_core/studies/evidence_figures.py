@@ -68,15 +68,15 @@ def rules_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, Any]]
 
     for start in range(0, images, BATCH):
         noise, generator = starting_noise(start, min(BATCH, images - start), seed, image_shape(network))
-        trackers = [
+        observers = [
             NegativeGuidance(
                 [concept.with_(rule=rule)] * len(names), Chain(levels, noise_fraction=lambda *levels: 1.0)
             )
             for rule in rules
         ]
-        drawn = ddpm_sample(partial(_seen_by, predict, trackers), noise, levels, generator=generator)
+        drawn = ddpm_sample(partial(_seen_by, predict, observers), noise, levels, generator=generator)
         shown.append(classifier(drawn).argmax(dim=1))
-        for rule, guidance in zip(rules, trackers, strict=True):
+        for rule, guidance in zip(rules, observers, strict=True):
             posteriors[rule].append(guidance.trace().posterior)
     truth = torch.cat(shown) == torch.arange(len(names))[:, None]
     for rule, tracked in posteriors.items():
@@ -84,11 +84,11 @@ def rules_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, Any]]
 
 
 def _seen_by(
-    predict: Predictor, trackers: Sequence[NegativeGuidance], x: Tensor, sigma: float
+    predict: Predictor, observers: Sequence[NegativeGuidance], x: Tensor, sigma: float
 ) -> tuple[Tensor, list[Tensor]]:
     """Show all predictions to every tracker, and return the reference alone, so that the images stay unguided."""
     reference, undesired = predict(x, sigma)
-    for guidance in trackers:
+    for guidance in observers:
         guidance(x, sigma, reference, reference, undesired)
     return reference, []
 
