@@ -6,9 +6,12 @@ are loaded by their paths instead.
 
 import contextlib
 import errno
+import gzip
+import hashlib
 import importlib.util
 import json
 import os
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,3 +126,25 @@ def disk_full_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], contextl
             yield
 
     return full
+
+
+@pytest.fixture
+def mnist_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of 64 + 64 random "digits" in MNIST's file format, accepted by their own checksums."""
+    import torch
+
+    from dng_core.models import mnist
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(2)
+    for split in ("train", "t10k"):
+        pixels = torch.randint(0, 256, (64, 28, 28), generator=generator).to(torch.uint8).numpy().tobytes()
+        contents = {
+            f"{split}-images-idx3-ubyte": struct.pack(">IIII", 2051, 64, 28, 28) + pixels,
+            f"{split}-labels-idx1-ubyte": struct.pack(">II", 2049, 64) + bytes(i % 10 for i in range(64)),
+        }
+        for name, content in contents.items():
+            monkeypatch.setitem(mnist.MNIST_MD5, name, hashlib.md5(content).hexdigest())
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+    return folder

@@ -1,13 +1,8 @@
 """What denoisers are worth by themselves, on the shipped network and on images whose figures are known."""
 
-import gzip
-import hashlib
-import struct
-
 import pytest
 import torch
 
-from dng_core.models import mnist
 from dng_core.models.datasets import DIGITS, Dataset
 from dng_core.models.networks import UNet, UNetConfig
 from dng_core.models.weight_files import load_classifier, shipped_classifiers, shipped_denoisers
@@ -26,18 +21,8 @@ def test_a_row_says_what_a_network_draws(tmp_path):
     assert {**again, "seconds": 0, "denoiser": ""} == {**row, "seconds": 0, "denoiser": ""}
 
 
-def test_with_data_there_are_a_distance_and_errors(tmp_path, monkeypatch):
-    generator = torch.Generator().manual_seed(2)
-    for split in ("train", "t10k"):
-        pixels = torch.randint(0, 256, (20, 28, 28), generator=generator).to(torch.uint8).numpy().tobytes()
-        contents = {
-            f"{split}-images-idx3-ubyte": struct.pack(">IIII", 2051, 20, 28, 28) + pixels,
-            f"{split}-labels-idx1-ubyte": struct.pack(">II", 2049, 20) + bytes(i % 10 for i in range(20)),
-        }
-        for name, content in contents.items():
-            monkeypatch.setitem(mnist.MNIST_MD5, name, hashlib.md5(content).hexdigest())
-            (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
-    row = next(networks_figure(["mnist"], tmp_path, images=16, steps=2, seed=0))
+def test_with_data_there_are_a_distance_and_errors(mnist_like):
+    row = next(networks_figure(["mnist"], mnist_like, images=16, steps=2, seed=0))
     assert row["distance"] > 0
     assert [key for key in row if key.startswith("error at ")] == [f"error at {sigma:g}" for sigma in NOISE_LEVELS]
 
