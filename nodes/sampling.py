@@ -1,5 +1,6 @@
 """KSampler (DNG), KSampler Advanced (DNG) and DNG Guider."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -32,6 +33,13 @@ from .run.concept import Concept
 
 POSITIVE_TIP = "What the image should show."
 NEGATIVE_TIP = "What the image should not show. Guidance switches on only in images that are turning into this."
+
+RATIOS = tuple(
+    name
+    for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")
+    if name in inspect.signature(comfy.sample.fix_empty_latent_channels).parameters
+)
+"""What an empty latent says of its size, as far as this ComfyUI asks: the temporal ratio came after 0.20."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +109,8 @@ def sample_with_dng(
 
 def run_guider(guider: NegativeGuider, model, schedule: Schedule, latent: dict):
     """Do what ``common_ksampler`` does, with ``guider`` in place of its own: (LATENT, the guider's trace)."""
-    latent_image = comfy.sample.fix_empty_latent_channels(
-        model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
-    )
-    out = {k: v for k, v in latent.items() if k not in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
+    latent_image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *map(latent.get, RATIOS))
+    out = {name: value for name, value in latent.items() if name not in RATIOS}
     sigmas = schedule.sigmas(model)
     if len(sigmas) < 2:
         return {**out, "samples": latent_image}, guider.previous
@@ -122,8 +128,15 @@ def run_guider(guider: NegativeGuider, model, schedule: Schedule, latent: dict):
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=schedule.seed,
     )
-    samples = samples.to(comfy.model_management.intermediate_device(), comfy.model_management.intermediate_dtype())
-    return {**out, "samples": samples}, guider.trace
+    return {**out, "samples": samples.to(**_intermediate())}, guider.trace
+
+
+def _intermediate() -> dict:
+    """Where ComfyUI keeps a latent between two nodes, and in which dtype; before 0.18 it knows no such dtype."""
+    place = {"device": comfy.model_management.intermediate_device()}
+    if hasattr(comfy.model_management, "intermediate_dtype"):
+        place["dtype"] = comfy.model_management.intermediate_dtype()
+    return place
 
 
 def _run_inputs() -> list[io.Input]:

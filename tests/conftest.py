@@ -8,6 +8,7 @@ import contextlib
 import errno
 import gzip
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -67,6 +68,8 @@ def comfyui(comfyui_location: Location) -> ModuleType:
     import comfy.sample
     import comfy.samplers
 
+    # As main.py does, since the module `nodes` of older releases puts the folder comfy/ first, which has a utils.py.
+    importlib.import_module("utils.extra_config")
     return comfy
 
 

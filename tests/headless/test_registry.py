@@ -43,6 +43,14 @@ def test_the_metadata_is_whole_and_in_the_registrys_form() -> None:
     assert "web" not in COMFY  # WEB_DIRECTORY says it: both would serve the same scripts twice
 
 
+def test_the_oldest_comfyui_is_the_same_everywhere() -> None:
+    """What the registry, ComfyUI's log, the README and the changelog say, and what the tests are run with."""
+    (oldest,) = re.findall(r'^OLDEST_COMFYUI = "(.*)"', (ROOT / "__init__.py").read_text(encoding="utf-8"), re.M)
+    assert COMFY["requires-comfyui"] == f">={oldest}"
+    assert f"ComfyUI ({oldest} or newer)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"ComfyUI {oldest} and newer" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
 def test_icon_and_banner_are_files_of_this_repository_in_the_registrys_shapes() -> None:
     for key, shape in (("Icon", 1), ("Banner", 21 / 9)):
         path = ROOT / COMFY[key].split("/main/")[1]

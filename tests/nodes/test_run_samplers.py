@@ -130,6 +130,8 @@ def test_a_churned_step_is_an_anchor_at_the_level_where_it_starts(bench):
 
 @pytest.mark.parametrize("name", ["lcm", "ar_video"])
 def test_samplers_that_cannot_be_tracked_are_refused_with_what_to_do_instead(bench, kernels, name):
+    if name not in bench.comfy.samplers.KSampler.SAMPLERS:
+        pytest.skip("this ComfyUI has no such sampler")
     sampler = bench.comfy.samplers.ksampler(name)
     with pytest.raises(ValueError, match=rf"{name} cannot be tracked.*choose another, such as euler_ancestral"):
         kernels.check_sampler(sampler)
