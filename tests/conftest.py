@@ -106,6 +106,8 @@ def comfyui_server(
     paths = checkpoints / "extra_model_paths.yaml"
     paths.write_text(json.dumps({"tests": {"checkpoints": str(checkpoints)}}), encoding="utf-8")  # JSON is YAML
     options = ["--extra-model-paths-config", str(paths)]
+    if page := os.environ.get("DNG_FRONT_END"):  # of another release: dng test --frontend-version
+        options += ["--front-end-root", page]
     with headless_server.comfyui_server(comfyui_location, ROOT, log=comfyui_log, options=options) as server:
         yield server
 

@@ -15,18 +15,32 @@ from ..headless.install import CONSTRAINTS, ensure_installed, managed, pip_insta
 from ..headless.link import link_folder, unlink_folder
 from ..headless.lock import exclusive
 from ..headless.paths import PACKAGE_FOLDER, checkout
+from ..headless.releases import NEWEST, RELEASES, comfyui_release, front_end, front_end_of
 
 ALIAS = "dynamic_negative_guidance"
 GRACE_SECONDS = 15  # a choice
+NODE_TESTS, BROWSER_TESTS = "tests/nodes", "tests/browser"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything given goes to pytest."""
+    """What to test against. Everything else goes to pytest."""
     parser.description = (
         "Install what the tests need, then run ruff, mypy and pytest on this checkout, all with the Python of the "
-        "ComfyUI that this project installs. The tests use that ComfyUI, or the source that DNG_COMFYUI names."
+        "ComfyUI that this project installs. The tests use that ComfyUI, or the source that DNG_COMFYUI names. "
+        "Against another release, only pytest runs."
     )
-    parser.usage = "dng test [-h] [pytest's arguments]"
+    parser.usage = "dng test [-h] [--comfyui-version VERSION] [--frontend-version VERSION] [pytest's arguments]"
+    parser.add_argument(
+        "--comfyui-version",
+        metavar="VERSION",
+        help=f"test against that release of ComfyUI and its own front end ({', '.join(RELEASES)}); by default "
+        f"{NODE_TESTS}",
+    )
+    parser.add_argument(
+        "--frontend-version",
+        metavar="VERSION",
+        help=f"test against that release of ComfyUI's front end, or the {NEWEST}; by default {BROWSER_TESTS}",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     install_tools(location.python, tools_of(root))
     environment = {**os.environ, "DNG_COMFYUI": os.environ.get("DNG_COMFYUI") or str(location.path)}
     environment.pop("PYTHONPATH", None)
+    if args.comfyui_version or args.frontend_version:
+        return test_release(args, location.python, root, environment)
 
     tell("ruff")
     status = run_tool(location.python, ["ruff", "check"], root, environment)
@@ -51,6 +67,16 @@ def run(args: argparse.Namespace) -> int:
         tell("pytest")
         status = run_tool(location.python, ["pytest", *args.passed_on], root, environment)
     return status
+
+
+def test_release(args: argparse.Namespace, python: Path, root: Path, environment: dict[str, str]) -> int:
+    """Run pytest against the ComfyUI and the front end that ``args`` names."""
+    chosen = args.passed_on or [NODE_TESTS if args.comfyui_version else BROWSER_TESTS]
+    if args.comfyui_version:
+        environment["DNG_COMFYUI"] = str(comfyui_release(args.comfyui_version))
+    page = front_end(args.frontend_version or front_end_of(Path(environment["DNG_COMFYUI"])))
+    tell(f"pytest with {environment['DNG_COMFYUI']} and {page}")
+    return run_tool(python, ["pytest", *chosen], root, environment | {"DNG_FRONT_END": str(page)})
 
 
 def tools_of(root: Path) -> list[str]:
