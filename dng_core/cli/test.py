@@ -15,7 +15,7 @@ from ..headless.install import CONSTRAINTS, ensure_installed, managed, pip_insta
 from ..headless.link import link_folder, unlink_folder
 from ..headless.lock import exclusive
 from ..headless.paths import PACKAGE_FOLDER, checkout
-from ..headless.releases import NEWEST, RELEASES, comfyui_release, front_end, front_end_of
+from ..headless.releases import NEWEST, OLDEST, RELEASES, comfyui_release, front_end, front_end_of
 
 ALIAS = "dynamic_negative_guidance"
 GRACE_SECONDS = 15  # a choice
@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--comfyui-version",
         metavar="VERSION",
-        help=f"test against that release of ComfyUI and its own front end ({', '.join(RELEASES)}); by default "
-        f"{NODE_TESTS}",
+        help=f"test against that release of ComfyUI and its own front end ({OLDEST}, or {', '.join(RELEASES)}); by "
+        f"default {NODE_TESTS}",
     )
     parser.add_argument(
         "--frontend-version",

@@ -27,7 +27,7 @@ RELEASES = {
 }
 FRONT_END = "comfyui-frontend-package"
 STATIC_FILES = "comfyui_frontend_package/static/"  # in its wheel
-NEWEST = "newest"
+OLDEST, NEWEST = "oldest", "newest"
 
 
 def releases_folder() -> Path:
@@ -36,7 +36,12 @@ def releases_folder() -> Path:
 
 
 def comfyui_release(version: str) -> Path:
-    """The source of a release of ComfyUI, fetched the first time; raises HeadlessError for one that is not known."""
+    """The source of a release of ComfyUI, or of the oldest; fetched the first time.
+
+    Raises HeadlessError for a release that is not known.
+    """
+    if version == OLDEST:
+        version = next(iter(RELEASES))
     if version == COMFYUI_VERSION:
         return ensure_installed().path
     if version not in RELEASES:

@@ -1,11 +1,12 @@
 """The real front end in a headless Chromium, with a real ComfyUI behind it.
 
-Skipped, with the reason, where Playwright or a Chromium is missing. DNG_SCREENSHOTS names a folder to keep screenshots
-in; those of docs/in-the-browser.md come from there.
+Skipped, with the reason, where a Chromium is missing; where DNG_BROWSER names one, they fail instead. DNG_SCREENSHOTS
+names a folder to keep screenshots in; those of docs/in-the-browser.md come from there.
 """
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,10 @@ LOOK_AT = """([kinds, scale]) => {
   app.canvas.ds.offset = [150 / scale - x, 120 / scale - y];
   app.canvas.draw(true, true);
 }"""
+NO_BROWSER = (
+    "there is no browser on this machine: install a Chromium (on Debian by `apt install chromium`), or name a Chrome "
+    "or Edge in DNG_BROWSER"
+)
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 
 
@@ -115,10 +120,16 @@ def read(path: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A Chromium, closed with the tests of a file: while it is open, Playwright's event loop bars asyncio.run."""
-    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
     executable = find_browser()
     if executable is None:
-        pytest.skip("there is no Chromium on this machine: install one, or name one in DNG_BROWSER")
+        pytest.skip(NO_BROWSER)
+    if shutil.which(executable) is None:
+        pytest.fail(f"DNG_BROWSER names {executable}, which is no program on this machine")
+    try:
+        import playwright.sync_api as api
+    except ImportError:
+        missing = pytest.fail if os.environ.get("DNG_BROWSER") else pytest.skip
+        missing("there is a Chromium, but no Playwright to drive it: pip install playwright")
     with api.sync_playwright() as playwright:
         # The driver's sandbox of its own sessions must not see a proxy set for the internet.
         environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}

@@ -69,7 +69,12 @@ def test_a_comfyui_that_is_not_known_is_refused_with_those_that_are(cache: Path)
         releases.comfyui_release("0.3.64")
 
 
-def test_the_oldest_release_is_the_oldest_that_the_pack_supports() -> None:
+def test_the_oldest_release_is_the_oldest_that_the_pack_supports(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched = []
+    monkeypatch.setattr(releases, "fetch_comfyui", lambda *given: fetched.append(given))
+    releases.comfyui_release(releases.OLDEST)
+    ((_, folder, _),) = fetched
+    assert folder.name == f"comfyui-{next(iter(releases.RELEASES))}"
     assert f'OLDEST_COMFYUI = "{next(iter(releases.RELEASES))}"' in (ROOT / "__init__.py").read_text(encoding="utf-8")
 
 
