@@ -32,6 +32,23 @@ ALONE = """(name) => {
   app.canvas.selectNode(node);
 }"""
 
+WITHOUT_ROOT = """() => {
+  const node = app.graph.nodes.find(({ type }) => type === "KSamplerDNG");
+  const values = [[[0.1, 0.2]], [[0.3, 0.4]]];
+  const message = { node: `${node.id}`, workflow: app.graph.id, start: 0, steps: 2, images: 2, done: true };
+  const send = (detail) => app.api.dispatchEvent(new CustomEvent("dynamic_negative_guidance.chart", { detail }));
+  for (const [name, value] of [["rootGraph", undefined], ["graph", app.graph]])
+    Object.defineProperty(app, name, { value, configurable: true });
+  Object.defineProperty(app.graph, "rootGraph", { value: undefined, configurable: true });
+  send({ ...message, posterior: values, scale: values });
+  const drawn = Object.keys(node.properties.dng_chart ?? {}).filter((key) => ["posterior", "scale"].includes(key));
+  Object.defineProperty(app, "graph", { value: undefined, configurable: true });
+  send({ ...message, posterior: values, scale: values });
+  for (const name of ["graph", "rootGraph"]) delete app[name];
+  delete app.graph.rootGraph;
+  return drawn;
+}"""
+
 templates = pytest.mark.parametrize("name", TEMPLATES)
 
 
@@ -175,6 +192,15 @@ def test_no_node_covers_another(frontend: Frontend, name: str, nodes_2: bool) ->
         for other, x0, y0, x1, y1 in boxes[index + 1 :]:
             apart = node == other or right <= x0 or x1 <= left or bottom <= y0 or y1 <= top
             assert apart, f"{node} and {other}"
+
+
+def test_a_front_end_without_a_root_graph_gets_the_chart_and_no_error(frontend: Frontend) -> None:
+    """Older front ends have `app.graph` alone, and graphs that know no root; before its first graph, none has any."""
+    frontend.load("mnist_class_removal")
+    frontend.errors.clear()
+    assert frontend.tab.evaluate(WITHOUT_ROOT) == ["posterior", "scale"]
+    frontend.tab.wait_for_timeout(200)
+    assert frontend.errors == []
 
 
 def test_swapping_a_ksampler_for_ksampler_dng_keeps_its_wires_and_settings(frontend: Frontend) -> None:
