@@ -1,11 +1,13 @@
 """What is published to the Comfy registry: data that its client accepts, and an archive with what a user needs."""
 
+import ast
 import re
 import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +38,8 @@ def test_the_metadata_is_whole_and_in_the_registrys_form() -> None:
     assert not project["name"].startswith("comfy")
     assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
     assert project["description"] and project["license"] == "MIT"
-    assert project["urls"]["Repository"].startswith("https://")
+    assert set(project["urls"]) == {"Repository", "Documentation", "Bug Tracker"}  # by these names the registry reads
+    assert all(address.startswith("https://") for address in project["urls"].values())
     assert project["requires-python"].startswith(">=")
     assert COMFY["PublisherId"] and COMFY["DisplayName"]
     assert all(BOUND.fullmatch(bound) for bound in COMFY["requires-comfyui"].split(","))
@@ -59,13 +62,60 @@ def test_icon_and_banner_are_files_of_this_repository_in_the_registrys_shapes() 
         assert path.stat().st_size < 200_000
 
 
+def test_the_page_that_documents_the_pack_is_a_file_of_this_repository() -> None:
+    assert (ROOT / PROJECT["project"]["urls"]["Documentation"].split("/main/")[1]).is_file()
+
+
+def test_the_scripts_extension_has_the_name_that_the_registry_shows() -> None:
+    """As comfy-test checks it, so that no two packs register the same name."""
+    shown = re.sub(r"[^a-z0-9]+", "", COMFY["DisplayName"].lower())
+    for script in (ROOT / "web").rglob("*.js"):
+        names = re.findall(r'registerExtension\(\{\s*name: "([^"]+)"', script.read_text(encoding="utf-8"))
+        assert names and all(name.startswith(f"{shown}.") for name in names), script.name
+
+
+def test_sources_can_be_read_and_file_names_written_on_every_system() -> None:
+    """Windows opens a source as cp1252 unless told otherwise, and its file names know neither case nor these signs."""
+    names = git("ls-files")
+    for name in (name for name in names if name.endswith(".py")):
+        (ROOT / name).read_text(encoding="utf-8").encode("cp1252")
+    assert len({name.lower() for name in names}) == len(names)
+    reserved = re.compile(r'[<>:"|?*\\]|[. ](/|$)|(^|/)(con|prn|aux|nul|com\d|lpt\d)(\.|/|$)', re.IGNORECASE)
+    assert [name for name in names if reserved.search(name) or len(name) > 150] == []
+
+
+def test_text_is_read_and_written_as_utf_8_wherever_it_is() -> None:
+    """Without an encoding, Python takes the system's, which is cp1252 on many a Windows."""
+    unnamed = []
+    for name in (name for name in git("ls-files") if name.endswith(".py") and not name.startswith("tests/")):
+        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                text = node.func.attr in ("read_text", "write_text")
+                if text and "encoding" not in {keyword.arg for keyword in node.keywords}:
+                    unnamed.append(f"{name}:{node.lineno}")
+    assert unnamed == []
+
+
+def test_the_citation_is_of_this_version_and_address() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {PROJECT['project']['version']}\n" in citation
+    assert f"\nrepository-code: {PROJECT['project']['urls']['Repository']}\n" in citation
+
+
+def test_a_tag_publishes_this_project_and_nothing_else_does() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8"))
+    assert workflow[True] == {"push": {"tags": ["v*.*.*"]}}  # YAML reads the key `on` as true
+    (job,) = workflow["jobs"].values()
+    assert job["steps"][-1]["with"] == {"personal_access_token": "${{ secrets.REGISTRY_ACCESS_TOKEN }}"}
+
+
 def test_the_archive_has_what_comfyui_loads_and_no_tests(archive: set[str]) -> None:
     needed = {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "nodes/__init__.py"}
     needed |= {"web/live_chart.js", "workflows/mnist_class_removal.json", "workflows/mnist_class_removal.jpg"}
     weights = "dng_core/models/weights"
     needed |= {f"{weights}/mnist_denoiser.safetensors", f"{weights}/mnist_classifier.safetensors"}
     assert needed <= archive
-    assert not [name for name in archive if name.startswith(("tests/", "docs/", ".ci/", ".git"))]
+    assert not [name for name in archive if name.startswith(("tests/", "docs/", ".ci/", ".git", "CITATION"))]
 
 
 def test_the_archive_is_small(archive: set[str]) -> None:

@@ -18,7 +18,7 @@ from .results import Result, Results
 COLOURS = {"none": "#7f7f7f", "NP": "#e69f00", "SLD": "#009e73", "DNG": "#0072b2"}  # Okabe and Ito
 MARKERS = {"none": "X", "NP": "s", "SLD": "^", "DNG": "o"}
 AXES = {
-    "kl_renormalised": "KL(uniform ‖ other classes), nats",
+    "kl_renormalised": "KL(uniform \u2016 other classes), nats",
     "frechet_without": "Fréchet distance, classifier features",
     "fid_without": "FID",
 }
@@ -109,7 +109,7 @@ def traces(results: Results, removed: str) -> Figure | None:
         return None
     drawn = results.drawn(result)
     figure = Figure(figsize=(9.5, 3.6), layout="constrained")
-    panels = (("posterior p(removed | x)", drawn.posterior), ("guidance scale λ", drawn.scale))
+    panels = (("posterior p(removed | x)", drawn.posterior), ("guidance scale \u03bb", drawn.scale))
     for i, (title, values) in enumerate(panels):
         axes = figure.add_subplot(1, 2, i + 1)
         labelled = set()
