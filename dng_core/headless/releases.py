@@ -16,12 +16,12 @@ from .lock import exclusive
 from .paths import cache_folder
 from .pip import run_pip
 
-# Of each minor version that the package brought, the newest patch. 0.16.3 is the oldest that the pack supports.
+# One of each minor version that the package brought. 0.16.3 is the oldest that the pack supports.
 RELEASES = {
     "0.16.3": "1.0.0 --hash=sha256:4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73",
     "0.18.2": "1.4.0 --hash=sha256:63c1a71faacc2b3f50e0eb812f530fe05e722fc46a46d96ec78d97a6eaca0e83",
     "0.20.1": "2.2.0 --hash=sha256:d2e75736204b1f6e7eccd24a5e776ab8f7015c5be90355916348c0a974afc415",
-    "0.24.1": "2.3.0 --hash=sha256:8729230576c583ee042766ed5dfda5c48e3a6e37a867a29ce4ba582e6a02039e",
+    "0.24.0": "2.4.0 --hash=sha256:d3b3431ce2a40be7213a329ec8874e72f2bd2faf199ace7f793d8ff8ac68a557",
     "0.26.0": "2.4.5 --hash=sha256:3d6df87d09657260444a5fae28684c35212873dddd78e909be596ba7c0664cba",
     "0.27.0": "2.5.0 --hash=sha256:0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0",
 }

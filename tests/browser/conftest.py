@@ -37,6 +37,7 @@ RUN = """() => new Promise((resolve) => {
     app.api.addEventListener(status, ({ detail }) => resolve([status, detail]), { once: true });
   app.queuePrompt(0);
 })"""
+NODES_2 = "(on) => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
 LOOK_AT = """([kinds, scale]) => {
   const nodes = app.graph.nodes.filter(({ type }) => kinds.includes(type));
   const [x, y] = [0, 1].map((axis) => Math.min(...nodes.map(({ pos }) => pos[axis])));

@@ -8,7 +8,7 @@ import pytest
 from dng_core.headless.server import PACK_NAME
 from dng_core.headless.workflow import load_workflow
 
-from .conftest import WORKFLOWS, Frontend, read
+from .conftest import NODES_2, WORKFLOWS, Frontend, read
 
 TEMPLATES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 # Said by the front end itself while it starts, with or without this pack's script: the latter where it opens its
@@ -174,8 +174,7 @@ def test_the_api_form_that_the_browser_exports_is_the_file(frontend: Frontend, n
 @templates
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2.0"])
 def test_no_node_covers_another(frontend: Frontend, name: str, nodes_2: bool) -> None:
-    setting = "(on) => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
-    frontend.tab.evaluate(setting, nodes_2)
+    frontend.tab.evaluate(NODES_2, nodes_2)
     frontend.load(name)
     if nodes_2:
         frontend.tab.wait_for_timeout(1000)
@@ -186,7 +185,7 @@ def test_no_node_covers_another(frontend: Frontend, name: str, nodes_2: bool) ->
             for node in frontend.graph()["nodes"]
             for (x, y), (width, height) in [(node["pos"], node["size"])]
         ]
-    frontend.tab.evaluate(setting, False)
+    frontend.tab.evaluate(NODES_2, False)
     assert boxes
     for index, (node, left, top, right, bottom) in enumerate(boxes):
         for other, x0, y0, x1, y1 in boxes[index + 1 :]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import WORKFLOWS, Frontend, read
+from .conftest import NODES_2, WORKFLOWS, Frontend, read
 
 TEMPLATE = "mnist_class_removal"
 STEPS, IMAGES = 12, 4
@@ -119,3 +119,16 @@ def test_the_chart_is_saved_and_loaded_with_the_workflow(run: Run) -> None:
     show(run.frontend)
     run.frontend.tab.locator(".dng-chart polyline").first.wait_for(state="attached")
     assert run.frontend.tab.evaluate(CHART) == [STEPS] * (2 * IMAGES)
+
+
+def test_the_chart_is_drawn_in_nodes_2_too(run: Run) -> None:
+    saved = run.frontend.graph()
+    run.frontend.tab.evaluate(NODES_2, True)
+    try:
+        run.frontend.load("in Nodes 2.0", saved)
+        show(run.frontend)
+        run.frontend.tab.locator("[data-node-id] .dng-chart polyline").first.wait_for(state="attached")
+        assert run.frontend.tab.evaluate(CHART) == [STEPS] * (2 * IMAGES)
+        run.frontend.picture("live_chart_nodes_2")
+    finally:
+        run.frontend.tab.evaluate(NODES_2, False)
