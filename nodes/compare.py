@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..dng_core.guidance import Trace
 from ..dng_core.plots.comparison import ORDERS, comparison_sheet, comparison_table, rms_changes
+from .checks import check_images
 from .inputs import TRACE
 from .plot import as_image, theme_input
 
@@ -87,6 +88,8 @@ class Compare(io.ComfyNode):
 
 def check_pairs(without: Tensor, with_dng: Tensor, trace: Trace | None) -> None:
     """Raise ValueError, naming the input and the remedy, where the images without and with do not pair up."""
+    check_images(without, "without")
+    check_images(with_dng, "with_dng")
     if without.shape[1:3] != with_dng.shape[1:3]:
         raise ValueError(
             f"Compare (DNG): `without` is {_size(without)} but `with_dng` {_size(with_dng)} (width x height); compare "

@@ -27,6 +27,7 @@ from ..dng_core.models.weight_files import (
     shipped_denoisers,
 )
 from ..dng_core.studies.report.class_report import Report, bar_chart, contact_sheet, markdown_table, measure
+from .checks import check_images, shape_text
 from .plot import as_image
 
 CATEGORY = "DNG/pixel models"
@@ -119,8 +120,8 @@ class PixelModel(comfy.model_base.BaseModel):
         expected = (network.in_channels, network.image_size, network.image_size)
         if tuple(conditioning["noise"].shape[1:]) != expected:
             raise ValueError(
-                f"the latent is {_size(conditioning['noise'].shape[1:])}, the pixel model {name!r} draws "
-                f"{_size(expected)} (channels x height x width): connect an Empty Pixel Latent node"
+                f"the latent is {shape_text(conditioning['noise'].shape[1:])}, the pixel model {name!r} draws "
+                f"{shape_text(expected)} (channels x height x width): connect an Empty Pixel Latent node"
             )
         if not conditioning["cross_attn"].any():  # no class, or zeroed by ConditioningZeroOut
             label = network.num_classes
@@ -298,7 +299,7 @@ class PixelLatentToImage(io.ComfyNode):
         pixels = samples["samples"]
         if pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
             raise ValueError(
-                f"Pixel Latent to Image: samples is {_size(pixels.shape)}, not a batch of images with 1 or 3 "
+                f"Pixel Latent to Image: samples is {shape_text(pixels.shape)}, not a batch of images with 1 or 3 "
                 f"channels: connect a sampler that runs a pixel model (the latents of other models need VAE Decode)"
             )
         image = ((pixels.float() + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1)
@@ -377,6 +378,7 @@ class ClassReport(io.ComfyNode):
             )
 
         def seen(batch: Tensor, input_name: str) -> Tensor:
+            check_images(batch, input_name)
             return to_classifier_images(batch, info.image_size, info.in_channels, f"Class Report: {input_name}").cpu()
 
         unguided = None if baseline is None else seen(baseline, "baseline")
@@ -389,10 +391,6 @@ class ClassReport(io.ComfyNode):
             as_image(contact_sheet(report)),
             ui={"text": [table], "figures": [row.to_dict() for row in report.rows]},
         )
-
-
-def _size(shape: Any) -> str:
-    return "x".join(str(n) for n in shape)
 
 
 NODES: list[type[io.ComfyNode]] = [LoadPixelModel, ClassLabel, EmptyPixelLatent, PixelLatentToImage, ClassReport]

@@ -222,6 +222,29 @@ def test_report_refuses_images_of_another_size(pixel, size):
         pixel.ClassReport.execute(torch.zeros(1, *size, 3), "x", "mnist", "0")
 
 
+@pytest.mark.parametrize("which", ["images", "baseline"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_are_no_removal(pixel, which, value):
+    """A classifier sees some class in NaN, so that a failed run would look like a perfect one."""
+    images = {"images": torch.rand(3, 28, 28, 3), "baseline": torch.rand(3, 28, 28, 3)}
+    images[which][1, 5, 5] = value
+    with pytest.raises(ValueError, match=rf"`{which}` holds NaN or infinite values"):
+        pixel.ClassReport.execute(name="x", classifier="mnist", forbidden="0", **images)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((0, 28, 28, 3), "`images` is empty .*0x28x28x3"),
+        ((28, 28, 3), "28x28x3, not a batch"),
+        ((1, 28, 28, 1), "not"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_not_reported_on(pixel, shape, message):
+    with pytest.raises(ValueError, match=message):
+        pixel.ClassReport.execute(torch.zeros(shape), "x", "mnist", "0")
+
+
 def test_reports_chain_into_one_table(pixel):
     images = torch.rand(20, 28, 28, 3, generator=torch.Generator().manual_seed(0))
     first = pixel.ClassReport.execute(images, "none", "mnist", "0", baseline=images)

@@ -69,6 +69,21 @@ def test_images_that_do_not_match_are_refused(nodes, before, after, message):
         compare.execute(before, after, "light")
 
 
+@pytest.mark.parametrize("which", ["without", "with_dng"])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.full((2, 8, 8, 3), torch.nan), "holds NaN or infinite"),
+        (torch.zeros(0, 8, 8, 3), "is empty"),
+        (torch.zeros(2, 8, 8, 1), "not a batch of images in colour"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_by_its_name(nodes, which, bad, message):
+    _, compare = nodes
+    with pytest.raises(ValueError, match=rf"`{which}` .*{message}"):
+        compare.execute(**{"without": images(2), "with_dng": images(2), "theme": "light"} | {which: bad})
+
+
 def test_the_trace_of_another_batch_is_refused(bench, nodes):
     _, compare = nodes
     _, trace = bench.dng(bench.model(), latent=bench.latent(2))
