@@ -16,6 +16,7 @@ ORDERS: tuple[Order, ...] = get_args(Order)
 
 TITLES = ("without", "with guidance", "difference")
 ASPECT = 1.5  # width / height of the sheet, as nearly as its cards allow: a choice
+LARGEST = 8192**2  # pixels of a sheet: as many as the largest chart of a trace has, which takes some 4 GB to draw
 SMALLEST_SCALE = 0.1  # a choice: the difference's colours end here unless a pixel changes more
 
 
@@ -62,6 +63,10 @@ def comparison_sheet(
     without, with_: (n, height, width, 3) in 0 .. 1, of the same seeds.
     trace: of the run with guidance, of n images; None for none.
     cell: the longest side of an image on the sheet in pixels. Small images are enlarged by whole factors.
+
+    Raises
+    ------
+    ValueError: if the sheet would be of more pixels than :data:`LARGEST`.
     """
     changes = rms_changes(without, with_)
     shown = chosen_images(changes, order, at_most)
@@ -77,9 +82,13 @@ def comparison_sheet(
     columns = _columns(len(shown), card_width + 2 * margin, card_height + margin)
     rows = math.ceil(len(shown) / columns)
     head = round(4.9 * size)
-    drawing = Drawing(
-        columns * (card_width + 2 * margin), head + rows * (card_height + margin) + round(0.3 * size), theme
-    )
+    full = columns * (card_width + 2 * margin), head + rows * (card_height + margin) + round(0.3 * size)
+    if full[0] * full[1] > LARGEST:
+        raise ValueError(
+            f"a sheet of {len(shown)} images at `image_size` {cell} would be {full[0]}x{full[1]} pixels, more than "
+            f"the {LARGEST / 1e6:.0f} million that are drawn; lower `image_size` or `at_most`"
+        )
+    drawing = Drawing(*full, theme)
 
     concepts = traced.posterior.shape[1] if traced else 0
     _draw_head(drawing, changes, len(shown), order, ceiling, concepts, size)

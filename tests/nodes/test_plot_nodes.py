@@ -84,6 +84,17 @@ def test_what_cannot_be_compared_is_refused_by_its_name(nodes, which, bad, messa
         compare.execute(**{"without": images(2), "with_dng": images(2), "theme": "light"} | {which: bad})
 
 
+def test_a_sheet_that_would_fill_the_memory_is_refused_before_it_is_drawn(nodes, monkeypatch):
+    """The largest values of both inputs would ask for 50 GB."""
+    _, compare = nodes
+    drawn: list[Any] = []
+    drawing = importlib.import_module(compare.__module__.replace("nodes.compare", "dng_core.plots.comparison"))
+    monkeypatch.setattr(drawing, "Drawing", lambda *size: drawn.append(size))
+    with pytest.raises(ValueError, match=r"256 images at `image_size` 2048 .*lower `image_size` or `at_most`"):
+        compare.execute(images(256), images(256), "light", at_most=256, image_size=2048)
+    assert not drawn
+
+
 def test_the_trace_of_another_batch_is_refused(bench, nodes):
     _, compare = nodes
     _, trace = bench.dng(bench.model(), latent=bench.latent(2))
