@@ -16,6 +16,13 @@ def check_images(images: Tensor, name: str) -> None:
     check_filled(images, f"`{name}`")
 
 
+def check_latent(latent: dict[str, Any], name: str) -> None:
+    """Raise ValueError, naming the input, where a LATENT or its mask is empty, NaN or infinite."""
+    check_filled(latent["samples"], f"`{name}`")
+    if latent.get("noise_mask") is not None:
+        check_filled(latent["noise_mask"], f"the mask of `{name}`")
+
+
 def check_filled(values: Any, name: str) -> None:
     """Raise ValueError, naming them, for values of which there are none, or which are not finite.
 

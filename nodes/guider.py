@@ -9,7 +9,7 @@ from ..dng_core.calibration import Evidence, evidence_of
 from ..dng_core.guidance import NegativeGuidance, Trace
 from .patch import has_dng_patch
 from .run.begin import begin_run
-from .run.checks import check_conditioning, check_unconditional
+from .run.checks import check_conditioning, check_states, check_unconditional
 from .run.concept import Concept
 from .run.samplers import name_of
 
@@ -68,6 +68,10 @@ class NegativeGuider(comfy.samplers.CFGGuider):
         self._keys = [f"dng_{i}" for i in range(len(self._concepts))]
         self.inner_set_conds(conds | {k: c.conditioning for k, c in zip(self._keys, self._concepts, strict=True)})
         self.set_cfg(cfg)
+
+    def sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+        check_states(noise, latent_image, denoise_mask)
+        return super().sample(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
 
     def outer_sample(
         self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None,

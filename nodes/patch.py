@@ -16,7 +16,7 @@ from .inputs import (
     settings_inputs,
 )
 from .run.begin import begin_run
-from .run.checks import check_conditioning
+from .run.checks import check_conditioning, check_states
 from .run.concept import Concept
 from .run.hooks import WRAPPER_KEY
 
@@ -31,6 +31,7 @@ class GuidedRuns:
         self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False,
         seed=None, **kwargs,
     ):  # fmt: skip
+        check_states(noise, latent_image, denoise_mask)
         guider = executor.class_obj
         keys = [f"dng_{i}" for i in range(len(self.concepts))]
         positive = [(entry.get("cross_attn"), entry) for entry in guider.conds.get("positive") or []]

@@ -14,6 +14,7 @@ from nodes import common_ksampler
 from torch import Tensor
 
 from ..dng_core.guidance import Trace
+from .checks import check_latent
 from .guider import NegativeGuider
 from .inputs import (
     TRACE,
@@ -98,6 +99,7 @@ def sample_with_dng(
     """
     guider = NegativeGuider(model, wanted.positive, concepts, wanted.unconditional, wanted.cfg, previous)
     if not any(concept.active for concept in concepts):
+        check_latent(latent, "latent_image")
         check_unconditional(schedule.sampler_name, wanted.unconditional)
         negative = wanted.positive if wanted.unconditional is None else wanted.unconditional
         (out,) = common_ksampler(
@@ -109,6 +111,7 @@ def sample_with_dng(
 
 def run_guider(guider: NegativeGuider, model, schedule: Schedule, latent: dict):
     """Do what ``common_ksampler`` does, with ``guider`` in place of its own: (LATENT, the guider's trace)."""
+    check_latent(latent, "latent_image")
     latent_image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *map(latent.get, RATIOS))
     out = {name: value for name, value in latent.items() if name not in RATIOS}
     sigmas = schedule.sigmas(model)

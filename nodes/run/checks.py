@@ -1,12 +1,23 @@
 """What is checked before a run: conditionings, and what samplers need."""
 
 import torch
+from torch import Tensor
+
+from ..checks import check_filled
 
 
 def check_unconditional(sampler_name: str, unconditional: list | None) -> None:
     """Raise ValueError where a CFG++ sampler would get zeros in place of the unconditional prediction."""
     if "cfg_pp" in sampler_name and unconditional is None:
         raise ValueError(f"the sampler {sampler_name} needs an unconditional conditioning; connect `unconditional`")
+
+
+def check_states(noise: Tensor, latent_image: Tensor, denoise_mask: Tensor | None) -> None:
+    """Raise ValueError, naming the input, where what a run starts from is empty, NaN or infinite."""
+    check_filled(latent_image, "`latent_image`")
+    check_filled(noise, "`noise`")
+    if denoise_mask is not None:
+        check_filled(denoise_mask, "the mask of `latent_image`")
 
 
 def check_conditioning(conditioning: list, name: str, positive: list | None = None, batch: int | None = None) -> None:

@@ -102,6 +102,49 @@ def stop_at_step_2(step: int, *_: Any) -> None:
         raise KeyboardInterrupt
 
 
+# Latents, masks and noise levels
+
+
+def custom(
+    bench: Any, node: str, latent: dict, sigmas: Tensor | None = None, model: Any = None, **changes: Any
+) -> Any:
+    """SamplerCustomAdvanced with the guider or with the patch, or KSampler (DNG), which has no sigmas of its own."""
+    model = model or bench.model()
+    if node == "ksampler":
+        return bench.dng(model, latent=latent, **changes)[0]
+    nodes, samplers = importlib.import_module("comfy_extras.nodes_custom_sampler"), bench.comfy.samplers
+    if sigmas is None:
+        sigmas = samplers.calculate_sigmas(model.get_model_object("model_sampling"), "karras", 4)
+    guider = dng_guider(bench, model)
+    if node == "patch":
+        guider = samplers.CFGGuider(bench.patch(model))
+        guider.set_conds(bench.cond(), bench.cond())
+    noise, sampler = nodes.RandomNoise.execute(1).args[0], samplers.sampler_object("euler_ancestral")
+    return nodes.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).args[0]["samples"]
+
+
+entry_points = pytest.mark.parametrize("node", ["ksampler", "guider", "patch"])
+
+
+@entry_points
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0])
+def test_a_latent_of_no_images_is_refused(bench, node, guidance_scale):
+    changes = {"concept": bench.concept(guidance_scale=guidance_scale)} if node == "ksampler" else {}
+    with pytest.raises(ValueError, match=r"`latent_image` is empty \(its shape is 0x1x4x4\)"):
+        custom(bench, node, bench.latent(0), **changes)
+
+
+@entry_points
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_latent_or_a_mask_that_is_not_finite_is_not_blamed_on_the_model(bench, node, value):
+    bad = torch.zeros(8, 1, 4, 4)
+    bad[3, 0, 1, 1] = value
+    with pytest.raises(ValueError, match=r"^`latent_image` holds NaN or infinite values"):
+        custom(bench, node, {"samples": bad})
+    with pytest.raises(ValueError, match=r"^the mask of `latent_image` holds NaN or infinite values"):
+        custom(bench, node, bench.latent(noise_mask=bad[:, 0]))
+
+
 # Interruption
 
 
