@@ -11,7 +11,7 @@ from ...dng_core.methods import guidance_by
 from ...dng_core.posterior import Chain
 from ...dng_core.schedules import IntegratedOffset
 from ...dng_core.settings import Settings
-from .checks import check_unconditional
+from .checks import check_sigmas, check_unconditional
 from .concept import Concept
 from .frames import noise_frame, training_chain
 from .hooks import Run
@@ -58,6 +58,7 @@ def begin_run(
         ``previous`` is of other concepts or images.
     """
     check_guider(guider)
+    check_sigmas(sigmas)
     check_together(concepts)
     check_sampler(sampler)
     sampler_name = name_of(sampler)

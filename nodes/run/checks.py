@@ -1,5 +1,8 @@
 """What is checked before a run: conditionings, and what samplers need."""
 
+import math
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,20 @@ def check_states(noise: Tensor, latent_image: Tensor, denoise_mask: Tensor | Non
     check_filled(noise, "`noise`")
     if denoise_mask is not None:
         check_filled(denoise_mask, "the mask of `latent_image`")
+
+
+def check_sigmas(sigmas: Tensor) -> None:
+    """Raise ValueError for noise levels that do not fall: a posterior is tracked on the way from noise to image."""
+    levels = sigmas.tolist()
+    if not all(0 <= level < math.inf for level in levels):
+        raise ValueError("`sigmas` holds levels that are negative, NaN or infinite; take them from a scheduler node")
+    for step, (level, following) in enumerate(pairwise(levels), start=1):
+        if following > level:
+            raise ValueError(
+                f"`sigmas` must fall from step to step, but step {step} goes from {level:.4g} up to {following:.4g}. "
+                "Dynamic Negative Guidance follows an image on its way out of noise: take the sigmas of a scheduler "
+                "as they are, not flipped, and run only the parts that fall"
+            )
 
 
 def check_conditioning(conditioning: list, name: str, positive: list | None = None, batch: int | None = None) -> None:

@@ -7,6 +7,7 @@ run, and nothing is left behind on the model.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import comfy.samplers
 import torch
@@ -87,7 +88,14 @@ class Run:
         samples = executor(guider, sigmas, *args, **kwargs)
         if not bool(torch.isfinite(samples).all()):
             broken = [level for level, finite in self._finite if not bool(finite)]
+            repeated = [level for level, following in pairwise(sigmas.tolist()) if level == following]
             why = f"because the model predicted some, first at sigma {broken[0]:.4g}" if broken else "in the sampler"
+            if repeated and not (broken and broken[0] >= repeated[0]):
+                raise ValueError(
+                    f"sampling ended in NaN or infinite values, since `sigmas` repeats the noise level "
+                    f"{repeated[0]:.4g}, and this sampler divides by how far a step goes; take fewer `steps`, or "
+                    "another scheduler"
+                )
             raise ValueError(
                 f"sampling ended in NaN or infinite values, {why}; run the model in bfloat16 or float32, or lower "
                 "cfg, or the guidance scale if it only happens with guidance on"

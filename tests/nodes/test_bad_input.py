@@ -105,21 +105,20 @@ def stop_at_step_2(step: int, *_: Any) -> None:
 # Latents, masks and noise levels
 
 
-def custom(
-    bench: Any, node: str, latent: dict, sigmas: Tensor | None = None, model: Any = None, **changes: Any
-) -> Any:
+def custom(bench: Any, node: str, latent: dict, sigmas: Tensor | None = None, **changes: Any) -> Tensor:
     """SamplerCustomAdvanced with the guider or with the patch, or KSampler (DNG), which has no sigmas of its own."""
-    model = model or bench.model()
+    model = changes.pop("model", None) or bench.model()
     if node == "ksampler":
         return bench.dng(model, latent=latent, **changes)[0]
     nodes, samplers = importlib.import_module("comfy_extras.nodes_custom_sampler"), bench.comfy.samplers
+    name = changes.pop("sampler", "euler_ancestral")
     if sigmas is None:
         sigmas = samplers.calculate_sigmas(model.get_model_object("model_sampling"), "karras", 4)
     guider = dng_guider(bench, model)
     if node == "patch":
         guider = samplers.CFGGuider(bench.patch(model))
         guider.set_conds(bench.cond(), bench.cond())
-    noise, sampler = nodes.RandomNoise.execute(1).args[0], samplers.sampler_object("euler_ancestral")
+    noise, sampler = nodes.RandomNoise.execute(1).args[0], samplers.sampler_object(name)
     return nodes.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).args[0]["samples"]
 
 
@@ -143,6 +142,27 @@ def test_a_latent_or_a_mask_that_is_not_finite_is_not_blamed_on_the_model(bench,
         custom(bench, node, {"samples": bad})
     with pytest.raises(ValueError, match=r"^the mask of `latent_image` holds NaN or infinite values"):
         custom(bench, node, bench.latent(noise_mask=bad[:, 0]))
+
+
+@pytest.mark.parametrize("node", ["guider", "patch"])
+@pytest.mark.parametrize(
+    ("sigmas", "message"),
+    [
+        ([0.1, 1.0, 10.0], r"must fall from step to step, but step 1 goes from 0\.1 up to 1"),
+        ([10.0, 1.0, 5.0, 0.0], r"must fall from step to step, but step 2 goes from 1 up to 5"),
+        ([10.0, 1.0, -1.0], "negative, NaN or infinite"),
+        ([10.0, float("nan"), 0.0], "negative, NaN or infinite"),
+    ],
+)
+def test_noise_levels_that_do_not_fall_are_refused(bench, node, sigmas, message):
+    with pytest.raises(ValueError, match=rf"^`sigmas` .*{message}"):
+        custom(bench, node, bench.latent(), torch.tensor(sigmas))
+
+
+@pytest.mark.parametrize("node", ["guider", "patch"])
+def test_a_level_twice_on_which_a_sampler_divides_by_zero_is_not_blamed_on_the_model(bench, node):
+    with pytest.raises(ValueError, match=r"ended in NaN .* since `sigmas` repeats the noise level 5"):
+        custom(bench, node, bench.latent(), torch.tensor([10.0, 5.0, 5.0, 2.0, 0.0]), sampler="dpmpp_2m")
 
 
 # Interruption
