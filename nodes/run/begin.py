@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...dng_core.guidance import NegativeGuidance, Trace
 from ...dng_core.methods import guidance_by
-from ...dng_core.posterior import Chain
+from ...dng_core.posterior import SAME_SIGMA, Chain
 from ...dng_core.schedules import IntegratedOffset
 from ...dng_core.settings import Settings
 from .checks import check_sigmas, check_unconditional
@@ -73,6 +73,8 @@ def begin_run(
 
     model_sampling = guider.model_patcher.get_model_object("model_sampling")
     frame, options = noise_frame(model_sampling), options_of(sampler, model_sampling)
+    if previous is not None:
+        check_goes_on(previous, frame.sigma(float(sigmas[0])))
     levels = tracked_levels(sampler_name, options, sigmas.tolist())
     chain = Chain(
         levels=None if levels is None else [frame.sigma(level) for level in levels],
@@ -102,6 +104,16 @@ def check_guider(guider: comfy.samplers.CFGGuider) -> None:
         raise ValueError(
             f"Dynamic Negative Guidance does not work with the guider {type(guider).__name__}, which combines "
             "predictions in its own way; use CFGGuider, BasicGuider or a KSampler"
+        )
+
+
+def check_goes_on(previous: Trace, sigma: float) -> None:
+    """Raise ValueError for a run that begins at ``sigma``, above the noise that the run before it came down to."""
+    if len(previous.sigmas) and sigma > float(previous.sigmas[-1]) * (1 + SAME_SIGMA):
+        raise ValueError(
+            f"`previous_trace` comes down to sigma {float(previous.sigmas[-1]):.4g}, but this run begins above it, at "
+            f"{sigma:.4g}; let `start_at_step` be the step at which the run before ended, of as many `steps`, or "
+            "disconnect `previous_trace`"
         )
 
 

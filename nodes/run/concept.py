@@ -21,6 +21,10 @@ class Concept:
     settings: MethodSettings
     reference: Reference = "auto"
 
+    def __post_init__(self) -> None:
+        if self.reference not in REFERENCES:
+            raise ValueError(f"`reference` must be one of {', '.join(REFERENCES)}; it is {self.reference!r}")
+
     @property
     def active(self) -> bool:
         """Whether there is something to avoid, and guidance is not switched off."""

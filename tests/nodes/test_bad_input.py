@@ -80,6 +80,11 @@ def test_a_setting_out_of_range_is_refused_by_its_name(bench, node, field, value
             bench.patching.DynamicNegativeGuidance.execute(model, avoid, **inputs)
 
 
+def test_a_reference_that_there_is_not_is_refused_by_its_name(bench):
+    with pytest.raises(ValueError, match="`reference` must be one of auto, positive, cfg; it is 'uncond'"):
+        bench.concept("0", "uncond")
+
+
 def test_a_patched_model_in_a_dng_sampler_is_refused(bench):
     with pytest.raises(ValueError, match="already carries a Dynamic Negative Guidance patch"):
         bench.dng(bench.patch(bench.model()))

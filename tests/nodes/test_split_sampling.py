@@ -105,3 +105,21 @@ def test_a_trace_of_other_images_or_concepts_is_refused(bench):
         advanced(bench, model, {"samples": first["samples"][:4]}, 3, 6, previous_trace=upper)
     with pytest.raises(ValueError, match=r"`previous_trace` is of 1 concepts and 8 images, this run of 2 and 8"):
         advanced(bench, model, first, 3, 6, previous_trace=upper, more_concepts=(bench.concept("3"),))
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_the_trace_of_a_run_that_went_further_down_is_refused(bench, start):
+    """The run before took the steps up to 4 of 6."""
+    model, latent = bench.model(), bench.latent()
+    first, upper = advanced(bench, model, latent, 0, 4)
+    with pytest.raises(ValueError, match=r"`previous_trace` comes down to sigma .*begins above it.*`start_at_step`"):
+        advanced(bench, model, first, start, 6, previous_trace=upper)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_2s_ancestral", "sa_solver_pece", "dpm_adaptive"])
+def test_samplers_that_look_ahead_can_be_split(bench, sampler):
+    """They evaluate the model at the level where the run stops, or near it."""
+    model, latent = bench.model(), bench.latent()
+    first, upper = advanced(bench, model, latent, 0, 3, sampler=sampler)
+    _, lower = advanced(bench, model, first, 3, 6, sampler=sampler, previous_trace=upper)
+    assert len(lower.sigmas) > len(upper.sigmas)
