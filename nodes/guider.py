@@ -10,7 +10,7 @@ from ..dng_core.guidance import NegativeGuidance, Trace
 from .patch import has_dng_patch
 from .run.begin import begin_run
 from .run.checks import check_conditioning, check_states, check_unconditional
-from .run.concept import Concept
+from .run.concept import Concept, keys_of
 from .run.samplers import name_of
 
 
@@ -65,7 +65,7 @@ class NegativeGuider(comfy.samplers.CFGGuider):
         conds = {"positive": positive}
         if unconditional is not None:
             conds["negative"] = unconditional
-        self._keys = [f"dng_{i}" for i in range(len(self._concepts))]
+        self._keys = keys_of(self._concepts)
         self.inner_set_conds(conds | {k: c.conditioning for k, c in zip(self._keys, self._concepts, strict=True)})
         self.set_cfg(cfg)
 

@@ -17,7 +17,7 @@ from .inputs import (
 )
 from .run.begin import begin_run
 from .run.checks import check_conditioning, check_states
-from .run.concept import Concept
+from .run.concept import Concept, keys_of
 from .run.hooks import WRAPPER_KEY
 
 
@@ -33,7 +33,7 @@ class GuidedRuns:
     ):  # fmt: skip
         check_states(noise, latent_image, denoise_mask)
         guider = executor.class_obj
-        keys = [f"dng_{i}" for i in range(len(self.concepts))]
+        keys = keys_of(self.concepts)
         positive = [(entry.get("cross_attn"), entry) for entry in guider.conds.get("positive") or []]
         for key, concept in zip(keys, self.concepts, strict=True):
             check_conditioning(concept.conditioning, "negative", positive, batch=noise.shape[0])

@@ -29,6 +29,7 @@ from ..dng_core.models.weight_files import (
 from ..dng_core.studies.report.class_report import Report, bar_chart, contact_sheet, markdown_table, measure
 from .checks import check_images, shape_text
 from .plot import as_image
+from .run.concept import input_of
 
 CATEGORY = "DNG/pixel models"
 LABEL_KEY = "dng_class_label"  # in a conditioning's dict: the class, as the network counts them
@@ -105,22 +106,22 @@ class PixelModel(comfy.model_base.BaseModel):
         ValueError: for a conditioning without a label of this model, or for a latent of another size.
         """
         name, network = self.info.name, self.info.network
-        role = conditioning.get("prompt_type", "given")
+        given = input_of(conditioning.get("prompt_type", "positive"))
         label = conditioning.get(LABEL_KEY)
         if label is None:
             raise ValueError(
-                f"the {role} conditioning carries no class label, and the pixel model {name!r} knows nothing else "
+                f"the conditioning {given} carries no class label, and the pixel model {name!r} knows nothing else "
                 f"(is it a text conditioning?): connect a Class Label node"
             )
         if not 0 <= label <= network.num_classes:
             raise ValueError(
-                f"the {role} conditioning's class label {label} is not one of the pixel model {name!r}: connect a "
-                f"Class Label node that has this model as its input"
+                f"the conditioning {given} has the class label {label}, which is not one of the pixel model {name!r}: "
+                f"connect a Class Label node that has this model as its input"
             )
         expected = (network.in_channels, network.image_size, network.image_size)
         if tuple(conditioning["noise"].shape[1:]) != expected:
             raise ValueError(
-                f"the latent is {shape_text(conditioning['noise'].shape[1:])}, the pixel model {name!r} draws "
+                f"`latent_image` is {shape_text(conditioning['noise'].shape[1:])}, the pixel model {name!r} draws "
                 f"{shape_text(expected)} (channels x height x width): connect an Empty Pixel Latent node"
             )
         if not conditioning["cross_attn"].any():  # no class, or zeroed by ConditioningZeroOut

@@ -1,11 +1,15 @@
 """What a run is to avoid."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ...dng_core.methods import MethodSettings
 
 Reference = Literal["auto", "positive", "cfg"]
+KEY = "dng_"
+"""How the keys of concepts begin, among the conditionings of a guider."""
+
 REFERENCES: tuple[Reference, ...] = ("auto", "positive", "cfg")
 
 
@@ -29,3 +33,19 @@ class Concept:
     def active(self) -> bool:
         """Whether there is something to avoid, and guidance is not switched off."""
         return bool(self.conditioning) and self.settings.guidance_scale > 0
+
+
+def keys_of(concepts: Sequence[Concept]) -> list[str]:
+    """Under which key a guider holds the conditioning of each concept. ComfyUI tells models this key."""
+    return [f"{KEY}{i}" for i in range(len(concepts))]
+
+
+def input_of(key: str) -> str:
+    """The input that a guider's conditioning came through, as an error names it.
+
+    What ComfyUI keeps as "negative" is `unconditional` in DNG's samplers.
+    """
+    if not key.startswith(KEY):
+        return {"negative": "`negative` (of a DNG sampler: `unconditional`)"}.get(key, f"`{key}`")
+    number = int(key.removeprefix(KEY)) + 1
+    return "`negative`" if number == 1 else f"`negative` of concept {number} (`more_concepts`)"

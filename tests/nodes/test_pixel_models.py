@@ -167,21 +167,43 @@ def test_a_label_the_model_does_not_have_is_refused(pixel, model, text):
 
 def test_text_conditioning_is_refused_by_name(pixel, stock, model):
     text = [[torch.zeros(1, 77, 768), {"pooled_output": torch.zeros(1, 768)}]]
-    with pytest.raises(ValueError, match=r"negative conditioning carries no class label.*connect a Class Label"):
+    with pytest.raises(ValueError, match=r"conditioning `negative` .*carries no class label.*connect a Class Label"):
         latent = pixel.EmptyPixelLatent.execute(model, 1)[0]
         ksampler(stock, model, label(pixel, model, "1"), text, latent, cfg=2.0)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ("positive", "`positive`"),
+        ("negative", "`negative`"),
+        ("unconditional", r"`negative` \(of a DNG sampler: `unconditional`\)"),
+        ("more_concepts", r"`negative` of concept 2 \(`more_concepts`\)"),
+    ],
+)
+def test_a_dng_sampler_names_the_input_that_carries_no_label(pack, pixel, model, wrong, named):
+    """ComfyUI knows the conditionings of a DNG sampler by other names."""
+    concepts, sampling = (
+        importlib.import_module(f"{pack.__name__}.nodes.{name}") for name in ("concepts", "sampling")
+    )
+    given = dict.fromkeys(("positive", "negative", "unconditional", "more_concepts"), label(pixel, model, "1"))
+    given[wrong] = [[torch.zeros(1, 77, 1), {"pooled_output": torch.zeros(1, 768)}]]  # as wide as a label
+    given["more_concepts"] = concepts.DNGConcept.execute(given["more_concepts"])[0]
+    with torch.inference_mode(), pytest.raises(ValueError, match=f"the conditioning {named} carries no class label"):
+        latent = pixel.EmptyPixelLatent.execute(model, 1)[0]
+        sampling.KSamplerDNG.execute(model, 0, 2, 2.0, "euler", "karras", latent_image=latent, denoise=1.0, **given)
+
+
 def test_a_label_of_a_larger_model_is_refused(pixel, stock, model):
     foreign = [[torch.ones(1, 1, 1), {pixel.LABEL_KEY: 11}]]
-    with pytest.raises(ValueError, match="class label 11 is not one of the pixel model 'mnist'"):
+    with pytest.raises(ValueError, match="class label 11, which is not one of the pixel model 'mnist'"):
         ksampler(stock, model, foreign, foreign, pixel.EmptyPixelLatent.execute(model, 1)[0])
 
 
 def test_a_latent_of_another_size_is_refused(pixel, stock, model):
     latent = stock.EmptyLatentImage().generate(512, 512)[0]
     none = label(pixel, model, "none")
-    with pytest.raises(ValueError, match=r"latent is 1x512x512.*draws 1x28x28.*Empty Pixel Latent"):
+    with pytest.raises(ValueError, match=r"`latent_image` is 1x512x512.*draws 1x28x28.*Empty Pixel Latent"):
         ksampler(stock, model, none, none, latent)
 
 
