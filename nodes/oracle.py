@@ -22,7 +22,9 @@ from ..dng_core.frames import VE, NoiseFrame
 from ..dng_core.guidance import Trace
 from ..dng_core.oracle import GaussianMixture, with_attributes
 from ..dng_core.studies.metrics import balance_kl_renormalised
+from .checks import shape_text
 from .inputs import TRACE
+from .run.concept import input_of
 
 CHANNELS, SIZE, STD = 1, 4, 0.2
 """The shape of the latents, and the standard deviation of each component. The means are standard normal in 16
@@ -110,10 +112,19 @@ class OracleModel(comfy.model_base.BaseModel):
         self.frame = NoiseFrame("flow") if prediction == "flow" else VE
 
     def extra_conds(self, **kwargs):
-        chosen = kwargs.get("oracle_components")
+        chosen, given = kwargs.get("oracle_components"), input_of(kwargs.get("prompt_type", "positive"))
         if chosen is None:
-            raise ValueError("the oracle model takes its conditioning from an Oracle Condition node")
-        mask = torch.zeros(1, len(self.mixture.weights))
+            raise ValueError(
+                f"the conditioning {given} is none of the oracle model's: connect an Oracle Condition node"
+            )
+        components = len(self.mixture.weights)
+        if kwargs["oracle_of"] != components:
+            raise ValueError(
+                f"the conditioning {given} is of a mixture of {kwargs['oracle_of']} components, the oracle model has "
+                f"{components}: set `of` of its Oracle Condition node to {components}"
+            )
+        check_shape(kwargs["noise"], "latent_image")
+        mask = torch.zeros(1, components)
         mask[0, chosen] = 1.0
         return {"oracle_components": comfy.conds.CONDRegular(mask)}
 
@@ -131,6 +142,15 @@ class OracleModel(comfy.model_base.BaseModel):
                 state = self.frame.to_ve(x[rows], level)
                 denoised[rows] = self.mixture.denoised(state, self.frame.sigma(level), components)
         return denoised
+
+
+def check_shape(samples: torch.Tensor, name: str) -> None:
+    """Raise ValueError, naming the input, for what is no batch of the mixture's samples."""
+    if samples.ndim != 4 or tuple(samples.shape[1:]) != (CHANNELS, SIZE, SIZE):
+        raise ValueError(
+            f"`{name}` is {shape_text(samples.shape)}, not a batch of the oracle model's samples, which are "
+            f"{CHANNELS}x{SIZE}x{SIZE} (channels x height x width): start from an Empty Oracle Latent node"
+        )
 
 
 def _kind_input() -> io.Input:
@@ -218,7 +238,8 @@ class OracleCondition(io.ComfyNode):
 
 def oracle_condition(components: str, of: int = 8) -> list:
     """CONDITIONING for "all", for comma-separated component numbers, or for attributes ("A0", "B1", "A0 B1")."""
-    return [[None, {"oracle_components": chosen_components(components, of), "pooled_output": None}]]
+    chosen = chosen_components(components, of)
+    return [[None, {"oracle_components": chosen, "oracle_of": of, "pooled_output": None}]]
 
 
 def chosen_components(components: str, of: int) -> list[int]:
@@ -312,12 +333,26 @@ class OracleReport(io.ComfyNode):
     def execute(
         cls, samples, forbidden, components, kind=KINDS[0], wanted="all", baseline=None, trace=None
     ) -> io.NodeOutput:
+        x, other = samples["samples"], None if baseline is None else baseline["samples"]
+        check_shape(x, "samples")
+        if not len(x):
+            raise ValueError("`samples` holds none to report on; draw at least one")
+        if other is not None and other.shape != x.shape:
+            raise ValueError(
+                f"`baseline` is {shape_text(other.shape)}, but `samples` {shape_text(x.shape)}; compare two "
+                "batches of one size, drawn from the same seed"
+            )
+        if trace is not None and len(trace.sigmas) and trace.posterior.shape[2] != len(x):
+            raise ValueError(
+                f"`trace` is that of {trace.posterior.shape[2]} samples, but `samples` holds {len(x)}; connect the "
+                "trace of the sampler that drew them"
+            )
         figures = oracle_figures(
-            samples["samples"].float(),
+            x.float(),
             chosen_components(forbidden, components),
             chosen_components(wanted, components),
             truth=mixture(components, kind),
-            baseline=None if baseline is None else baseline["samples"].float(),
+            baseline=None if other is None else other.float(),
             trace=trace,
         )
         text = json.dumps(figures)
@@ -353,14 +388,21 @@ def oracle_figures(
     }
     if baseline is not None:
         difference = float((x - baseline).square().mean().sqrt())
-        figures |= {"identical": torch.equal(x, baseline), "rms_change": difference if finite else None}
+        figures |= {
+            "identical": torch.equal(x, baseline),
+            "rms_change": difference if math.isfinite(difference) else None,
+        }
     if trace is not None and len(trace.sigmas):
         concepts = trace.posterior.shape[1]
         sets = [forbidden] if concepts == 1 else [[i] for i in forbidden]
         if len(sets) != concepts:
-            raise ValueError(f"the trace is of {concepts} concepts, but `forbidden` names {len(sets)} components")
+            raise ValueError(
+                f"`trace` is that of {concepts} concepts, but `forbidden` names {len(sets)} components; name one for "
+                "each concept"
+            )
         exact = torch.stack([truth.log_posterior(x, 0.0, chosen).exp() for chosen in sets]).cpu()
-        figures["posterior_error"] = (trace.posterior[-1] - exact).abs().mean(dim=1).tolist()
+        errors = (trace.posterior[-1] - exact).abs().mean(dim=1).tolist()
+        figures["posterior_error"] = errors if finite else None
         figures["mean_scale"] = trace.scale.mean(dim=2).T.tolist()
     return figures
 

@@ -98,3 +98,54 @@ def test_a_trace_is_held_against_the_exact_posterior_of_the_finished_samples(ben
     assert figures["mean_scale"] == [pytest.approx([0.0, 0.25])]
     with pytest.raises(ValueError, match="concepts"):
         report(bench, drawn, "0", 8, trace=bench.guidance.Trace(trace.sigmas, posterior.repeat(1, 2, 1), posterior))
+
+
+def test_what_is_not_finite_leaves_the_figures_json(bench):
+    """A baseline or a trace beside it has figures that are None, and never NaN, which JSON does not know."""
+    drawn = bench.oracle.mixture(8).means.clone()
+    broken = torch.full_like(drawn, torch.nan)
+    assert report(bench, drawn, "0", 8, baseline={"samples": broken})["rms_change"] is None
+    posterior = torch.zeros(2, 1, 8)
+    trace = bench.guidance.Trace(torch.tensor([1.0, 0.1]), posterior, posterior)
+    assert report(bench, broken, "0", 8, trace=trace)["posterior_error"] is None
+
+
+@pytest.mark.parametrize("wrong", ["positive", "negative", "unconditional"])
+@pytest.mark.parametrize(("of", "components"), [(16, "0,15"), (16, "0"), (4, "0")])
+def test_a_condition_of_another_mixture_is_refused_by_its_name(bench, wrong, of, components):
+    given = {name: bench.cond() for name in ("positive", "negative", "unconditional")}
+    given[wrong] = bench.oracle.oracle_condition(components, of)
+    concept = bench.concept(given.pop("negative"))
+    with pytest.raises(ValueError, match=rf"`{wrong}`.* is of a mixture of {of} components, the oracle model has 8"):
+        bench.dng(bench.model(), concept, cfg=2.0, **given)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 3, 4, 4), (2, 1, 1, 4), (2, 1, 4, 4, 4)])
+def test_a_latent_of_another_size_than_the_oracles_is_refused(bench, shape):
+    latent = {"samples": torch.full(shape, 0.5)}
+    with pytest.raises(ValueError, match=r"`latent_image` is .*1x4x4 .*Empty Oracle Latent"):
+        bench.dng(bench.model(), latent=latent)
+    with pytest.raises(ValueError, match=r"`latent_image` is .*1x4x4 .*Empty Oracle Latent"):
+        bench.sample(bench.model(), latent)
+
+
+@pytest.mark.parametrize(
+    ("samples", "others", "message"),
+    [
+        ((8, 1, 1, 1), {}, "`samples` is 8x1x1x1"),
+        ((8, 16), {}, "`samples` is 8x16"),
+        ((0, 1, 4, 4), {}, "`samples` holds none"),
+        ((8, 1, 4, 4), {"baseline": {"samples": torch.zeros(1, 1, 4, 4)}}, "`baseline` is 1x1x4x4"),
+        ((8, 1, 4, 4), {"baseline": {"samples": torch.zeros(8, 1, 4, 1)}}, "`baseline` is 8x1x4x1"),
+    ],
+)
+def test_the_report_refuses_what_does_not_belong_together(bench, samples, others, message):
+    with pytest.raises(ValueError, match=message):
+        report(bench, torch.zeros(samples), "0", 8, **others)
+
+
+def test_the_report_refuses_the_trace_of_another_batch(bench):
+    posterior = torch.zeros(2, 1, 1)
+    trace = bench.guidance.Trace(torch.tensor([1.0, 0.1]), posterior, posterior)
+    with pytest.raises(ValueError, match="`trace` is that of 1 samples, but `samples` holds 8"):
+        report(bench, bench.oracle.mixture(8).means, "0", 8, trace=trace)
