@@ -3,7 +3,20 @@
 from typing import Any
 
 import torch
+from comfy_api.latest import io
 from torch import Tensor
+
+
+def check_values(node: type[io.ComfyNode], **values: Any) -> None:
+    """Raise ValueError, naming the input, where a number or a choice is not one that the node's schema offers."""
+    offered = {given.id: given for given in node.GET_SCHEMA().inputs}
+    for name, value in values.items():
+        given = offered[name]
+        if isinstance(given, io.Combo.Input):
+            if value not in given.options:
+                raise ValueError(f"`{name}` must be one of {', '.join(given.options)}; it is {value!r}")
+        elif not given.min <= value <= given.max:  # NaN is not within them either
+            raise ValueError(f"`{name}` must be at least {given.min:g} and at most {given.max:g}; it is {value:g}")
 
 
 def check_images(images: Tensor, name: str) -> None:

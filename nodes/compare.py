@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..dng_core.guidance import Trace
 from ..dng_core.plots.comparison import ORDERS, comparison_sheet, comparison_table, rms_changes
-from .checks import check_images
+from .checks import check_images, check_values
 from .inputs import TRACE
 from .plot import as_image, theme_input
 
@@ -79,6 +79,7 @@ class Compare(io.ComfyNode):
         order=ORDERS[0],
         image_size=256,
     ) -> io.NodeOutput:
+        check_values(cls, theme=theme, at_most=at_most, order=order, image_size=image_size)
         check_pairs(without, with_dng, trace)
         before, after = (images[..., :3].float().cpu().numpy() for images in (without, with_dng))
         image = as_image(comparison_sheet(before, after, trace, order, at_most, image_size, theme))

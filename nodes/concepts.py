@@ -66,6 +66,8 @@ class JointNegative(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, positive_text, undesired_text) -> io.NodeOutput:
+        if clip is None:
+            raise ValueError("`clip` is empty: the checkpoint holds no text encoder; load one with a CLIP loader node")
         if not undesired_text.strip():
             raise ValueError("`undesired_text` is empty, so there is nothing to avoid; say what should not appear")
         joint = ", ".join(text.strip().rstrip(",") for text in (positive_text, undesired_text) if text.strip())

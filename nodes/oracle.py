@@ -22,7 +22,7 @@ from ..dng_core.frames import VE, NoiseFrame
 from ..dng_core.guidance import Trace
 from ..dng_core.oracle import GaussianMixture, with_attributes
 from ..dng_core.studies.metrics import balance_kl_renormalised
-from .checks import shape_text
+from .checks import check_values, shape_text
 from .inputs import TRACE
 from .run.concept import input_of
 
@@ -195,6 +195,7 @@ class OracleModelNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, components, prediction, kind=KINDS[0]) -> io.NodeOutput:
+        check_values(cls, components=components, prediction=prediction, kind=kind)
         return io.NodeOutput(load_oracle(components, prediction, kind))
 
 
@@ -233,6 +234,7 @@ class OracleCondition(io.ComfyNode):
 
     @classmethod
     def execute(cls, components, of) -> io.NodeOutput:
+        check_values(cls, of=of)
         return io.NodeOutput(oracle_condition(components, of))
 
 
@@ -242,8 +244,8 @@ def oracle_condition(components: str, of: int = 8) -> list:
     return [[None, {"oracle_components": chosen, "oracle_of": of, "pooled_output": None}]]
 
 
-def chosen_components(components: str, of: int) -> list[int]:
-    """The component numbers that a condition names; raises ValueError, naming the input, where it names none."""
+def chosen_components(components: str, of: int, name: str = "components") -> list[int]:
+    """The component numbers that the input ``name`` names; raises ValueError, naming it, where it names none."""
     text = components.strip()
     attributes = re.fullmatch(r"(?:A(\d+))?\s*(?:B(\d+))?", text)
     try:
@@ -256,11 +258,11 @@ def chosen_components(components: str, of: int) -> list[int]:
             chosen = [int(c) for c in text.split(",")]
     except ValueError as error:
         raise ValueError(
-            f"`components` must be `all`, numbers such as `0,3`, or attributes such as `A0 B1` of a square number of "
+            f"`{name}` must be `all`, numbers such as `0,3`, or attributes such as `A0 B1` of a square number of "
             f"components; {components!r} is none of these: {error}"
         ) from None
     if not chosen or not all(0 <= c < of for c in chosen):
-        raise ValueError(f"`components` must name some that the mixture of {of} has, not {components!r}")
+        raise ValueError(f"`{name}` must name some that the mixture of {of} has, not {components!r}")
     return chosen
 
 
@@ -283,6 +285,7 @@ class OracleLatentNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, batch_size) -> io.NodeOutput:
+        check_values(cls, batch_size=batch_size)
         return io.NodeOutput({"samples": torch.zeros(batch_size, CHANNELS, SIZE, SIZE)})
 
 
@@ -333,6 +336,7 @@ class OracleReport(io.ComfyNode):
     def execute(
         cls, samples, forbidden, components, kind=KINDS[0], wanted="all", baseline=None, trace=None
     ) -> io.NodeOutput:
+        check_values(cls, components=components, kind=kind)
         x, other = samples["samples"], None if baseline is None else baseline["samples"]
         check_shape(x, "samples")
         if not len(x):
@@ -349,8 +353,8 @@ class OracleReport(io.ComfyNode):
             )
         figures = oracle_figures(
             x.float(),
-            chosen_components(forbidden, components),
-            chosen_components(wanted, components),
+            chosen_components(forbidden, components, "forbidden"),
+            chosen_components(wanted, components, "wanted"),
             truth=mixture(components, kind),
             baseline=None if other is None else other.float(),
             trace=trace,

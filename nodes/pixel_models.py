@@ -27,7 +27,7 @@ from ..dng_core.models.weight_files import (
     shipped_denoisers,
 )
 from ..dng_core.studies.report.class_report import Report, bar_chart, contact_sheet, markdown_table, measure
-from .checks import check_images, shape_text
+from .checks import check_filled, check_images, check_values, shape_text
 from .plot import as_image
 from .run.concept import input_of
 
@@ -42,6 +42,7 @@ MODEL_TYPES = {  # what a network predicts -> how ComfyUI computes the denoised 
     "epsilon": comfy.model_base.ModelType.EPS,
     "v": comfy.model_base.ModelType.V_PREDICTION,
 }
+LARGEST = 2**27  # pixels of upscaled images, which take 1.6 GB as an IMAGE: a choice
 LIVE_FEATURE_MAPS = 14  # peak memory of a forward pass in feature maps: 0.64 MiB per 28x28 image, measured on the CPU
 
 DNGReport = io.Custom("DNG_REPORT")
@@ -154,12 +155,12 @@ def pixel_model_info(model: comfy.model_patcher.ModelPatcher, node: str) -> Deno
     return model.model.info
 
 
-def class_index(text: str, class_names: tuple[str, ...]) -> int | None:
+def class_index(text: str, class_names: tuple[str, ...], name: str) -> int | None:
     """The number of the class that ``text`` names or numbers; None for "none" and for an empty text.
 
     Raises
     ------
-    ValueError: if ``text`` is neither a name nor a number of a class.
+    ValueError: if ``text`` is neither a name nor a number of a class. ``name`` names the input in the error.
     """
     text = text.strip()
     if text.lower() in ("", NO_CLASS):
@@ -167,9 +168,11 @@ def class_index(text: str, class_names: tuple[str, ...]) -> int | None:
     names = [name.lower() for name in class_names]
     if text.lower() in names:
         return names.index(text.lower())
-    if text.isdecimal() and int(text) < len(names):
+    if text.isdecimal() and len(text) < 10 and int(text) < len(names):
         return int(text)
-    raise ValueError(f"{text!r} is not one of the classes {', '.join(class_names)} (nor their number, from 0)")
+    raise ValueError(
+        f"`{name}` is {text!r}, which is not one of the classes {', '.join(class_names)} (nor their number, from 0)"
+    )
 
 
 def to_classifier_images(images: Tensor, size: int, channels: int, name: str) -> Tensor:
@@ -214,6 +217,7 @@ class LoadPixelModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
+        check_values(cls, name=name)
         return io.NodeOutput(load_pixel_model(name))
 
 
@@ -241,7 +245,7 @@ class ClassLabel(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, label: str) -> io.NodeOutput:
         info = pixel_model_info(model, "Class Label")
-        index = class_index(label, info.class_names)
+        index = class_index(label, info.class_names, "label")
         # The tensor is 1 for a class and 0 for none, so that ConditioningZeroOut means none.
         marker = torch.zeros(1, 1, 1) if index is None else torch.ones(1, 1, 1)
         return io.NodeOutput([[marker, {LABEL_KEY: info.network.num_classes if index is None else index}]])
@@ -265,6 +269,7 @@ class EmptyPixelLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, batch_size: int) -> io.NodeOutput:
+        check_values(cls, batch_size=batch_size)
         network = pixel_model_info(model, "Empty Pixel Latent").network
         samples = torch.zeros(
             (batch_size, network.in_channels, network.image_size, network.image_size),
@@ -298,10 +303,18 @@ class PixelLatentToImage(io.ComfyNode):
     @classmethod
     def execute(cls, samples: dict[str, Any], upscale: int) -> io.NodeOutput:
         pixels = samples["samples"]
-        if pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+        if pixels.is_nested or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
             raise ValueError(
-                f"Pixel Latent to Image: samples is {shape_text(pixels.shape)}, not a batch of images with 1 or 3 "
+                f"Pixel Latent to Image: `samples` is {shape_text(pixels.shape)}, not a batch of images with 1 or 3 "
                 f"channels: connect a sampler that runs a pixel model (the latents of other models need VAE Decode)"
+            )
+        check_values(cls, upscale=upscale)
+        check_filled(pixels, "`samples`")
+        enlarged = pixels.shape[0] * pixels.shape[2] * pixels.shape[3] * upscale**2
+        if enlarged > LARGEST:
+            raise ValueError(
+                f"{len(pixels)} images at `upscale` {upscale} would be {enlarged / 1e6:.0f} million pixels, more than "
+                f"the {LARGEST / 1e6:.0f} million that are made; lower `upscale`, or take fewer `samples`"
             )
         image = ((pixels.float() + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1)
         image = image.repeat_interleave(upscale, dim=2).repeat_interleave(upscale, dim=3)
@@ -367,8 +380,9 @@ class ClassReport(io.ComfyNode):
         baseline: Tensor | None = None,
         previous: Report | None = None,
     ) -> io.NodeOutput:
+        check_values(cls, classifier=classifier)
         network, info = load_classifier(shipped_classifiers()[classifier])
-        index = class_index(forbidden, info.class_names)
+        index = class_index(forbidden, info.class_names, "forbidden")
         if index is None:
             raise ValueError(f"Class Report: forbidden must be one of the classes {', '.join(info.class_names)}")
         report = previous or Report(info.class_names, index)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..dng_core.plots.drawing import ThemeName
 from ..dng_core.plots.trace_chart import AXES, VIEWS, trace_chart
+from .checks import check_values
 from .inputs import TRACE
 
 
@@ -63,6 +64,7 @@ class PlotTrace(io.ComfyNode):
 
     @classmethod
     def execute(cls, trace, axis, view, theme, width, height) -> io.NodeOutput:
+        check_values(cls, axis=axis, view=view, theme=theme, width=width, height=height)
         image = as_image(trace_chart(trace, axis, view, theme, width, height))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 

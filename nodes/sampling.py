@@ -14,7 +14,7 @@ from nodes import common_ksampler
 from torch import Tensor
 
 from ..dng_core.guidance import Trace
-from .checks import check_latent
+from .checks import check_latent, check_values
 from .guider import NegativeGuider
 from .inputs import (
     TRACE,
@@ -33,6 +33,10 @@ from .run.checks import check_unconditional
 from .run.concept import Concept
 
 POSITIVE_TIP = "What the image should show."
+MOST_STEPS = 10_000_000
+"""Of a whole schedule, of which `denoise` takes the last part: 10,000 steps at a denoise of 0.001. Some schedulers
+take seconds for so many, and for more of them all the memory."""
+
 NEGATIVE_TIP = "What the image should not show. Guidance switches on only in images that are turning into this."
 
 RATIOS = tuple(
@@ -65,6 +69,13 @@ class Schedule:
     start_step: int | None = None
     last_step: int | None = None
     force_full_denoise: bool = False
+
+    def __post_init__(self) -> None:
+        if 0 < self.denoise < self.steps / MOST_STEPS:
+            raise ValueError(
+                f"`denoise` is {self.denoise:g}, so that these steps would be the last of {self.steps / self.denoise:.3g} "
+                "steps; raise `denoise`, or set it to 0 to keep the latent"
+            )
 
     def sigmas(self, model) -> Tensor:
         """The noise levels from the first step to the last. There are fewer than two where there is no step."""
@@ -208,6 +219,7 @@ class KSamplerDNG(io.ComfyNode):
         cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,
         unconditional=None, **values,
     ) -> io.NodeOutput:  # fmt: skip
+        check_values(cls, steps=steps, cfg=cfg, sampler_name=sampler_name, scheduler=scheduler, denoise=denoise)
         schedule = Schedule(seed, steps, sampler_name, scheduler, denoise)
         wanted = Conditionings(positive, unconditional, cfg)
         return io.NodeOutput(*sample_with_dng(model, schedule, wanted, concepts_from(negative, values), latent_image))
@@ -266,6 +278,9 @@ class KSamplerAdvancedDNG(io.ComfyNode):
         cls, model, add_noise, noise_seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image,
         start_at_step, end_at_step, return_with_leftover_noise, unconditional=None, previous_trace=None, **values,
     ) -> io.NodeOutput:  # fmt: skip
+        check_values(cls, steps=steps, cfg=cfg, sampler_name=sampler_name, scheduler=scheduler, add_noise=add_noise)
+        check_values(cls, start_at_step=start_at_step, end_at_step=end_at_step)
+        check_values(cls, return_with_leftover_noise=return_with_leftover_noise)
         schedule = Schedule(
             noise_seed,
             steps,
@@ -307,6 +322,7 @@ class DNGGuider(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, cfg, unconditional=None, **values) -> io.NodeOutput:
+        check_values(cls, cfg=cfg)
         return io.NodeOutput(NegativeGuider(model, positive, concepts_from(negative, values), unconditional, cfg))
 
 

@@ -25,7 +25,7 @@ class TraceTable(io.ComfyNode):
     def execute(cls, trace) -> io.NodeOutput:
         table = (
             trace_table(trace)
-            if trace is not None
+            if trace is not None and len(trace.sigmas)
             else "Nothing was tracked: guidance was off, or its method is not dng."
         )
         return io.NodeOutput(table, ui={"text": [table]})

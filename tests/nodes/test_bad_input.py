@@ -85,6 +85,24 @@ def test_a_reference_that_there_is_not_is_refused_by_its_name(bench):
         bench.concept("0", "uncond")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cfg": float("nan")}, "`cfg` must be at least 0 and at most 100; it is nan"),
+        ({"denoise": float("nan")}, "`denoise` must be at least 0"),
+        ({"denoise": 1e-9}, "`denoise` is 1e-09.*raise `denoise`"),
+        ({"steps": 0}, "`steps` must be at least 1"),
+        ({"scheduler": "none"}, "`scheduler` must be one of"),
+        ({"sampler_name": "none"}, "`sampler_name` must be one of"),
+    ],
+)
+def test_what_a_link_brings_is_checked_as_widgets_are(bench, changes, message):
+    given = {"seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "karras", "denoise": 1.0}
+    prompts = {"positive": bench.cond(), "negative": bench.cond("0"), "unconditional": bench.cond()}
+    with pytest.raises(ValueError, match=message):
+        bench.sampling.KSamplerDNG.execute(bench.model(), latent_image=bench.latent(), **prompts, **given | changes)
+
+
 def test_a_patched_model_in_a_dng_sampler_is_refused(bench):
     with pytest.raises(ValueError, match="already carries a Dynamic Negative Guidance patch"):
         bench.dng(bench.patch(bench.model()))

@@ -165,3 +165,9 @@ def test_the_joint_negative_is_both_texts_encoded_as_one(bench, networks):
 def test_a_joint_negative_of_nothing_is_refused(bench, networks):
     with pytest.raises(ValueError, match="`undesired_text` is empty"):
         bench.concepts.JointNegative.execute(networks.small_clip(), "a table", " ")
+
+
+def test_a_checkpoint_without_a_text_encoder_is_named(bench):
+    """ComfyUI's loaders then give None for the CLIP."""
+    with pytest.raises(ValueError, match="`clip` is empty.*CLIP loader"):
+        bench.concepts.JointNegative.execute(None, "a town", "night")

@@ -154,14 +154,14 @@ def test_class_label_reads_names_numbers_and_none(pixel, model, text, index):
 
 
 def test_names_come_before_numbers(pixel):
-    assert pixel.class_index("Dog", ("cat", "dog")) == 1
-    assert pixel.class_index("1", ("cat", "dog")) == 1
-    assert pixel.class_index("1", ("1", "0")) == 0
+    assert pixel.class_index("Dog", ("cat", "dog"), "label") == 1
+    assert pixel.class_index("1", ("cat", "dog"), "label") == 1
+    assert pixel.class_index("1", ("1", "0"), "label") == 0
 
 
 @pytest.mark.parametrize("text", ["10", "-1", "seven", "1.5"])
 def test_a_label_the_model_does_not_have_is_refused(pixel, model, text):
-    with pytest.raises(ValueError, match="is not one of the classes 0, 1, 2"):
+    with pytest.raises(ValueError, match="`label` is .* not one of the classes 0, 1, 2"):
         label(pixel, model, text)
 
 
@@ -230,6 +230,18 @@ def test_images_are_the_latent_from_0_to_1_in_three_channels(pixel):
 def test_other_latents_are_no_pixels(pixel):
     with pytest.raises(ValueError, match="1 or 3 channels"):
         pixel.PixelLatentToImage.execute({"samples": torch.zeros(1, 4, 8, 8)}, 1)
+
+
+@pytest.mark.parametrize(("value", "message"), [(float("nan"), "holds NaN"), (float("inf"), "holds NaN or infinite")])
+def test_a_latent_that_is_not_finite_is_no_image(pixel, value, message):
+    with pytest.raises(ValueError, match=f"`samples` {message}"):
+        pixel.PixelLatentToImage.execute({"samples": torch.full((1, 1, 4, 4), value)}, 1)
+
+
+def test_images_that_would_fill_the_memory_are_refused_before_they_are_made(pixel):
+    """The largest batch and the largest factor would ask for 150 GB."""
+    with pytest.raises(ValueError, match=r"4096 images at `upscale` 64 .*lower `upscale`"):
+        pixel.PixelLatentToImage.execute({"samples": torch.zeros(4096, 1, 28, 28)}, 64)
 
 
 def test_report_sees_upscaled_images_as_they_were(pixel):

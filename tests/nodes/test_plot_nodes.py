@@ -31,6 +31,16 @@ def test_a_run_becomes_a_chart_that_the_node_shows(bench, nodes, tmp_path):
     assert (tmp_path / shown["filename"]).is_file()
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"), [({"theme": "sepia"}, "theme"), ({"height": -7}, "height"), ({"width": 9000}, "width")]
+)
+def test_a_chart_that_cannot_be_drawn_is_refused_by_its_input(nodes, changes, name):
+    plot, _ = nodes
+    given = {"axis": "step", "view": "auto", "theme": "dark", "width": 400, "height": 300}
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        plot.execute(None, **given | changes)
+
+
 def test_a_run_with_guidance_off_becomes_a_chart_that_says_so(bench, nodes):
     plot, _ = nodes
     _, trace = bench.dng(bench.model(), bench.concept(guidance_scale=0.0))
