@@ -9,7 +9,7 @@ from ..dng_core.calibration import Evidence, evidence_of
 from ..dng_core.guidance import NegativeGuidance, Trace
 from .patch import has_dng_patch
 from .run.begin import begin_run
-from .run.checks import check_conditioning, check_states, check_unconditional
+from .run.checks import check_conditioning, check_states, check_unconditional, shapes_explained
 from .run.concept import Concept, keys_of
 from .run.samplers import name_of
 
@@ -71,7 +71,8 @@ class NegativeGuider(comfy.samplers.CFGGuider):
 
     def sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
         check_states(noise, latent_image, denoise_mask)
-        return super().sample(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        with shapes_explained(latent_image):
+            return super().sample(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
 
     def outer_sample(
         self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None,

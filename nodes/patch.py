@@ -16,7 +16,7 @@ from .inputs import (
     settings_inputs,
 )
 from .run.begin import begin_run
-from .run.checks import check_conditioning, check_states
+from .run.checks import check_conditioning, check_states, shapes_explained
 from .run.concept import Concept, keys_of
 from .run.hooks import WRAPPER_KEY
 
@@ -39,7 +39,9 @@ class GuidedRuns:
             check_conditioning(concept.conditioning, "negative", positive, batch=noise.shape[0])
             guider.conds[key] = comfy.sampler_helpers.convert_cond(concept.conditioning)
         run = begin_run(guider, self.concepts, keys, sampler, sigmas, noise.shape, denoise_mask, seed=seed)
-        samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
+        inputs = (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
+        with shapes_explained(latent_image):
+            samples = executor(*inputs, **kwargs)
         run.finish()
         return samples
 

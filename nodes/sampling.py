@@ -29,7 +29,7 @@ from .inputs import (
     settings_inputs,
     unconditional_input,
 )
-from .run.checks import check_unconditional
+from .run.checks import check_unconditional, shapes_explained
 from .run.concept import Concept
 
 POSITIVE_TIP = "What the image should show."
@@ -73,8 +73,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if 0 < self.denoise < self.steps / MOST_STEPS:
             raise ValueError(
-                f"`denoise` is {self.denoise:g}, so that these steps would be the last of {self.steps / self.denoise:.3g} "
-                "steps; raise `denoise`, or set it to 0 to keep the latent"
+                f"`denoise` is {self.denoise:g}, so that these steps would be the last of "
+                f"{self.steps / self.denoise:.3g}; raise `denoise`, or set it to 0 to keep the latent"
             )
 
     def sigmas(self, model) -> Tensor:
@@ -113,9 +113,10 @@ def sample_with_dng(
         check_latent(latent, "latent_image")
         check_unconditional(schedule.sampler_name, wanted.unconditional)
         negative = wanted.positive if wanted.unconditional is None else wanted.unconditional
-        (out,) = common_ksampler(
-            model, cfg=wanted.cfg, positive=wanted.positive, negative=negative, latent=latent, **asdict(schedule)
-        )
+        with shapes_explained(latent["samples"]):
+            (out,) = common_ksampler(
+                model, cfg=wanted.cfg, positive=wanted.positive, negative=negative, latent=latent, **asdict(schedule)
+            )
         return out, previous
     return run_guider(guider, model, schedule, latent)
 

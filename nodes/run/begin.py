@@ -12,11 +12,11 @@ from ...dng_core.posterior import SAME_SIGMA, Chain
 from ...dng_core.schedules import IntegratedOffset
 from ...dng_core.settings import Settings
 from .checks import check_sigmas, check_unconditional
-from .concept import Concept
+from .concept import Concept, input_of
 from .frames import noise_frame, training_chain
 from .hooks import Run
 from .live import LiveChart, current_listener
-from .regions import area_to_mask
+from .regions import area_to_mask, check_regions
 from .samplers import check_sampler, has_trial_points, name_of, noise_fraction, options_of, tracked_levels
 
 # Inputs other than the text that ComfyUI's nodes attach to a conditioning. The undesired conditioning takes them from
@@ -87,6 +87,8 @@ def begin_run(
 
     positive = (guider.conds.get("positive") or [{}])[0]
     inputs = {name: positive[name] for name in MODEL_INPUTS if name in positive}
+    for key, entries in guider.conds.items():
+        check_regions(entries or [], input_of(key), latent_shape)
     # The undesired conditioning differs in its text, not in the image that it is about.
     for key in keys:
         guider.conds[key] = [area_to_mask(inputs | entry, latent_shape) for entry in guider.conds[key]]

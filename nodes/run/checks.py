@@ -1,12 +1,20 @@
 """What is checked before a run: conditionings, and what samplers need."""
 
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
+import comfy.model_management
 import torch
 from torch import Tensor
 
-from ..checks import check_filled
+from ..checks import check_filled, shape_text
+
+ABOUT_SHAPES = re.compile(r"shape|size|dimension|channels|values to unpack|out of range", re.IGNORECASE)
+"""What the errors of torch and einops say where tensors do not fit one another."""
 
 
 def check_unconditional(sampler_name: str, unconditional: list | None) -> None:
@@ -37,10 +45,30 @@ def check_sigmas(sigmas: Tensor) -> None:
             )
 
 
+@contextmanager
+def shapes_explained(latent_image: Any) -> Iterator[None]:
+    """Where a model fails on the shapes of what it is given, say which inputs these are: raise ValueError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError) as error:
+        raw = type(error) is not ValueError or "values to unpack" in str(error)
+        if not raw or isinstance(error, comfy.model_management.OOM_EXCEPTION) or not ABOUT_SHAPES.search(str(error)):
+            raise
+        raise ValueError(
+            f"the model cannot work with what it is given ({str(error).splitlines()[0]}): `latent_image`, which is "
+            f"{shape_text(latent_image.shape)}, must be a latent for this model, and `positive`, `negative` and "
+            "`unconditional` must be encoded with the CLIP that belongs to it; a mask or an area on them must fit the "
+            "latent"
+        ) from error
+
+
 def check_conditioning(conditioning: list, name: str, positive: list | None = None, batch: int | None = None) -> None:
     """Raise ValueError, naming the input, where a conditioning is not finite or does not fit its neighbours."""
     widths = {c[0].shape[-1] for c in positive or [] if c[0] is not None}
-    for embedding, _ in conditioning:
+    for embedding, options in conditioning:
+        for extra in ("pooled_output", "mask"):
+            if options.get(extra) is not None:
+                check_filled(options[extra], f"the {extra} of the conditioning `{name}`")
         if embedding is None:
             continue
         if not bool(torch.isfinite(embedding).all()):

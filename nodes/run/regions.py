@@ -14,6 +14,49 @@ def in_range(entry: dict, level: float) -> bool:
     return entry.get("timestep_end", -math.inf) <= level <= entry.get("timestep_start", math.inf)
 
 
+def check_regions(entries: Sequence[dict], name: str, latent_shape: Sequence[int]) -> None:
+    """Raise ValueError, naming the conditioning, for areas and masks that do not fit a latent (batch, ...)."""
+    batch, sizes = latent_shape[0], latent_shape[2:]
+    for entry in entries:
+        mask, area = entry.get("mask"), entry.get("area")
+        if len(sizes) < 2 and (mask is not None or area is not None):
+            raise ValueError(
+                f"the conditioning {name} carries an area or a mask, but this latent has no height and width of its "
+                "own (audio, or several latents packed into one); remove the area or the mask"
+            )
+        masks = len(mask) if mask is not None and mask.ndim > len(sizes) else 1
+        if masks < batch and batch % masks:
+            raise ValueError(
+                f"the conditioning {name} carries {masks} masks for {batch} images; use one mask for all images, or "
+                "one for each"
+            )
+        if area is not None and outside(in_elements(area, sizes), sizes):
+            raise ValueError(
+                f"the area of the conditioning {name} lies outside the latent, so that no part of the image uses it; "
+                "move the area inside, or remove it"
+            )
+
+
+def in_elements(area: Sequence, sizes: Sequence[int]) -> list[int]:
+    """The sizes, then the starts, of an area in the last dimensions of a latent, where it may be given as shares."""
+    shares, numbers = area[0] == "percentage", [n for n in area if n != "percentage"]
+    half = len(numbers) // 2
+    used = sizes[-half:]
+    if not shares:
+        return [*numbers[: len(used)], *numbers[half : half + len(used)]]
+    extents, starts = numbers[half - len(used) : half], numbers[2 * half - len(used) :]
+    return [
+        *(max(1, round(f * s)) for f, s in zip(extents, used, strict=True)),
+        *(round(f * s) for f, s in zip(starts, used, strict=True)),
+    ]
+
+
+def outside(area: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether an area begins beyond the end of a latent."""
+    half = len(area) // 2
+    return any(start >= size for start, size in zip(area[half:], sizes[-half:], strict=True))
+
+
 def area_to_mask(entry: dict, latent_shape: Sequence[int]) -> dict:
     """An entry whose area has become a mask: ComfyUI would copy an area to the sampler's own conditionings."""
     entry = {**entry, "set_area_to_bounds": False}
@@ -21,20 +64,7 @@ def area_to_mask(entry: dict, latent_shape: Sequence[int]) -> dict:
     if area is None:
         return entry
     sizes = list(latent_shape[2:])
-    if area[0] == "percentage":
-        half = len(area) // 2
-        extents, starts = area[1 : 1 + half], area[1 + half :]
-        used = sizes[-half:]
-        extents, starts = extents[half - len(used) :], starts[half - len(used) :]
-        area = [max(1, round(f * s)) for f, s in zip(extents, used, strict=True)]
-        area += [round(f * s) for f, s in zip(starts, used, strict=True)]
-    half = len(area) // 2
-    if any(start >= size for start, size in zip(area[half:], sizes[-half:], strict=True)):
-        raise ValueError(
-            "the area of an undesired conditioning lies outside the latent, so that no part of the image uses it; "
-            "move the area inside, or remove it"
-        )
-    mask = inside(area, torch.zeros(1, *sizes)).float()
+    mask = inside(in_elements(area, sizes), torch.zeros(1, *sizes)).float()
     if "mask" in entry:
         given = entry["mask"]
         masks = len(given) if given.ndim > len(sizes) else 1

@@ -188,6 +188,48 @@ def test_a_level_twice_on_which_a_sampler_divides_by_zero_is_not_blamed_on_the_m
         custom(bench, node, bench.latent(), torch.tensor([10.0, 5.0, 5.0, 2.0, 0.0]), sampler="dpmpp_2m")
 
 
+@entry_points
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", ["latent", "video", "text"])
+def test_what_a_network_cannot_take_is_explained(bench, networks, node, guidance_scale, wrong):
+    """The network itself says only which of its matrices do not fit."""
+    model, width, latent = networks.FAMILIES["epsilon UNet (SD 1.5)"].build(), 16, torch.zeros(1, 4, 8, 8)
+    if wrong == "text":
+        width = 24
+    else:
+        latent = torch.full((1, 16, 8, 8) if wrong == "latent" else (1, 4, 2, 8, 8), 0.5)
+    concept = bench.concept(networks.prompt(1, width=width), guidance_scale=guidance_scale)
+    with pytest.raises(ValueError, match=r"`latent_image`, which is 1x.*encoded with the CLIP that belongs to it"):
+        if node == "ksampler":
+            bench.dng(model, concept, {"samples": latent}, positive=networks.prompt(0, width=width))
+        elif node == "guider":
+            guider = bench.sampling.NegativeGuider(model, networks.prompt(0, width=width), [concept], None, 1.0)
+            guider.sample(latent, latent, bench.comfy.samplers.sampler_object("euler"), torch.tensor([9.0, 1.0, 0.0]))
+        else:
+            patched = bench.patching.patch_model(model, [bench.concept(networks.prompt(1, width=width))])
+            conds = {name: networks.prompt(0, width=width) for name in ("positive", "negative")}
+            bench.sample(patched, {"samples": latent}, **conds)
+
+
+@pytest.mark.parametrize("wrong", ["positive", "negative", "unconditional"])
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"mask": torch.ones(3, 4, 4)}, "carries 3 masks for 8 images"),
+        ({"mask": torch.full((1, 4, 4), torch.nan)}, "holds NaN"),
+        ({"mask": torch.ones(0, 4, 4)}, "is empty"),
+        ({"pooled_output": torch.full((1, 8), torch.nan)}, "holds NaN"),
+        ({"area": (2, 2, 4, 0)}, "lies outside the latent"),
+    ],
+)
+def test_what_a_conditioning_carries_is_refused_by_its_name(bench, wrong, extra, message):
+    given = {name: bench.cond() for name in ("positive", "negative", "unconditional")}
+    given[wrong] = bench.cond("0", **extra)
+    concept = bench.concept(given.pop("negative"))
+    with pytest.raises(ValueError, match=rf"`{wrong}`.* {message}"):
+        bench.dng(bench.model(), concept, cfg=2.0, **given)
+
+
 # Interruption
 
 

@@ -169,5 +169,5 @@ def test_a_joint_negative_of_nothing_is_refused(bench, networks):
 
 def test_a_checkpoint_without_a_text_encoder_is_named(bench):
     """ComfyUI's loaders then give None for the CLIP."""
-    with pytest.raises(ValueError, match="`clip` is empty.*CLIP loader"):
+    with pytest.raises(ValueError, match=r"`clip` is empty.*CLIP loader"):
         bench.concepts.JointNegative.execute(None, "a town", "night")

@@ -204,7 +204,7 @@ def test_an_undesired_that_is_masked_out_everywhere_changes_nothing(bench, netwo
 def test_an_undesired_area_outside_the_latent_is_refused(bench, networks, model, area):
     conds = prompts(networks)
     conds["negative"] = add(lambda n: {"area": area, "strength": 1.0})(networks, conds["negative"])
-    with pytest.raises(ValueError, match="area of an undesired conditioning lies outside the latent"):
+    with pytest.raises(ValueError, match="area of the conditioning `negative` lies outside the latent"):
         guided(bench, model, conds)
 
 

@@ -161,7 +161,7 @@ def test_names_come_before_numbers(pixel):
 
 @pytest.mark.parametrize("text", ["10", "-1", "seven", "1.5"])
 def test_a_label_the_model_does_not_have_is_refused(pixel, model, text):
-    with pytest.raises(ValueError, match="`label` is .* not one of the classes 0, 1, 2"):
+    with pytest.raises(ValueError, match=r"`label` is .* not one of the classes 0, 1, 2"):
         label(pixel, model, text)
 
 
