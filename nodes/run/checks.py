@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..checks import check_filled, shape_text
 
-ABOUT_SHAPES = re.compile(r"shape|size|dimension|channels|values to unpack|out of range", re.IGNORECASE)
-"""What the errors of torch and einops say where tensors do not fit one another."""
+ABOUT_SHAPES = re.compile(r"shape|size|dimension|channels|values to unpack|out of range|NoneType", re.IGNORECASE)
+"""What the errors of torch and einops say where tensors do not fit one another, or where one is missing."""
 
 
 def check_unconditional(sampler_name: str, unconditional: list | None) -> None:
@@ -50,7 +50,7 @@ def shapes_explained(latent_image: Any) -> Iterator[None]:
     """Where a model fails on the shapes of what it is given, say which inputs these are: raise ValueError."""
     try:
         yield
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
         raw = type(error) is not ValueError or "values to unpack" in str(error)
         if not raw or isinstance(error, comfy.model_management.OOM_EXCEPTION) or not ABOUT_SHAPES.search(str(error)):
             raise
