@@ -95,7 +95,9 @@ def begin_run(
     listener, chart = current_listener(), None
     if charted and listener is not None and isinstance(guidance, NegativeGuidance):
         chart = LiveChart(guidance, None if levels is None else len(levels), listener)
-    run = Run(guider, keys, [_probes(c) for c in concepts], concepts[0].reference, guidance, frame, chart)
+    run = Run(
+        guider, keys, [_probes(c) for c in concepts], concepts[0].reference, guidance, frame, chart, levels is None
+    )
     run.install()
     return run
 

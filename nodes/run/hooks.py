@@ -58,6 +58,8 @@ class Run:
     guidance: made for this run.
     frame: the noise frame of the sampler's states and levels.
     chart: the live chart; None where nothing is to be drawn.
+    adaptive: whether the sampler chooses its own levels. Such a sampler would try smaller and smaller steps for ever
+        on a prediction that is NaN, so that each of its predictions is checked at once.
     """
 
     guider: comfy.samplers.CFGGuider
@@ -67,6 +69,7 @@ class Run:
     guidance: Guidance
     frame: NoiseFrame
     chart: LiveChart | None
+    adaptive: bool = False
     _inner_calc: Callable[[dict], list[Tensor]] | None = None
     _evaluated: Evaluated | None = None
     _finite: list[tuple[float, Tensor]] = field(default_factory=list)
@@ -96,10 +99,7 @@ class Run:
                     f"{repeated[0]:.4g}, and this sampler divides by how far a step goes; take fewer `steps`, or "
                     "another scheduler"
                 )
-            raise ValueError(
-                f"sampling ended in NaN or infinite values, {why}; run the model in bfloat16 or float32, or lower "
-                "cfg, or the guidance scale if it only happens with guidance on"
-            )
+            raise ValueError(failed(why))
         if self.guidance.ignored():
             logging.warning(
                 "Dynamic Negative Guidance: the model predicted NaN or infinite values under what is to be avoided; "
@@ -184,6 +184,8 @@ class Run:
         ]
         x = self.frame.to_ve(at_least_float32(args["input"]), said.level)
         guided = self.guidance(x, self.frame.sigma(said.level), base, reference, negatives, said.probed)
+        if self.adaptive and not bool(guided.isfinite().all()):
+            raise ValueError(failed(f"because the model predicted some, first at sigma {said.level:.4g}"))
         if self.chart is not None:
             self.chart.update()
         return guided
@@ -199,3 +201,11 @@ class Run:
         return comfy.samplers.calc_cond_batch(
             args["model"], conds, args["input"], args["sigma"], args["model_options"]
         )
+
+
+def failed(why: str) -> str:
+    """The error of a run that ended in NaN."""
+    return (
+        f"sampling ended in NaN or infinite values, {why}; run the model in bfloat16 or float32, or lower `cfg`, or "
+        "`guidance_scale` if it only happens with guidance on"
+    )

@@ -332,6 +332,24 @@ def test_nan_from_the_model_is_an_error_and_no_image(bench, node):
     assert torch.equal(through(bench, node, model), expected)
 
 
+@pytest.mark.parametrize("node", ["ksampler", "patch"])
+def test_nan_does_not_send_an_adaptive_sampler_round_for_ever(bench, node):
+    """ComfyUI's dpm_adaptive rejects every step whose error is NaN, and tries again."""
+    model, calls = bench.model(), iter(range(100))
+
+    def broken(apply_model: Any, args: dict) -> Tensor:
+        if next(calls, None) is None:
+            raise RecursionError("the sampler goes round")
+        return apply_model(args["input"], args["timestep"], **args["c"]) * torch.nan
+
+    model.set_model_unet_function_wrapper(broken)
+    with pytest.raises(ValueError, match=r"ended in NaN .* because the model predicted some"):
+        if node == "ksampler":
+            bench.dng(model, sampler_name="dpm_adaptive")
+        else:
+            bench.sample(bench.patch(model), sampler_name="dpm_adaptive")
+
+
 def test_a_sampler_that_leaves_its_schedule_is_tracked_by_jumps_from_it(bench):
     """Only points on the schedule that a sampler is given anchor the chain; others are reached in one jump."""
 
