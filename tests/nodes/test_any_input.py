@@ -1,0 +1,361 @@
+"""Whatever a graph sends to a node ends in one of two ways: an error of ours that names an input, or a finite result.
+
+Every node runs on inputs drawn from its own schema. Most of them fit together, as those of a real graph; up to two at
+a time are of another model, another size or another batch, empty, NaN, or outside the schema's bounds, which ComfyUI
+checks for widgets but not for links. A guider and a patch are run by ComfyUI's sampler node.
+
+Each node gets a few cases, the same in every run. With DNG_EXAMPLES=200 it gets 200, other ones in every run.
+"""
+
+import dataclasses
+import importlib
+import math
+import os
+import re
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+ASKED = os.environ.get("DNG_EXAMPLES")
+EXAMPLES = int(ASKED or 20)
+NODES = (
+    "KSamplerDNG", "KSamplerAdvancedDNG", "DNGGuider", "DynamicNegativeGuidance", "DNGConcept", "DNGJointNegative",
+    "DNGTraceTable", "DNGPlotTrace", "DNGCompare", "DNGCalibrate", "DNGLoadPixelModel", "DNGClassLabel",
+    "DNGEmptyPixelLatent", "DNGPixelLatentToImage", "DNGClassReport", "DNGOracleModel", "DNGOracleCondition",
+    "DNGOracleLatent", "DNGOracleReport",
+)  # fmt: skip
+MOST = {"steps": 6, "width": 600, "height": 600, "batch_size": 9, "upscale": 3, "image_size": 200, "start_at_step": 8}
+"""Bounds below the schema's, by which a case takes milliseconds."""
+NOT_FINITE = (math.nan, math.inf, -math.inf)
+SIZES = ((4, 4), (8, 8), (28, 28), (5, 12), (1, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """A model and what fits it."""
+
+    model: Any
+    conditionings: tuple[list, ...]
+    latent: Callable[[int], Any]
+
+
+@pytest.fixture(scope="module")
+def shared() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def worlds(bench: Any, pack: Any, networks: Any, shared: dict[str, Any]) -> dict[str, World]:
+    """Models of several kinds, built once. Runs leave nothing on them."""
+    if not shared:
+        pixel = importlib.import_module(pack.__name__ + ".nodes.pixel_models")
+        condition = bench.oracle.oracle_condition
+        for prediction in ("epsilon", "flow"):
+            shared[f"oracle {prediction}"] = World(
+                bench.model(prediction),
+                tuple(condition(text) for text in ("all", "0", "1,2")),
+                lambda batch: torch.zeros(batch, 1, 4, 4),
+            )
+        shared["topics"] = World(
+            bench.oracle.load_oracle(16, "v_prediction", "topics"),
+            tuple(condition(text, 16) for text in ("all", "0", "B1")),
+            lambda batch: torch.zeros(batch, 1, 4, 4),
+        )
+        mnist = pixel.load_pixel_model("mnist")
+        shared["pixels"] = World(
+            mnist,
+            tuple(pixel.ClassLabel.execute(mnist, text)[0] for text in ("none", "0", "7")),
+            lambda batch: torch.zeros(batch, 1, 28, 28),
+        )
+        for name in ("epsilon UNet (SD 1.5)", "video (Wan)", "packed video and audio (LTXAV)"):
+            family = networks.FAMILIES[name]
+            shared[name] = World(
+                family.build(), tuple(networks.prompt(i) for i in range(3)), lambda b, f=family: f.empty(b)["samples"]
+            )
+    return shared
+
+
+class Drawn:
+    """The inputs of one case. ``hostile`` are those that need not fit the others."""
+
+    def __init__(self, case: Any, data: st.DataObject, node_id: str, names: list[str]) -> None:
+        self.case, self.data = case, data
+        self.hostile = data.draw(st.sets(st.sampled_from(names), max_size=2), "hostile") if names else set()
+        pixels = node_id in ("DNGClassLabel", "DNGEmptyPixelLatent")
+        self.world = self.case.worlds["pixels"] if pixels else self.pick(self.case.worlds)
+        self.batch = self.draw(st.integers(1, 3))
+
+    def draw(self, strategy: st.SearchStrategy) -> Any:
+        return self.data.draw(strategy)
+
+    def pick(self, options: Any) -> Any:
+        options = list(options.values()) if isinstance(options, dict) else list(options)
+        return options[self.draw(st.integers(0, len(options) - 1))]
+
+    def rarely(self, one_in: int = 2) -> bool:
+        """True in one case of so many, and in the simplest case never."""
+        return self.draw(st.integers(0, one_in - 1)) == one_in - 1
+
+    def value(self, given: Any) -> Any:
+        """A value for an input of a schema."""
+        drawers = {
+            "MODEL": self.model, "CONDITIONING": self.conditioning, "LATENT": self.latent, "IMAGE": self.image,
+            "CLIP": self.clip, "DNG_TRACE": self.trace, "DNG_CONCEPTS": self.concepts, "DNG_REPORT": self.report,
+            "FLOAT": self.number, "INT": self.number, "COMBO": self.combo, "STRING": self.string,
+        }  # fmt: skip
+        return drawers[given.get_io_type()](given, given.id in self.hostile)
+
+    def number(self, given: Any, hostile: bool) -> Any:
+        least, most = given.min, min(given.max, MOST.get(given.id, math.inf))
+        if given.get_io_type() == "INT":
+            return self.pick([least - 1, -7, 0]) if hostile else self.draw(st.integers(int(least), int(most)))
+        if hostile:
+            return self.pick([*NOT_FINITE, least - 1, most + 1, 1e-9, 1e30])
+        if not self.rarely(4):
+            return given.default
+        return self.draw(st.one_of(st.sampled_from([least, most]), st.floats(least, most)))
+
+    def combo(self, given: Any, hostile: bool) -> str:
+        if hostile:
+            return "no such option"
+        if given.default in given.options and not self.rarely(3):
+            return given.default
+        return self.pick([option for option in given.options if option not in ("lcm", "ar_video")])
+
+    def string(self, given: Any, hostile: bool) -> str:
+        if hostile:
+            return self.draw(st.text(max_size=12))
+        known = {"label": ["none", "3"], "forbidden": ["0", "7"], "components": ["all", "0,1", "0"], "wanted": ["all"]}
+        return self.pick(known.get(given.id, ["a cat", "a dog, |, \n"]))
+
+    def clip(self, given: Any, hostile: bool) -> Any:
+        return None if hostile else self.case.clip()
+
+    def model(self, given: Any, hostile: bool) -> Any:
+        model = (self.pick(self.case.worlds) if hostile else self.world).model
+        if hostile and self.rarely():
+            return self.case.bench.patching.patch_model(model, [self.case.bench.concept(self.world.conditionings[1])])
+        return model
+
+    def conditioning(self, given: Any, hostile: bool) -> list:
+        world = self.pick(self.case.worlds) if hostile else self.world
+        ((embedding, options),) = self.pick(world.conditionings)
+        options = dict(options)
+        if self.rarely(4):
+            size = self.pick(SIZES)
+            options |= self.pick(
+                [
+                    {"mask": torch.ones(1, *size)},
+                    {"mask": torch.zeros(self.batch, *size), "set_area_to_bounds": True},
+                    {"area": (1, 2, 0, 0)},
+                    {"area": ("percentage", 0.5, 0.5, 0.25, 0.0)},
+                    {"start_percent": 0.4, "end_percent": 1.0},
+                    {"start_percent": 1.0, "end_percent": 0.0},
+                    {"strength": 0.0},
+                ]
+            )
+        if hostile:
+            changes: list[Callable[[], list]] = [
+                lambda: [],
+                lambda: [[None if embedding is None else embedding * math.nan, options]],
+                lambda: [[torch.zeros(self.batch + 2, 3, 16), options]],
+                lambda: [[torch.zeros(1, 3, 5), options]],
+                lambda: [[embedding, options | {"mask": torch.ones(self.batch + 1, 4, 4)}]],
+                lambda: [[embedding, options | {"mask": torch.full((1, 4, 4), math.nan)}]],
+                lambda: [[embedding, options | {"mask": torch.ones(0, 4, 4)}]],
+                lambda: [[embedding, options | {"pooled_output": torch.full((1, 8), math.nan)}]],
+                lambda: [[embedding, options | {"area": (4, 4, 40, 40)}]],
+                lambda: [[embedding, options]] * 2,
+                lambda: [[embedding, options]],
+            ]
+            return self.pick(changes)()
+        return [[embedding, options]]
+
+    def latent(self, given: Any, hostile: bool) -> dict:
+        samples = (self.pick(self.case.worlds) if hostile else self.world).latent(self.batch)
+        latent: dict[str, Any] = {"samples": samples}
+        if given.id in ("samples", "baseline"):
+            samples = latent["samples"] = torch.linspace(-1, 1, 16 * self.batch).reshape(self.batch, 1, 4, 4)
+        elif self.rarely() and not samples.is_nested:
+            latent["samples"] = samples + 0.5
+        if self.rarely(4):
+            latent["noise_mask"] = torch.ones(self.draw(st.integers(1, 4)), *self.pick(SIZES))
+        if self.rarely(4):
+            latent["downscale_ratio_spacial"] = self.pick([1, 8])
+        if hostile:
+            batch = self.draw(st.integers(0, 4))
+            value = self.pick([0.0, 0.5, *NOT_FINITE])
+            size = self.pick([*SIZES, (0, 4), (4, 0)])
+            channels = self.draw(st.integers(1, 4))
+            return self.pick(
+                [
+                    latent,
+                    latent | {"samples": torch.full((batch, channels, *size), value)},
+                    latent | {"samples": torch.full((batch, channels, 2, *size), value)},
+                    latent | {"samples": torch.full((batch, 16, *size), value)},
+                    latent | {"samples": torch.full((batch, 8, 6), value)},
+                    latent | {"samples": torch.full((batch, 1, 4, 4), value, dtype=torch.float16)},
+                    latent | {"noise_mask": torch.full((1, *size), value)},
+                    latent | {"noise_mask": torch.ones(0, 4, 4)},
+                    latent | {"batch_index": list(range(batch))},
+                ]
+            )
+        return latent
+
+    def image(self, given: Any, hostile: bool) -> Tensor:
+        if not hostile:
+            return torch.linspace(0, 1, self.batch * 28 * 28 * 3).reshape(self.batch, 28, 28, 3)
+        shape = (
+            self.draw(st.integers(0, 4)),
+            *self.pick([*SIZES, (0, 28), (28, 56), (300, 2)]),
+            self.pick([3, 4, 1, 0]),
+        )
+        image = torch.full(shape, self.pick([0.5, -3.0, 1e30, *NOT_FINITE]))
+        return image[0] if self.rarely(10) and len(image) else image
+
+    def trace(self, given: Any, hostile: bool) -> Any:
+        if self.rarely(6):
+            return None
+        steps, concepts, batch = 3, 1, self.batch
+        sigmas = torch.tensor([80.0, 40.0, 20.0])
+        if hostile:
+            steps, concepts, batch = (self.draw(st.integers(low, 4)) for low in (0, 1, 1))
+            sigmas = torch.linspace(100.0, self.pick([30.0, 0.0, 100.0]), steps)
+        shape = steps, concepts, batch
+        posterior = torch.linspace(0, 0.9, math.prod(shape)).reshape(shape)
+        return self.case.bench.guidance.Trace(sigmas, posterior, 2 * posterior, torch.full(shape[1:], -2.0))
+
+    def concepts(self, given: Any, hostile: bool) -> tuple:
+        inputs = {"method": "negative_prompting"} if hostile and self.rarely() else {}
+        return tuple(
+            self.case.bench.concept(self.conditioning(given, hostile), prior=0.1, **inputs)
+            for _ in range(self.draw(st.integers(0, 3)))
+        )
+
+    def report(self, given: Any, hostile: bool) -> Any:
+        execute = self.case.nodes["DNGClassReport"].execute
+        return execute(torch.zeros(2, 28, 28, 3), "before", "mnist", "7" if hostile else "0")[0]
+
+    def sigmas(self, model: Any, hostile: bool) -> Tensor:
+        sampling = model.get_model_object("model_sampling")
+        scheduler = self.pick(self.case.bench.comfy.samplers.KSampler.SCHEDULERS)
+        sigmas = self.case.bench.comfy.samplers.calculate_sigmas(sampling, scheduler, self.draw(st.integers(1, 5)))
+        if not hostile:
+            return sigmas
+        return self.pick(
+            [
+                sigmas.flip(0), sigmas[:1], sigmas[:0], -sigmas, sigmas * math.nan, sigmas * math.inf, 1e-30 * sigmas,
+                1e4 * sigmas, sigmas.repeat_interleave(2), torch.cat([sigmas, sigmas]), torch.zeros(4),
+                torch.ones(3), torch.tensor([1.0, 0.5, 0.7, 0.2, 0.0]), sigmas[:-1],
+            ]
+        )  # fmt: skip
+
+
+@pytest.fixture
+def case(bench: Any, worlds: Any, networks: Any, pack: Any, tmp_path: Path, monkeypatch: Any, shared: Any) -> Any:
+    folder_paths = importlib.import_module("folder_paths")
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
+    modules = importlib.import_module(pack.__name__ + ".nodes").NODES
+    clips: list[Any] = []
+
+    def clip() -> Any:
+        if not clips:
+            clips.append(networks.small_clip())
+        return clips[0]
+
+    return SimpleNamespace(bench=bench, worlds=worlds, nodes={n.GET_SCHEMA().node_id: n for n in modules}, clip=clip)
+
+
+def run(case: Any, drawn: Drawn, node_id: str, inputs: dict[str, Any]) -> Any:
+    """The node's outputs; those of a guider or a patch with the outputs of a sampler that uses them."""
+    output = case.nodes[node_id].execute(**inputs)
+    outputs = list(output.args)
+    if node_id not in ("DNGGuider", "DynamicNegativeGuidance"):
+        return outputs
+    extras = importlib.import_module("comfy_extras.nodes_custom_sampler")
+    samplers = case.bench.comfy.samplers
+    latent = drawn.latent(SimpleNamespace(id="latent_image"), "latent_image" in drawn.hostile)
+    sigmas = drawn.sigmas(inputs["model"], "sigmas" in drawn.hostile)
+    sampler = samplers.sampler_object(drawn.pick(samplers.KSampler.SAMPLERS))
+    if node_id == "DNGGuider":
+        guider = outputs[0]
+    else:
+        guider = samplers.CFGGuider(outputs[0])
+        guider.set_conds(drawn.conditioning(None, False), drawn.conditioning(None, False))
+        guider.set_cfg(drawn.pick([1.0, 4.0]))
+    noise = extras.RandomNoise.execute(3).args[0]
+    return extras.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).args
+
+
+def finite(value: Any) -> bool:
+    """Whether every number in an output is finite."""
+    if isinstance(value, Tensor):
+        if value.is_nested:
+            return all(finite(part) for part in value.unbind())
+        return bool(value.isfinite().all())
+    if type(value).__name__ == "NestedTensor":
+        return all(finite(part) for part in value.unbind())
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, str):
+        return not re.search(r"\b(nan|NaN)\b", value)
+    if isinstance(value, dict):
+        return all(finite(inner) for inner in value.values())
+    if isinstance(value, list | tuple):
+        return all(finite(inner) for inner in value)
+    if type(value).__name__ == "Trace":  # the noise of a flow is infinite at its first level
+        return finite([value.posterior, value.scale, value.log_posterior])
+    if dataclasses.is_dataclass(value):
+        return all(finite(inner) for inner in vars(value).values())
+    return True
+
+
+def ours(filename: str) -> bool:
+    return any(Path(filename).is_relative_to(ROOT / folder) for folder in ("nodes", "dng_core"))
+
+
+def named(message: str, names: list[str]) -> bool:
+    return any(re.search(rf"\b{name}\b", message) for name in names)
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_any_input_ends_in_an_error_that_names_it_or_in_a_finite_result(case, node_id):
+    schema = case.nodes[node_id].GET_SCHEMA()
+    names = [given.id for given in schema.inputs]
+    if node_id in ("DNGGuider", "DynamicNegativeGuidance"):
+        names += ["latent_image", "sigmas"]
+
+    @settings(max_examples=EXAMPLES, derandomize=ASKED is None, database=None)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        drawn = Drawn(case, data, node_id, names)
+        inputs = {
+            given.id: drawn.value(given)
+            for given in schema.inputs
+            if not given.optional or given.id in {"unconditional", *drawn.hostile} or drawn.rarely()
+        }
+        try:
+            outputs = run(case, drawn, node_id, inputs)
+        except Exception as error:
+            frames = [ours(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+            if not any(frames):
+                return  # ComfyUI's sampler node failed before it asked ours
+            if not (isinstance(error, ValueError) and frames[-1] and named(str(error), names)):
+                raise
+        else:
+            assert finite(outputs), outputs
+
+    check()
+
+
+def test_every_node_is_tried(case):
+    assert set(case.nodes) == set(NODES)
