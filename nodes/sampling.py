@@ -71,6 +71,10 @@ class Schedule:
     force_full_denoise: bool = False
 
     def __post_init__(self) -> None:
+        known = {"sampler_name": comfy.samplers.KSampler.SAMPLERS, "scheduler": comfy.samplers.KSampler.SCHEDULERS}
+        for name, names in known.items():
+            if getattr(self, name) not in names:
+                raise ValueError(f"`{name}` must be one of {', '.join(names)}; it is {getattr(self, name)!r}")
         if 0 < self.denoise < self.steps / MOST_STEPS:
             raise ValueError(
                 f"`denoise` is {self.denoise:g}, so that these steps would be the last of "
@@ -220,7 +224,7 @@ class KSamplerDNG(io.ComfyNode):
         cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,
         unconditional=None, **values,
     ) -> io.NodeOutput:  # fmt: skip
-        check_values(cls, steps=steps, cfg=cfg, sampler_name=sampler_name, scheduler=scheduler, denoise=denoise)
+        check_values(cls, steps=steps, cfg=cfg, denoise=denoise)
         schedule = Schedule(seed, steps, sampler_name, scheduler, denoise)
         wanted = Conditionings(positive, unconditional, cfg)
         return io.NodeOutput(*sample_with_dng(model, schedule, wanted, concepts_from(negative, values), latent_image))
@@ -279,7 +283,7 @@ class KSamplerAdvancedDNG(io.ComfyNode):
         cls, model, add_noise, noise_seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image,
         start_at_step, end_at_step, return_with_leftover_noise, unconditional=None, previous_trace=None, **values,
     ) -> io.NodeOutput:  # fmt: skip
-        check_values(cls, steps=steps, cfg=cfg, sampler_name=sampler_name, scheduler=scheduler, add_noise=add_noise)
+        check_values(cls, steps=steps, cfg=cfg, add_noise=add_noise)
         check_values(cls, start_at_step=start_at_step, end_at_step=end_at_step)
         check_values(cls, return_with_leftover_noise=return_with_leftover_noise)
         schedule = Schedule(

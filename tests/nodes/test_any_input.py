@@ -26,7 +26,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 ASKED = os.environ.get("DNG_EXAMPLES")
-EXAMPLES = int(ASKED or 20)
+EXAMPLES = int(ASKED or 12)
 NODES = (
     "KSamplerDNG", "KSamplerAdvancedDNG", "DNGGuider", "DynamicNegativeGuidance", "DNGConcept", "DNGJointNegative",
     "DNGTraceTable", "DNGPlotTrace", "DNGCompare", "DNGCalibrate", "DNGLoadPixelModel", "DNGClassLabel",
@@ -314,6 +314,8 @@ def finite(value: Any) -> bool:
         return all(finite(inner) for inner in value)
     if type(value).__name__ == "Trace":  # the noise of a flow is infinite at its first level
         return finite([value.posterior, value.scale, value.log_posterior])
+    if type(value).__name__ == "Concept":  # its max_scale may be infinite: no bound
+        return finite(value.conditioning)
     if dataclasses.is_dataclass(value):
         return all(finite(inner) for inner in vars(value).values())
     return True
