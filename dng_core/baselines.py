@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .economy import Economy
 from .guidance import Guidance, Negatives, Probed, combine
-from .kernels import at_least_float32
 from .settings import check, check_numbers
 
 
@@ -90,21 +90,30 @@ def safe_latent_direction(
 class BaselineGuidance(Guidance):
     """Guides away from one or more undesired concepts by baselines, each with settings of its own.
 
-    Between calls it keeps the momenta of Safe Latent Diffusion. It tracks no posterior, and so gives no trace.
+    Between calls it keeps the momenta of Safe Latent Diffusion. It tracks no posterior, and so gives no trace, and
+    no image sleeps: of ``economies`` only those count that look once in so many calls.
     """
 
-    def __init__(self, settings: Sequence[Baseline]) -> None:
-        super().__init__(len(settings))
+    def __init__(self, settings: Sequence[Baseline], economies: Sequence[Economy] | None = None) -> None:
+        super().__init__(len(settings), economies)
         self._settings = tuple(settings)
         self._momenta: list[Tensor | None] = [None] * len(settings)
 
     def guided(
-        self, x: Tensor, sigma: float, base: Tensor, reference: Tensor, negatives: Negatives, probed: Probed | None
+        self,
+        x: Tensor,
+        sigma: float,
+        base: Tensor,
+        reference: Tensor,
+        negatives: Negatives,
+        held: Sequence[Tensor | None],
+        probed: Probed | None,
     ) -> Tensor:
         directions, scales = [], []
-        for i, negative in enumerate(negatives):
+        for i, (negative, difference) in enumerate(zip(negatives, held, strict=True)):
             if negative is not None:
-                difference = at_least_float32(negative) - at_least_float32(reference)
+                difference = negative - reference
+            if difference is not None:
                 directions.append(self._direction(i, difference, sigma))
                 scales.append(difference.new_full((len(difference),), self._settings[i].guidance_scale))
         return combine(base, directions, scales)

@@ -7,6 +7,7 @@ sigma'^2 / sigma^2 for a jump from sigma to sigma'.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class Call:
     negative: (batch, ...), D_neg, the denoised prediction under the undesired condition; None where the condition
         does not apply at this noise level.
     gap: (batch,), the covariance gap (see :func:`path_evidence`) that the last probe showed; None without probes.
+    held: (batch, ...), the difference at an earlier call, where the condition applies but ``negative`` was not
+        evaluated.
     """
 
     x: Tensor
@@ -45,10 +48,18 @@ class Call:
     reference: Tensor | None = None
     negative: Tensor | None = None
     gap: Tensor | None = None
+    held: Tensor | None = None
 
     @property
+    def applies(self) -> bool:
+        """Whether the undesired condition applies here."""
+        return self.negative is not None or self.held is not None
+
+    @cached_property
     def difference(self) -> Tensor:
-        """Delta = D_neg - D_ref, (batch, ...), in at least float32; only where both are known."""
+        """Delta = D_neg - D_ref, (batch, ...), in at least float32; only where both are known, or it is held."""
+        if self.held is not None:
+            return self.held
         assert self.negative is not None and self.reference is not None
         return at_least_float32(self.negative) - at_least_float32(self.reference)
 

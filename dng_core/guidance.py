@@ -10,18 +10,29 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from enum import Enum
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .economy import Economy, Watch
 from .evidence import Call, Probe, Prober
-from .kernels import at_least_float32, per_image
+from .kernels import at_least_float32, float32_copy, per_image
 from .posterior import Chain, Path, step
 from .settings import Settings
 
 Negatives = Sequence[Tensor | None]
-"""The denoised prediction under each undesired concept, (batch, ...); None where it is not evaluated."""
+"""The denoised prediction under each undesired concept, (batch, ...); None where a concept does not apply."""
+
+
+class Held(Enum):
+    """Stands in the place of a prediction that was not evaluated: the last difference is held (:mod:`.economy`)."""
+
+    HELD = "held"
+
+
+HELD: Final = Held.HELD
 
 
 class Probed(NamedTuple):
@@ -32,9 +43,18 @@ class Probed(NamedTuple):
     negatives: Negatives
 
 
+class Guided(NamedTuple):
+    """What one model call gives: the guided prediction, and for each concept its path, log p and scale, (batch,)."""
+
+    paths: list[Path]
+    denoised: Tensor
+    log_posteriors: list[Tensor]
+    scales: list[Tensor]
+
+
 def guide(
     paths: Sequence[Path], base: Tensor, calls: Sequence[Call], settings: Sequence[Settings], chain: Chain
-) -> tuple[list[Path], Tensor]:
+) -> Guided:
     """The body of Algorithm 1's loop at one model call: the paths that go on, and the guided prediction.
 
     The paper updates p at the end of a step. Here the update comes at the next call, where the new state is known; the
@@ -43,20 +63,17 @@ def guide(
     Parameters
     ----------
     paths, calls, settings: one of each for every undesired concept. The calls share their state and noise level.
-    base: (batch, ...), what the sampler would use without guidance; often the reference itself.
-
-    Returns
-    -------
-    The paths, and the guided prediction in the base's dtype.
+    base: (batch, ...), what the sampler would use without guidance; often the reference itself. The guided prediction
+        has its dtype.
     """
     stepped = [step(*concept, chain) for concept in zip(paths, calls, settings, strict=True)]
-    counted = [_counted(log_p, call.negative is not None) for (_, log_p), call in zip(stepped, calls, strict=True)]
+    counted = [_counted(log_p, call.applies) for (_, log_p), call in zip(stepped, calls, strict=True)]
     scales = dynamic_scales(counted, settings)
-    applying = [(call, scale) for call, scale in zip(calls, scales, strict=True) if call.negative is not None]
+    applying = [(call, scale) for call, scale in zip(calls, scales, strict=True) if call.applies]
     guided = combine(base, [call.difference for call, _ in applying], [scale for _, scale in applying])
     noise_counts = any(s.rule == "step_noise" for s in settings)
     given = at_least_float32(guided).clone() if noise_counts else None
-    return [replace(path, guided=given) for path, _ in stepped], guided
+    return Guided([replace(path, guided=given) for path, _ in stepped], guided, [p for _, p in stepped], scales)
 
 
 def dynamic_scales(log_posteriors: Sequence[Tensor], settings: Sequence[Settings]) -> list[Tensor]:
@@ -65,10 +82,13 @@ def dynamic_scales(log_posteriors: Sequence[Tensor], settings: Sequence[Settings
     For one concept this is the paper's eq. 8, lambda_0 p / (1 - p). Several concepts exclude one another: their
     posteriors are rescaled together where their sum exceeds the largest ``p_max``.
     """
-    logs = torch.stack(list(log_posteriors))
-    limit = math.log(max(s.p_max for s in settings))
-    logs = logs - (logs.logsumexp(dim=0) - limit).clamp(min=0)
-    absent = -torch.expm1(logs.logsumexp(dim=0))
+    logs, together = list(log_posteriors), log_posteriors[0]
+    if len(logs) > 1:
+        stacked = torch.stack(logs)
+        limit = math.log(max(s.p_max for s in settings))
+        stacked = stacked - (stacked.logsumexp(dim=0) - limit).clamp(min=0)
+        logs, together = list(stacked.unbind()), stacked.logsumexp(dim=0)
+    absent = -torch.expm1(together)
     return [
         (s.guidance_scale * log.exp() / absent).clamp(max=s.max_scale) for s, log in zip(settings, logs, strict=True)
     ]
@@ -93,22 +113,32 @@ class Trace:
 
     ``sigmas``: (steps,) VE noise levels, falling. ``posterior`` and ``scale``: (steps, concepts, batch).
     ``log_posterior``: (concepts, batch), log p where the sampler stopped, from which a later run may go on; None if
-    the trace was not told where. All float32 on the CPU.
+    the trace was not told where. ``looked``: (steps, concepts) bool, False where the last difference of an undesired
+    prediction was held, or the concept does not apply; None if that was not noted. ``made`` and ``spared``: how often
+    an undesired prediction was evaluated (at every call of the model, in between steps and by probes too), and at how
+    many calls it was not. All values are float32 on the CPU.
     """
 
     sigmas: Tensor
     posterior: Tensor
     scale: Tensor
     log_posterior: Tensor | None = None
+    looked: Tensor | None = None
+    made: int = 0
+    spared: int = 0
 
     def then(self, later: "Trace") -> "Trace":
         """This run and the one that went on from it, as one."""
         runs = [run for run in (self, later) if len(run.sigmas)] or [later]
+        noted = [run.looked for run in runs if run.looked is not None]
         return Trace(
             sigmas=torch.cat([run.sigmas for run in runs]),
             posterior=torch.cat([run.posterior for run in runs]),
             scale=torch.cat([run.scale for run in runs]),
             log_posterior=later.log_posterior,
+            looked=None if len(noted) < len(runs) else torch.cat(noted),
+            made=self.made + later.made,
+            spared=self.spared + later.spared,
         )
 
 
@@ -131,13 +161,24 @@ class Guidance(ABC):
     Parameters
     ----------
     concepts: how many undesired concepts there are.
+    economies: for each concept, when its prediction is evaluated; at every call if None.
     """
 
-    def __init__(self, concepts: int) -> None:
+    def __init__(self, concepts: int, economies: Sequence[Economy] | None = None) -> None:
         if concepts < 1:
             raise ValueError("negative guidance needs the settings of at least one concept")
-        self._concepts = concepts
-        self._ignored: Tensor | None = None
+        economies = [Economy()] * concepts if economies is None else economies
+        if len(economies) != concepts:
+            raise ValueError(f"{concepts} concepts were set up with {len(economies)} economies")
+        self._watches = [Watch(economy) for economy in economies]
+        self._all_finite: Tensor | None = None
+
+    def looks(self, sigma: float) -> list[bool]:
+        """For each concept, whether its prediction should be evaluated at the call that comes, at ``sigma``.
+
+        Where it is not, hand :data:`HELD` to the call in its place. Evaluated all the same, it counts as a look.
+        """
+        return [watch.due(sigma) for watch in self._watches]
 
     def probe(self, x: Tensor, sigma: float) -> Probe | None:
         """Where to evaluate the reference and the undesired once more; None where that is not needed.
@@ -153,7 +194,7 @@ class Guidance(ABC):
         sigma: float,
         base: Tensor,
         reference: Tensor,
-        negatives: Negatives,
+        negatives: Sequence[Tensor | Held | None],
         probed: Probed | None = None,
     ) -> Tensor:
         """The guided denoised prediction at the VE state ``x`` (batch, ...), in the base's dtype.
@@ -164,27 +205,47 @@ class Guidance(ABC):
         ----------
         base: what the sampler would use without guidance.
         reference: the prediction that the undesired ones are compared with; often the base itself.
-        negatives: the prediction under each undesired concept; None where a concept does not apply at this noise
-            level, so that it neither pushes nor moves its posterior.
+        negatives: the prediction under each undesired concept; :data:`HELD` where it was not evaluated; None where a
+            concept does not apply at this noise level, so that it neither pushes nor moves its posterior.
         probed: what :meth:`probe` gave, and the predictions there.
         """
-        if len(negatives) != self._concepts:
-            raise ValueError(f"{self._concepts} concepts were set up but {len(negatives)} predictions given")
-        for negative in negatives:
-            if negative is not None:
-                bad = (~negative.isfinite()).any()
-                self._ignored = bad if self._ignored is None else self._ignored | bad
-        return self.guided(x, sigma, base, reference, [finite(n, reference) for n in negatives], probed)
+        if len(negatives) != len(self._watches):
+            raise ValueError(f"{len(self._watches)} concepts were set up but {len(negatives)} predictions given")
+        reference = float32_copy(reference)  # samplers reuse their tensors
+        seen: list[Tensor | None] = [None] * len(negatives)
+        held: list[Tensor | None] = [None] * len(negatives)
+        for i, (watch, negative) in enumerate(zip(self._watches, negatives, strict=True)):
+            if negative is None:
+                watch.forget()
+            elif isinstance(negative, Held):
+                held[i] = watch.held()
+            else:
+                sound = is_finite(negative)
+                self._all_finite = sound.all() if self._all_finite is None else self._all_finite & sound.all()
+                seen[i] = known = torch.where(sound, negative, reference)
+                watch.looked(sigma, known, reference)
+        return self.guided(x, sigma, base, reference, seen, held, probed)
 
     @abstractmethod
     def guided(
-        self, x: Tensor, sigma: float, base: Tensor, reference: Tensor, negatives: Negatives, probed: Probed | None
+        self,
+        x: Tensor,
+        sigma: float,
+        base: Tensor,
+        reference: Tensor,
+        negatives: Negatives,
+        held: Sequence[Tensor | None],
+        probed: Probed | None,
     ) -> Tensor:
-        """What a call gives, from copies of the undesired predictions in which every number is finite."""
+        """What a call gives, from copies in float32 or better of the reference and of the undesired predictions.
+
+        Every number of the latter is finite. ``held``: for each that was not evaluated, the last difference, (batch,
+        ...); there and where a concept does not apply the prediction is None.
+        """
 
     def ignored(self) -> bool:
         """Whether an undesired prediction held NaN or infinite values, which did not push. Waits for the device."""
-        return self._ignored is not None and bool(self._ignored)
+        return self._all_finite is not None and not bool(self._all_finite)
 
     def trace(self, end: tuple[Tensor, float] | None = None) -> Trace | None:
         """What was tracked so far; None where nothing is. Waits for the device: call it after the run.
@@ -194,9 +255,9 @@ class Guidance(ABC):
         return None
 
 
-def finite(negative: Tensor | None, reference: Tensor) -> Tensor | None:
-    """A copy of ``negative``, with the reference in place of NaN and infinity; None for None."""
-    return None if negative is None else torch.where(negative.isfinite(), negative, reference)
+def is_finite(values: Tensor) -> Tensor:
+    """Where ``values`` are neither NaN nor infinite. ``isfinite`` goes over large latents four times, this twice."""
+    return (values - values) == 0
 
 
 class NegativeGuidance(Guidance):
@@ -210,6 +271,7 @@ class NegativeGuidance(Guidance):
     chain: what is known of the sampler's steps.
     log_priors: (batch,) start values for each concept, in place of their priors.
     seed: of the probes of concepts with the rule "probe".
+    economies: for each concept, when its prediction is evaluated; at every call if None.
     """
 
     def __init__(
@@ -218,8 +280,9 @@ class NegativeGuidance(Guidance):
         chain: Chain | None = None,
         log_priors: Sequence[Tensor] | Tensor | None = None,
         seed: int = 0,
+        economies: Sequence[Economy] | None = None,
     ) -> None:
-        super().__init__(len(settings))
+        super().__init__(len(settings), economies)
         if sum(s.prior for s in settings) >= 1:
             raise ValueError("the priors of all concepts together must stay below 1; lower some of them")
         self.settings = tuple(settings)
@@ -233,23 +296,33 @@ class NegativeGuidance(Guidance):
         return self._prober.next(x, sigma) if any(s.rule == "probe" for s in self.settings) else None
 
     def guided(
-        self, x: Tensor, sigma: float, base: Tensor, reference: Tensor, negatives: Negatives, probed: Probed | None
+        self,
+        x: Tensor,
+        sigma: float,
+        base: Tensor,
+        reference: Tensor,
+        negatives: Negatives,
+        held: Sequence[Tensor | None],
+        probed: Probed | None,
     ) -> Tensor:
         if probed is not None:
             self._update_gaps(reference, negatives, probed)
-        kept = at_least_float32(x).clone(), sigma, at_least_float32(reference).clone()  # samplers reuse their tensors
+        state = float32_copy(x)  # samplers reuse their tensors
         calls = [
-            Call(*kept, None if negative is None else at_least_float32(negative), gap)
-            for negative, gap in zip(negatives, self._gaps, strict=True)
+            Call(state, sigma, reference, negative, gap, old)
+            for negative, gap, old in zip(negatives, self._gaps, held, strict=True)
         ]
-        self.paths, guided = guide(self.paths, base, calls, self.settings, self.chain)
-        return guided
+        self.paths, denoised, logs, scales = guide(self.paths, base, calls, self.settings, self.chain)
+        for watch, log_p, scale, settings in zip(self._watches, logs, scales, self.settings, strict=True):
+            watch.note(log_p, scale, settings.temperature)
+        return denoised
 
     def _update_gaps(self, reference: Tensor, negatives: Negatives, probed: Probed) -> None:
         for i, (negative, beside) in enumerate(zip(negatives, probed.negatives, strict=True)):
-            beside = finite(beside, probed.reference)
             if negative is not None and beside is not None:
-                here = at_least_float32(negative) - at_least_float32(reference)
+                self._watches[i].made += 1
+                beside = torch.where(is_finite(beside), beside, probed.reference)
+                here = negative - reference
                 there = at_least_float32(beside) - at_least_float32(probed.reference)
                 gap = probed.probe.covariance_gap(here, there)
                 self._gaps[i] = torch.where(gap.isfinite(), gap, torch.zeros_like(gap))
@@ -266,6 +339,9 @@ class NegativeGuidance(Guidance):
             final = torch.stack([log_p for _, log_p in stepped]).float().cpu()
         if not paths[0].points:
             nothing = torch.zeros(0, len(paths), 0)
-            return Trace(torch.zeros(0), nothing, nothing, final)
+            return Trace(torch.zeros(0), nothing, nothing, final, torch.zeros(0, len(paths), dtype=torch.bool))
         posterior, scale = (values.float().cpu() for values in tracked(paths, self.settings))
-        return Trace(torch.tensor([point.sigma for point in paths[0].points]), posterior, scale, final)
+        looked = torch.tensor([[point.applies and not point.held for point in path.points] for path in paths]).T
+        made, spared = (sum(counts) for counts in zip(*((w.made, w.spared) for w in self._watches), strict=True))
+        sigmas = torch.tensor([point.sigma for point in paths[0].points])
+        return Trace(sigmas, posterior, scale, final, looked, made, spared)

@@ -58,4 +58,9 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """``tensor`` in float32, or as it is where it is more precise already."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def float32_copy(tensor: Tensor) -> Tensor:
+    """A copy of ``tensor`` in float32, or in its own precision where that is higher."""
+    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=True)

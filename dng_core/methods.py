@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .baselines import Baseline, BaselineGuidance, NegativePrompting, SafeLatentDiffusion
+from .economy import Economy
 from .guidance import Guidance, NegativeGuidance
 from .posterior import Chain
 from .settings import Settings
@@ -21,6 +22,7 @@ def guidance_by(
     chain: Chain | None = None,
     log_priors: Sequence[Tensor] | Tensor | None = None,
     seed: int = 0,
+    economies: Sequence[Economy] | None = None,
 ) -> Guidance:
     """The guidance of one run away from one or more concepts; ``chain``, ``log_priors`` and ``seed`` are DNG's.
 
@@ -33,4 +35,6 @@ def guidance_by(
         raise ValueError(f"all concepts of a run must share one method, not {', '.join(methods)}")
     dynamic = [s for s in settings if isinstance(s, Settings)]
     constant = [s for s in settings if not isinstance(s, Settings)]
-    return BaselineGuidance(constant) if constant else NegativeGuidance(dynamic, chain, log_priors, seed)
+    if constant:
+        return BaselineGuidance(constant, economies)
+    return NegativeGuidance(dynamic, chain, log_priors, seed, economies)

@@ -118,10 +118,12 @@ class PathPoint:
     ----------
     sigma: its noise level.
     log_p: (batch,), log p(c-|x) there.
-    evidence: (batch,), what the jump to this point said, at temperature 1 and without offset, in nats.
+    evidence: (batch,), what the jump to this point said, at temperature 1 and without offset, in nats. The jump starts
+        at the last point before this one that is not held.
     applies: whether the undesired condition applies at this noise level.
-    call: what the model said there; None once the point is older than the last few.
+    call: what the model said there; None where the point is held, and once it is older than the last few that are not.
     noise_gap: (batch,), the covariance gap as the noise of the steps up to here shows it (rule ``step_noise``).
+    held: whether the undesired prediction was not evaluated here, though the condition applies.
     """
 
     sigma: float
@@ -130,6 +132,7 @@ class PathPoint:
     applies: bool
     call: Call | None
     noise_gap: Tensor | None = None
+    held: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,8 +165,9 @@ class Path:
 
     def add(self, point: PathPoint) -> "Path":
         """The path that goes on from ``point``; what the model said at the oldest points is forgotten."""
-        old = len(self.points) + 1 - STATES_KEPT
-        points = [replace(p, call=None) if i < old and p.call else p for i, p in enumerate(self.points)]
+        known = [i for i, p in enumerate(self.points) if p.call]
+        old = known[: max(0, len(known) + 1 - STATES_KEPT)]
+        points = [replace(p, call=None) if i in old else p for i, p in enumerate(self.points)]
         return replace(self, points=(*points, point))
 
 
@@ -182,25 +186,28 @@ def step(path: Path, call: Call, settings: Settings, chain: Chain) -> tuple[Path
     A call on the sampler's schedule becomes a point of the path. A midpoint gets a posterior, but no jump starts from
     it. The posterior stays as it is at sigma 0, at a trial point, and on a jump whose start has no undesired
     prediction. A level that was not called is jumped over: the reverse kernel has a closed form for a jump of any
-    size, but the predictions at its start then count for a longer way.
+    size, but the predictions at its start then count for a longer way. So it is with a call whose difference is held
+    (:mod:`.economy`): it gets a posterior and becomes a point, but no jump starts from it.
     """
     above = path.above(call.sigma)
-    start = above.points[-1] if above.points else None
-    if start is None:  # the first level called again keeps its posterior; a higher level starts afresh
+    last = above.points[-1] if above.points else None
+    start = next((point for point in reversed(above.points) if not point.held), None)
+    if start is None or last is None:  # the first level called again keeps its posterior; a higher level starts afresh
         first = path.at(call.sigma)
         log_p = first.log_p if first else clamped(_log_prior(path, call, settings), settings)
         jump = Jump(torch.zeros_like(log_p))
     elif start.call is None or not start.applies or call.sigma == 0 or _is_trial(path, call, settings, chain):
-        log_p = start.log_p
+        log_p = last.log_p
         jump = Jump(torch.zeros_like(log_p), start.noise_gap)
     else:
-        jump = EVIDENCE[settings.rule](start, start.call, call, above.guided, chain)
+        guided = above.guided if last is start else None  # what the sampler was given along the whole jump
+        jump = EVIDENCE[settings.rule](start, start.call, call, guided, chain)
         offset = offset_evidence(settings, ReverseKernel(start.sigma, call.sigma), chain.offset)
         log_p = advance(start.log_p, jump.evidence, settings.temperature, offset, settings)
     if start is not None and not chain.on_schedule(call.sigma):
         return above, log_p
-    applies = call.negative is not None
-    return above.add(PathPoint(call.sigma, log_p, jump.evidence, applies, call, jump.noise_gap)), log_p
+    held, said = (False, call) if call.held is None else (True, None)
+    return above.add(PathPoint(call.sigma, log_p, jump.evidence, call.applies, said, jump.noise_gap, held)), log_p
 
 
 def algorithm_2(start: PathPoint, said: Call, call: Call, guided: Tensor | None, chain: Chain) -> Jump:
@@ -215,8 +222,9 @@ def algorithm_2(start: PathPoint, said: Call, call: Call, guided: Tensor | None,
 def step_noise(start: PathPoint, said: Call, call: Call, guided: Tensor | None, chain: Chain) -> Jump:
     """The rule that takes the predictions of both ends of a jump, and the divergence from the noise of the steps.
 
-    Where that noise is not known, or too little, Algorithm 2 stands in. The error of the divergence grows with the
-    number of elements and with the difference of the two predictions: this rule is for small latents.
+    Where that noise is not known, or too little, or a difference is held, Algorithm 2 stands in. The error of the
+    divergence grows with the number of elements and with the difference of the two predictions: this rule is for small
+    latents.
     """
     fraction = chain.fraction(said.sigma, call.sigma)
     noisy = fraction is not None and fraction >= LEAST_NOISE_FRACTION and not math.isinf(said.sigma)
@@ -232,7 +240,8 @@ def step_noise(start: PathPoint, said: Call, call: Call, guided: Tensor | None, 
 def probe(start: PathPoint, said: Call, call: Call, guided: Tensor | None, chain: Chain) -> Jump:
     """The rule that takes the predictions of both ends of a jump, and the divergence from a probe's predictions.
 
-    Where the next predictions are missing (the run ends, or the concept stops applying), Algorithm 2 stands in, less
+    Where the next predictions are missing (the run ends, the concept stops applying, or its difference is held),
+    Algorithm 2 stands in, less
     the part of the divergence that the step's noise does not cancel. Where no probe was made yet, Algorithm 2 stands
     in alone.
     """
@@ -292,6 +301,7 @@ def _is_trial(path: Path, call: Call, settings: Settings, chain: Chain) -> bool:
     A trial point keeps the posterior from which its step started: without noise, Algorithm 2 would miss the
     divergence.
     """
-    if not chain.trial_points or call.negative is None:
+    if not chain.trial_points or not call.applies:
         return False
-    return path.at(call.sigma) is None and not (settings.rule == "probe" and call.gap is not None)
+    probed = settings.rule == "probe" and call.gap is not None and call.negative is not None
+    return path.at(call.sigma) is None and not probed

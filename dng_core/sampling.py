@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .guidance import Guidance, Probed
+from .guidance import HELD, Guidance, Probed
 from .kernels import ReverseKernel
 
 Predictor = Callable[[Tensor, float], tuple[Tensor, Sequence[Tensor]]]
@@ -23,7 +23,6 @@ def ddpm_sample(
     generator: torch.Generator | None = None,
     variance: Literal["posterior", "forward"] = "posterior",
     between: Predictor | None = None,
-    undesired_every: int = 1,
 ) -> Tensor:
     """Draw samples by the ancestral chain over ``sigmas``.
 
@@ -33,16 +32,13 @@ def ddpm_sample(
         used.
     noise: (batch, ...), standard normal; the chain starts from noise * sqrt(1 + sigma^2), DDPM's own start.
     sigmas: noise levels, falling, above 0 (see :func:`~dng_core.schedules.ddpm_sigmas`, ``karras_sigmas``).
-    guidance: made for this run; None for unguided samples.
+    guidance: made for this run; None for unguided samples. Its economy decides which steps need the undesired.
     generator: draws the chain's noise on the CPU, so that a seed means the same on every device and whatever the
         guidance.
     variance: of the noise added: "posterior" is beta-tilde, the exact kernel's; "forward" is beta, as in the
         authors' code. No noise is added after the last level.
-    between: the denoisers for steps at which guidance is not asked, and the reference alone is needed; None for
-        ``predict``.
-    undesired_every: N, to ask guidance at every N-th step only, from the first on. At the other steps its last push
-        stays as it is, and the posterior jumps over these steps. ``guidance`` is then made for the levels
-        ``sigmas[::N]``. The rule "step_noise" needs every step, and is not for this.
+    between: the denoisers for steps at which no undesired prediction is needed, and whose second result is not used;
+        None for ``predict``.
 
     Returns
     -------
@@ -52,25 +48,21 @@ def ddpm_sample(
         raise ValueError("sigmas must be falling noise levels above 0")
     if variance not in ("posterior", "forward"):
         raise ValueError(f"variance must be 'posterior' or 'forward', not {variance!r}")
-    if undesired_every < 1:
-        raise ValueError(f"undesired_every must be at least 1, not {undesired_every}")
 
     x = noise * (1 + sigmas[0] ** 2) ** 0.5
-    denoised, push = x, torch.zeros_like(x)
+    denoised = x
     for i, sigma in enumerate(sigmas):
         # Predict.
-        asked = i % undesired_every == 0
-        reference, negatives = (predict if asked or between is None else between)(x, sigma)
+        looks = guidance.looks(sigma) if guidance else []
+        reference, negatives = (predict if any(looks) or between is None else between)(x, sigma)
 
         # Update p(c-|x), and push.
         denoised = reference
-        if guidance and asked:
-            probe = guidance.probe(x, sigma)
+        if guidance:
+            probe = guidance.probe(x, sigma) if any(looks) else None
             probed = Probed(probe, *predict(probe.x, sigma)) if probe else None
-            denoised = guidance(x, sigma, reference, reference, negatives, probed)
-            push = denoised - reference
-        elif guidance:
-            denoised = reference + push
+            seen = negatives if any(looks) else [HELD] * len(looks)
+            denoised = guidance(x, sigma, reference, reference, seen, probed)
 
         # Take the ancestral step.
         if i + 1 < len(sigmas):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..economy import Economy
 from ..guidance import NegativeGuidance
 from ..models.checkpoints import open_denoiser
 from ..models.devices import devices
@@ -114,9 +115,9 @@ def sampling(
     reference = LabelConditional(network, chain, None)
 
     def run() -> None:
-        guidance = NegativeGuidance([Settings()], Chain(levels[::every]))
+        guidance = NegativeGuidance([Settings()], Chain(levels), economies=[Economy.every(every)])
         generator = torch.Generator().manual_seed(1)
-        ddpm_sample(predict, noise, levels, guidance, generator, between=reference, undesired_every=every)
+        ddpm_sample(predict, noise, levels, guidance, generator, between=reference)
 
     return run
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..economy import Economy
 from ..kernels import ReverseKernel
 from ..methods import METHODS, MethodSettings, guidance_by
 from ..models.checkpoints import CIFAR10_NETWORK, open_denoiser
@@ -47,7 +48,7 @@ class Point:
     weights: digest of both networks' weights, so that other weights under the same name are another point.
     forbidden: the class to remove; None without guidance.
     settings: the guidance's settings; None without guidance.
-    undesired_every: N, to predict the class at every N-th step only (see :func:`~dng_core.sampling.ddpm_sample`).
+    undesired_every: N, to predict the class at every N-th step only (:meth:`~dng_core.economy.Economy.every`).
     """
 
     denoiser: str
@@ -125,7 +126,7 @@ class Batch:
 class Drawn:
     """The images of a point or batch, (n, channels, height, width) uint8, and traces of some of them.
 
-    ``traced``: (k,) indices of the traced images. ``sigmas``: (steps,) levels where the undesired class was predicted.
+    ``traced``: (k,) indices of the traced images. ``sigmas``: (steps,) levels.
     ``posterior`` and ``scale``: (steps, k). Without guidance, nothing is traced, and these two are empty.
     """
 
@@ -194,14 +195,11 @@ def draw_batch(batch: Batch, device: str = "cpu") -> Drawn:
     levels = noise_levels(predict.chain, point.spacing, point.steps)
     noise, generator = starting_noise(batch.start, batch.images, point.seed, image_shape(reference))
     guidance = None
-    tracked = levels[:: point.undesired_every]
     if point.settings:
         fraction = partial(noise_fraction, point.variance, levels)
-        chain = Chain(tracked, IntegratedOffset(predict.chain), noise_fraction=fraction)
-        guidance = guidance_by([point.settings], chain)
-    drawn = ddpm_sample(
-        predict, noise.to(device), levels, guidance, generator, point.variance, between, point.undesired_every
-    )
+        chain = Chain(levels, IntegratedOffset(predict.chain), noise_fraction=fraction)
+        guidance = guidance_by([point.settings], chain, economies=[Economy.every(point.undesired_every)])
+    drawn = ddpm_sample(predict, noise.to(device), levels, guidance, generator, point.variance, between)
     if not bool(drawn.isfinite().all()) or (guidance is not None and guidance.ignored()):
         at = f" by {point.method} at scale {point.settings.guidance_scale:g}" if point.settings else ""
         lower = ", or lower guidance_scale and max_scale" if point.settings else ""
@@ -212,7 +210,7 @@ def draw_batch(batch: Batch, device: str = "cpu") -> Drawn:
     return Drawn(
         images=((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy(),
         traced=np.arange(batch.images if trace else 0),
-        sigmas=np.array(tracked),
+        sigmas=np.array(levels),
         posterior=trace.posterior[:, 0].numpy() if trace else nothing,
         scale=trace.scale[:, 0].numpy() if trace else nothing,
     )
