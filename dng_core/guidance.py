@@ -142,6 +142,12 @@ class Trace:
         )
 
 
+def looks_along(paths: Sequence[Path], span: slice = slice(None)) -> list[list[bool]]:
+    """For a span of a run's points, (steps, concepts): whether the undesired prediction was evaluated there."""
+    of_concepts = [[point.applies and not point.held for point in path.points[span]] for path in paths]
+    return [list(step) for step in zip(*of_concepts, strict=True)]
+
+
 def tracked(paths: Sequence[Path], settings: Sequence[Settings], span: slice = slice(None)) -> tuple[Tensor, Tensor]:
     """The posterior and the guidance scale at a span of a run's points, (steps, concepts, batch) each.
 
@@ -341,7 +347,7 @@ class NegativeGuidance(Guidance):
             nothing = torch.zeros(0, len(paths), 0)
             return Trace(torch.zeros(0), nothing, nothing, final, torch.zeros(0, len(paths), dtype=torch.bool))
         posterior, scale = (values.float().cpu() for values in tracked(paths, self.settings))
-        looked = torch.tensor([[point.applies and not point.held for point in path.points] for path in paths]).T
+        looked = torch.tensor(looks_along(paths))
         made, spared = (sum(counts) for counts in zip(*((w.made, w.spared) for w in self._watches), strict=True))
         sigmas = torch.tensor([point.sigma for point in paths[0].points])
         return Trace(sigmas, posterior, scale, final, looked, made, spared)

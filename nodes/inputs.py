@@ -6,6 +6,7 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
+from ..dng_core.economy import ECONOMIES
 from ..dng_core.methods import METHODS, MethodSettings
 from ..dng_core.settings import OFFSET_FORMS, PRESETS, RULES, Settings
 from .run.concept import REFERENCES, Concept
@@ -169,8 +170,8 @@ def preset_input() -> io.Input:
         options=[CUSTOM, *PRESETS],
         default=CUSTOM,
         tooltip="custom takes the settings of this node. Any other choice takes published settings in their place: "
-        "then only rule and reference still count. exact is a good start. The help page lists the values and their "
-        "sources.",
+        "then only rule, reference and economy still count. exact is a good start. The help page lists the values and "
+        "their sources.",
     )
 
 
@@ -193,7 +194,7 @@ def settings_from(values: dict[str, Any]) -> MethodSettings:
 
 
 def rule_input() -> io.Input:
-    """The input ``rule``. It is the last one of every node, since older graphs know the others by their position."""
+    """The input ``rule``. New inputs come after it, since older graphs know the others by their position."""
     return io.Combo.Input(
         "rule",
         optional=True,
@@ -206,12 +207,28 @@ def rule_input() -> io.Input:
     )
 
 
+def economy_input() -> io.Input:
+    return io.Combo.Input(
+        "economy",
+        optional=True,
+        options=list(ECONOMIES),
+        default="off",
+        advanced=True,
+        tooltip="When the prediction of what to avoid is evaluated. off: at every call of the model. auto: not where "
+        "it hardly differs from its reference, and not while every image of the batch is far from what is to be "
+        "avoided; the last difference then stands in, for up to three calls. The trace says how many predictions were "
+        "spared.",
+    )
+
+
 def concepts_from(conditioning: list | None, values: dict[str, Any]) -> tuple[Concept, ...]:
     """What a node is to avoid: the concept of its own inputs first, then the concepts of ``more_concepts``.
 
     Raises ValueError, naming the setting, where one is out of range.
     """
-    reference = values.pop("reference", REFERENCES[0])
+    reference, economy = values.pop("reference", REFERENCES[0]), values.pop("economy", "off")
+    if economy not in ECONOMIES:
+        raise ValueError(f"economy must be one of {', '.join(ECONOMIES)}; it is {economy!r}")
     more = values.pop("more_concepts", None) or ()
-    own = Concept(conditioning or [], settings_from(values), reference)
-    return own, *(replace(concept, reference=reference) for concept in more)
+    own = Concept(conditioning or [], settings_from(values), reference, economy)
+    return own, *(replace(concept, reference=reference, economy=economy) for concept in more)

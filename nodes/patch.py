@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from .inputs import (
     concepts_from,
+    economy_input,
     more_concepts_input,
     preset_input,
     reference_input,
@@ -93,6 +94,7 @@ class DynamicNegativeGuidance(io.ComfyNode):
                 more_concepts_input(),
                 preset_input(),
                 rule_input(),
+                economy_input(),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The patched model, for any stock sampler.")],
         )

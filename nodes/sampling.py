@@ -20,6 +20,7 @@ from .inputs import (
     TRACE,
     cfg_input,
     concepts_from,
+    economy_input,
     more_concepts_input,
     preset_input,
     reference_input,
@@ -181,8 +182,8 @@ def _outputs() -> list[io.Output]:
         io.Latent.Output(display_name="LATENT", tooltip="The denoised latent."),
         TRACE.Output(
             display_name="trace",
-            tooltip="The noise level, and the posterior and guidance scale of each image, at every step. It is empty "
-            "where guidance is off or method is not dng.",
+            tooltip="The noise level, and the posterior and guidance scale of each image, at every step, and how many "
+            "predictions were spared by economy. It is empty where guidance is off or method is not dng.",
         ),
     ]
 
@@ -215,6 +216,7 @@ class KSamplerDNG(io.ComfyNode):
                 more_concepts_input(),
                 preset_input(),
                 rule_input(),
+                economy_input(),
             ],
             outputs=_outputs(),
         )
@@ -274,6 +276,7 @@ class KSamplerAdvancedDNG(io.ComfyNode):
                 ),
                 preset_input(),
                 rule_input(),
+                economy_input(),
             ],
             outputs=_outputs(),
         )
@@ -321,6 +324,7 @@ class DNGGuider(io.ComfyNode):
                 more_concepts_input(),
                 preset_input(),
                 rule_input(),
+                economy_input(),
             ],
             outputs=[io.Guider.Output(display_name="GUIDER", tooltip="Connect this to SamplerCustomAdvanced.")],
         )

@@ -47,7 +47,7 @@ function receive(message) {
 }
 
 /** The chart with a message's steps in place: they follow the first `start` steps of what was there before. */
-function extended(chart, { start, steps, images, posterior, scale, done }) {
+function extended(chart, { start, steps, images, posterior, scale, looked, done }) {
   const join = (before, after) => [...(before ?? []).slice(0, start), ...after];
   const taken = start + posterior.length;
   const stride = done ? Math.ceil(taken / KEPT_STEPS) : 1;
@@ -58,6 +58,7 @@ function extended(chart, { start, steps, images, posterior, scale, done }) {
     at: Array.from({ length: taken }, (_, index) => index + 1).filter(kept),
     posterior: join(start ? chart?.posterior : [], posterior).filter(kept),
     scale: join(start ? chart?.scale : [], scale).filter(kept),
+    looked: join(start ? chart?.looked : [], looked).filter(kept),
   };
 }
 
@@ -123,13 +124,23 @@ function draw(element, chart) {
   const gap = 20;
   const panel = (height - 2 * gap - 16) / 2;
   const steps = chart.at.at(-1);
-  const summary = `${chart.images} ${chart.images === 1 ? "image" : "images"}, step ${steps} of ${chart.steps}`;
+  const held = chart.at.filter((_, index) => isHeld(chart, index));
+  const saved = held.length ? `, ${held.length} held` : "";
+  const summary = `${chart.images} ${chart.images === 1 ? "image" : "images"}, step ${steps} of ${chart.steps}${saved}`;
   const highest = Math.max(...chart.scale.flat(2), 0.1);
   const frame = { left, right: width - 8, height: panel, steps: chart.steps, at: chart.at };
   drawPanel(svg, { ...frame, top: gap, title: "posterior", note: summary, limit: 1 }, chart.posterior, chart.images);
   drawPanel(svg, { ...frame, top: 2 * gap + panel, title: "guidance scale", limit: highest }, chart.scale, chart.images);
+  for (const step of held) {
+    const x = frame.left + ((frame.right - frame.left) * (step - 1)) / Math.max(chart.steps - 1, 1);
+    const line = { x1: x, x2: x, y1: gap + panel, y2: gap + panel + 5, stroke: "var(--descrip-text, #888)" };
+    svg.append(make("line", { ...line, class: "dng-held" }));
+  }
   element.replaceChildren(svg);
 }
+
+/** Whether the undesired was evaluated for no concept at a step: the last difference was held there. */
+const isHeld = (chart, index) => Boolean(chart.looked?.[index]?.length) && !chart.looked[index].some(Boolean);
 
 /** One curve for each concept and image, or, where the images were summed up in quantiles, bands and their median. */
 function drawPanel(svg, frame, values, images) {

@@ -52,6 +52,8 @@ def trace_chart(
 ) -> Image.Image:
     """Posterior (above) and guidance scale (below) of every image and concept over the steps of a run.
 
+    A tick below a panel marks a step at which no undesired prediction was evaluated.
+
     Parameters
     ----------
     trace: None, or one without steps, gives a picture that says so.
@@ -73,7 +75,8 @@ def trace_chart(
     concepts, images = posterior.shape[1:]
 
     margin = size
-    drawing.text((margin, 0.6 * size), fitted(_summary(posterior), size, width - 2 * margin), size)
+    held = np.zeros(len(posterior), bool) if trace.looked is None else ~np.asarray(trace.looked).any(axis=1)
+    drawing.text((margin, 0.6 * size), fitted(_summary(posterior, int(held.sum())), size, width - 2 * margin), size)
     lines = view == "lines" or (view == "auto" and images <= MOST_LINES)
     entries = _legend(drawing, concepts, images, lines)
     top = _draw_legend(drawing, entries, 2.2 * size, margin, width - margin, size)
@@ -93,6 +96,9 @@ def trace_chart(
             _draw_lines(drawing, box, horizontal, vertical, values, size)
         else:
             _draw_quantiles(drawing, box, horizontal, vertical, values, size)
+        across, _ = _mapping(box, horizontal, vertical)
+        for x in map(across, horizontal.places[held]):  # the last difference was held there
+            drawing.line([(x, box[3]), (x, box[3] + 0.4 * size)], drawing.theme.muted, size / 9)
     drawing.text(((left + right) / 2, height - 0.6 * size), horizontal.name, size, drawing.theme.muted, "ms")
     return drawing.finished()
 
@@ -289,12 +295,12 @@ def _draw_legend(
     return y + 0.8 * size
 
 
-def _summary(posterior: np.ndarray) -> str:
+def _summary(posterior: np.ndarray, held: int) -> str:
     steps, concepts, images = posterior.shape
     parts = [_count(images, "image")]
     if concepts > 1:
         parts.append(_count(concepts, "concept"))
-    parts.append(_count(steps, "step"))
+    parts.append(_count(steps, "step") + (f" ({held} held)" if held else ""))
     reached = int((posterior.max(axis=(0, 1)) > LIKELY).sum())
     told = f"p above {LIKELY:g} in {reached}" if images > 1 else f"largest p {float(posterior.max()):.2g}"
     return ", ".join(parts) + f" - {told}"

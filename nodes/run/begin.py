@@ -6,6 +6,7 @@ from functools import partial
 import comfy.samplers
 from torch import Tensor
 
+from ...dng_core.economy import ECONOMIES
 from ...dng_core.guidance import NegativeGuidance, Trace
 from ...dng_core.methods import guidance_by
 from ...dng_core.posterior import SAME_SIGMA, Chain
@@ -83,7 +84,8 @@ def begin_run(
         noise_fraction=partial(noise_fraction, sampler_name, options, frame, len(sigmas) - 1),
         trial_points=has_trial_points(sampler_name, options, frame),
     )
-    guidance = guidance_by([concept.settings for concept in concepts], chain, start, seed or 0)
+    economies = [ECONOMIES[concept.economy] for concept in concepts]
+    guidance = guidance_by([concept.settings for concept in concepts], chain, start, seed or 0, economies)
 
     positive = (guider.conds.get("positive") or [{}])[0]
     inputs = {name: positive[name] for name in MODEL_INPUTS if name in positive}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ...dng_core.economy import EconomyName
 from ...dng_core.methods import MethodSettings
 
 Reference = Literal["auto", "positive", "cfg"]
@@ -18,12 +19,13 @@ class Concept:
     """Something to avoid: its conditioning as it came through the wire, and how to guide away from it.
 
     ``reference`` says which prediction the undesired one is compared with: the unconditional one where there is one
-    ("auto"), the positive, or the CFG mix.
+    ("auto"), the positive, or the CFG mix. ``economy`` says at which calls the undesired prediction is evaluated.
     """
 
     conditioning: list
     settings: MethodSettings
     reference: Reference = "auto"
+    economy: EconomyName = "off"
 
     def __post_init__(self) -> None:
         if self.reference not in REFERENCES:

@@ -15,7 +15,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ...dng_core.frames import NoiseFrame
-from ...dng_core.guidance import Guidance, Probed, Trace
+from ...dng_core.guidance import HELD, Guidance, Held, Probed, Trace
 from ...dng_core.kernels import at_least_float32
 from .concept import Reference
 from .live import LiveChart
@@ -32,7 +32,8 @@ class Evaluated:
     ----------
     level: the noise level of the call, in the sampler's frame.
     positive, unconditional: the sampler's own predictions; None where ComfyUI left the unconditional one out.
-    negatives: the prediction under each concept; None where the concept does not apply at this noise level.
+    negatives: the prediction under each concept; HELD where it was not evaluated to save time, None where the concept
+        does not apply at this noise level.
     entries: the conditioning entries of each concept that apply.
     probed: the probe and the predictions at its state; None without one.
     """
@@ -40,7 +41,7 @@ class Evaluated:
     level: float
     positive: Tensor
     unconditional: Tensor | None
-    negatives: list[Tensor | None]
+    negatives: list[Tensor | Held | None]
     entries: list[list[dict]]
     probed: Probed | None
 
@@ -73,6 +74,7 @@ class Run:
     _inner_calc: Callable[[dict], list[Tensor]] | None = None
     _evaluated: Evaluated | None = None
     _finite: list[tuple[float, Tensor]] = field(default_factory=list)
+    _looked_at: dict[int, list[int]] = field(default_factory=dict)
     _end: tuple[Tensor, float] | None = None
 
     def install(self) -> None:
@@ -115,14 +117,29 @@ class Run:
         level = float(args["sigma"].flatten()[0])  # waits for the device, before the forward pass
         undesired = [self.guider.conds[key] for key in self.keys]
         active = [[c for c in entries if in_range(c, level)] for entries in undesired]
-        probed = self._evaluate_probe(args, level, active)  # first: patches expect the sampler's own call to be last
+        asked = self._asked(active, self.frame.sigma(level))
+        probed = self._evaluate_probe(args, level, asked)  # first: patches expect the sampler's own call to be last
 
-        out, extra = self._evaluate(args, conds, [entries for entries in active if entries])
+        out, extra = self._evaluate(args, conds, [entries for entries in asked if entries])
         remaining = iter(extra)
-        negatives = [next(remaining) if entries else None for entries in active]
+        unasked = [HELD if entries else None for entries in active]
+        negatives = [next(remaining) if a else u for a, u in zip(asked, unasked, strict=True)]
         unconditional = out[1] if conds[1] is not None else None
         self._evaluated = Evaluated(level, out[0], unconditional, negatives, active, probed)
         return out
+
+    def _asked(self, active: list[list[dict]], sigma: float) -> list[list[dict]]:
+        """The entries of each concept to evaluate at this call; none where the last difference is to be held.
+
+        Where other entries apply than at the last look, by their timestep ranges, the concept is looked at again.
+        """
+        asked: list[list[dict]] = []
+        for i, (entries, due) in enumerate(zip(active, self.guidance.looks(sigma), strict=True)):
+            applying = [id(entry) for entry in entries]
+            asked.append(entries if due or applying != self._looked_at.get(i) else [])
+            if asked[-1]:
+                self._looked_at[i] = applying
+        return asked
 
     def _evaluate(self, args: dict, conds: list, undesired: list) -> tuple[list[Tensor], list[Tensor]]:
         """The predictions under the sampler's ``conds`` and under the undesired.
@@ -140,13 +157,13 @@ class Run:
         extra = [self._calc(args, [*[None] * place, entries])[place] for entries in undesired]
         return list(self._inner_calc(args)) if self._inner_calc is not None else self._calc(args, conds), extra
 
-    def _evaluate_probe(self, args: dict, level: float, active: list[list[dict]]) -> Probed | None:
+    def _evaluate_probe(self, args: dict, level: float, asked: list[list[dict]]) -> Probed | None:
         """The reference and the undesired predictions a little way off, where the rule "probe" asks for them.
 
         ComfyUI evaluates one state per batch, so this is a batch of its own. (Beside a patch that evaluates
         conditionings itself, all of the sampler's are evaluated once more.)
         """
-        wanted = [entries if probing else [] for entries, probing in zip(active, self.probing, strict=True)]
+        wanted = [entries if probing else [] for entries, probing in zip(asked, self.probing, strict=True)]
         undesired = [entries for entries in wanted if entries]
         if not undesired:
             return None
@@ -179,7 +196,7 @@ class Run:
         else:
             reference = said.unconditional
         negatives = [
-            None if negative is None else where_covered(negative, reference, entries)
+            where_covered(negative, reference, entries) if isinstance(negative, Tensor) else negative
             for negative, entries in zip(said.negatives, said.entries, strict=True)
         ]
         x = self.frame.to_ve(at_least_float32(args["input"]), said.level)

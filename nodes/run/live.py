@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dng_core.guidance import NegativeGuidance, tracked
+from ...dng_core.guidance import NegativeGuidance, looks_along, tracked
 
 EVENT = "dynamic_negative_guidance.chart"
 INTERVAL = 0.2
@@ -148,6 +148,7 @@ class LiveChart:
                 "images": images,
                 "posterior": rounded(posterior.tolist()),
                 "scale": rounded(scale.tolist()),
+                "looked": looks_along(self._guidance.paths, slice(start, start + len(values))),
                 "done": done,
                 "seconds": self._seconds + time.perf_counter() - self._began,  # that the run spent here
             }

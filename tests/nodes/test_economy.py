@@ -1,0 +1,158 @@
+"""Economy inside ComfyUI: what is evaluated, what stays as it is, and that nothing is left behind."""
+
+import dataclasses
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+SAMPLERS = ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_2m", "heun", "dpmpp_2s_ancestral", "dpm_adaptive", "seeds_2")
+
+
+def concept(bench: Any, components: str | list = "0", economy: str = "auto", **changes: Any) -> Any:
+    return dataclasses.replace(bench.concept(components, **changes), economy=economy)
+
+
+def asked(calls: Any, own: int = 1) -> int:
+    """How many undesired predictions were evaluated beside the sampler's own."""
+    return sum(batch - own for batch in calls.batches)
+
+
+@pytest.mark.parametrize("rule", ["algorithm_2", "probe"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_spares_predictions_and_the_trace_counts_them(bench, count, sampler, rule):
+    model, options = bench.model(), {"latent": bench.latent(1), "steps": 20, "sampler_name": sampler}
+    calls = count(model)
+    _, full = bench.dng(model, concept(bench, economy="off", rule=rule), **options)
+    everything = asked(calls)
+    assert full.made == everything and full.spared == 0 and bool(full.looked.all())
+    calls.batches.clear()
+    samples, trace = bench.dng(model, concept(bench, rule=rule), **options)
+    assert trace.made == asked(calls) < 0.75 * everything
+    assert trace.spared > 0 and not bool(trace.looked.all())
+    assert bool(samples.isfinite().all())
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m"])
+def test_off_is_the_default_bit_for_bit(bench, sampler):
+    model, rule = bench.model(), "probe" if sampler == "dpmpp_2m" else "algorithm_2"
+    inputs = bench.inputs(rule=rule)
+    common = (model, 1, 12, 1.0, sampler, "karras", bench.cond(), bench.cond("0"), bench.latent(4), 1.0)
+    (plain, trace), (off, other) = (
+        bench.sampling.KSamplerDNG.execute(*common, **inputs, **economy).args for economy in ({}, {"economy": "off"})
+    )
+    assert torch.equal(plain["samples"], off["samples"]) and torch.equal(trace.posterior, other.posterior)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_the_patch_the_guider_and_the_node_sleep_alike(bench, count, cfg):
+    model, options = bench.model(), {"latent": bench.latent(2), "steps": 15, "cfg": cfg}
+    samples, trace = bench.dng(model, concept(bench), unconditional=bench.cond(), **options)
+    patched = bench.patching.patch_model(model, [concept(bench)])
+    assert torch.equal(bench.sample(patched, negative=bench.cond(), **options), samples)
+    guider = bench.sampling.DNGGuider.execute(
+        model, bench.cond(), bench.cond("0"), cfg, bench.cond(), **bench.inputs(economy="auto")
+    ).args[0]
+    sigmas = bench.comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "karras", 15)
+    noise = bench.comfy.sample.prepare_noise(options["latent"]["samples"], 1, None)
+    sampler = bench.comfy.samplers.sampler_object("euler_ancestral")
+    out = guider.sample(noise, options["latent"]["samples"], sampler, sigmas, disable_pbar=True, seed=1)
+    assert torch.equal(out, samples) and torch.equal(guider.trace.looked, trace.looked)
+    assert trace.spared > 0
+
+
+def test_what_sleeps_is_not_part_of_the_forward_pass(bench, count):
+    model = bench.model()
+    calls = count(model)
+    _, trace = bench.dng(model, concept(bench), bench.latent(3), steps=20)
+    assert calls.batches == [2 if look else 1 for look in trace.looked[:, 0].tolist()]
+    assert calls.forwards == [3 * n for n in calls.batches]
+
+
+def test_each_of_several_concepts_sleeps_on_its_own(bench, count):
+    """More concepts take the economy of the node, as they take its reference."""
+    model, latent = bench.model(), bench.latent(1)
+    more = bench.concepts.DNGConcept.execute(bench.cond("1"), **inputs_of_a_concept(bench, prior=0.002)).args[0]
+    calls = count(model)
+    _, trace = bench.sampling.KSamplerDNG.execute(
+        model, 1, 20, 1.0, "euler_ancestral", "karras", bench.cond(), bench.cond("0"), latent, 1.0,
+        more_concepts=more, **bench.inputs(economy="auto"),
+    ).args  # fmt: skip
+    assert calls.batches == (1 + trace.looked.sum(dim=1)).tolist()
+    assert not torch.equal(trace.looked[:, 0], trace.looked[:, 1])
+
+
+def inputs_of_a_concept(bench: Any, **changes: Any) -> dict[str, Any]:
+    return {name: value for name, value in bench.inputs(**changes).items() if name != "reference"}
+
+
+def test_a_split_run_begins_with_a_look_and_counts_both_parts(bench, count):
+    model, inputs = bench.model(), bench.inputs(economy="auto")
+    calls, latent, trace = count(model), bench.latent(1), None
+    for start, end in ((0, 12), (12, 24)):
+        latent, trace = bench.sampling.KSamplerAdvancedDNG.execute(
+            model, "disable" if start else "enable", 1, 24, 1.0, "euler_ancestral", "karras", bench.cond(),
+            bench.cond("0"), latent, start, end, "enable" if end < 24 else "disable", previous_trace=trace, **inputs,
+        ).args  # fmt: skip
+    assert trace.made == asked(calls) and trace.made + trace.spared == 24 == len(trace.looked)
+    assert bool(trace.looked[0]) and bool(trace.looked[12])
+
+
+def test_where_other_entries_apply_than_at_the_last_look_the_concept_is_looked_at_again(bench):
+    """One component in the first half of the run, another after that: the second is looked at where it begins."""
+    both = bench.cond("0", end_percent=0.5) + bench.cond("1", start_percent=0.5)
+    model = bench.model()
+    options = {"latent": bench.latent(1), "steps": 24, "scheduler": "simple"}
+    _, trace = bench.dng(model, concept(bench, both, prior=1e-5), **options)
+    half = float(model.get_model_object("model_sampling").percent_to_sigma(0.5))
+    first = int((trace.sigmas <= half).nonzero()[0])
+    _, alone = bench.dng(model, concept(bench, "0", prior=1e-5), **options)
+    assert bool(trace.looked[first])
+    assert not bool(alone.looked[first]) or not bool(alone.looked[first - 1])
+
+
+def test_an_interruption_while_asleep_leaves_nothing_behind(bench, monkeypatch):
+    """The next run of the same guider, with another batch, is the run of a new one."""
+    model = bench.model()
+    options = {"steps": 24, "sampler_name": "euler_ancestral"}
+    expected, trace = bench.dng(model, concept(bench), bench.latent(2), **options)
+    hooks = importlib.import_module(bench.begin.__name__.replace(".begin", ".hooks"))
+    post_cfg, interrupted = hooks.Run.post_cfg, bench.comfy.model_management.InterruptProcessingException
+
+    def stop(self: Any, args: dict) -> Tensor:
+        out = post_cfg(self, args)
+        if self.guidance.trace().spared == 2:
+            raise interrupted
+        return out
+
+    guider = bench.sampling.NegativeGuider(model, bench.cond(), [concept(bench)], None, 1.0)
+    schedule = bench.sampling.Schedule(1, 24, "euler_ancestral", "karras")
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks.Run, "post_cfg", stop)
+        with pytest.raises(interrupted):
+            bench.sampling.run_guider(guider, model, schedule, bench.latent(3))
+    assert guider.trace is None
+    out, again = bench.sampling.run_guider(guider, model, schedule, bench.latent(2))
+    assert torch.equal(out["samples"], expected) and torch.equal(again.looked, trace.looked)
+    assert not model.model_options.get("sampler_post_cfg_function")
+
+
+def test_an_unknown_economy_is_refused(bench):
+    with pytest.raises(ValueError, match="economy must be one of off, auto; it is 'always'"):
+        bench.node_inputs.concepts_from(bench.cond("0"), bench.inputs(economy="always"))
+
+
+def test_the_table_says_what_was_evaluated_and_what_was_spared(bench):
+    _, trace = bench.dng(bench.model(), concept(bench), bench.latent(1), steps=20)
+    table = bench.traces.TraceTable.execute(trace).args[0]
+    assert table.endswith(f"{trace.made} evaluated, {trace.spared} spared.")
+    assert table.count("| no |") == trace.spared
+
+
+def test_a_baseline_never_sleeps(bench, count):
+    model = bench.model()
+    calls = count(model)
+    bench.dng(model, concept(bench, method="negative_prompting", guidance_scale=1.0), bench.latent(1), steps=12)
+    assert calls.batches == [2] * 12
