@@ -216,7 +216,7 @@ def economy_input() -> io.Input:
         advanced=True,
         tooltip="When the prediction of what to avoid is evaluated. off: at every call of the model. auto: not where "
         "it hardly differs from its reference, and not while every image of the batch is far from what is to be "
-        "avoided; the last difference then stands in, for up to three calls. The trace says how many predictions were "
+        "avoided; the last difference then stands in, for up to seven calls. The trace says how many predictions were "
         "spared.",
     )
 

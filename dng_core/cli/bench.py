@@ -1,9 +1,10 @@
-"""``dng bench``: how fast the experiment draws, against a plain loop and against what the machine can compute."""
+"""``dng bench``: how fast the experiment draws, and how long the nodes take in ComfyUI, against what is comparable."""
 
 import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median, quantiles
 
 import torch
@@ -12,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..economy import Economy
 from ..guidance import NegativeGuidance
+from ..headless.paths import checkout
 from ..models.checkpoints import open_denoiser
-from ..models.devices import devices
+from ..models.devices import devices, machine
 from ..models.networks import UNet
 from ..models.predictors import LabelConditional, denoised
 from ..posterior import Chain
@@ -29,12 +31,15 @@ PRODUCT_SIZE = 1024  # a choice: large enough that a product runs near the machi
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``dng bench``."""
     parser.description = (
-        "Measure images per second of the label-conditional network under DNG, against a plain float32 loop that "
-        "evaluates the two predictions one after the other at every step. They all take turns; medians are printed."
+        "experiment: measure images per second of the label-conditional network under DNG, against a plain float32 "
+        "loop that evaluates the two predictions one after the other at every step. comfyui: measure the seconds of "
+        "KSampler (DNG) for an image of the MNIST model in a real ComfyUI, with economy off and auto, against the "
+        "stock KSampler without and with a negative prompt. They all take turns; medians are printed."
     )
+    parser.add_argument("what", nargs="?", choices=("experiment", "comfyui"), default="experiment")
     parser.add_argument("--denoiser", default="mnist", help="a label-conditional network (default: mnist)")
-    parser.add_argument("--batch", type=int, default=64, help="images drawn at once (default: 64)")
-    parser.add_argument("--steps", type=int, default=1000, help="sampling steps per image in the rate (default: 1000)")
+    parser.add_argument("--batch", type=int, help="images drawn at once (default: 64; comfyui: 1)")
+    parser.add_argument("--steps", type=int, help="sampling steps of an image (default: 1000; comfyui: 30)")
     parser.add_argument("--timed-steps", type=int, default=10, help="steps actually timed (default: 10)")
     parser.add_argument(
         "--undesired-every",
@@ -45,10 +50,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--repeats", type=int, default=15, help="turns of each variant (default: 15)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise in comfyui (default: 0)")
+    parser.add_argument(
+        "--comfyui", type=Path, metavar="FOLDER", help="the ComfyUI to use in comfyui (default: as for `dng run`)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns 1, with a message, if it cannot be measured."""
+    batch, steps = (1, 30) if args.what == "comfyui" else (64, 1000)
+    args.batch, args.steps = args.batch or batch, args.steps or steps
+    return in_comfyui(args) if args.what == "comfyui" else experiment(args)
+
+
+def in_comfyui(args: argparse.Namespace) -> int:
+    """The nodes in a real ComfyUI."""
+    from ..headless.figures.speed_figures import speed_figure
+    from ..headless.install import ensure_installed
+    from ..headless.locate import find_comfyui
+    from ..headless.server import comfyui_server
+
+    pack = checkout()
+    if pack is None or min(args.batch, args.steps, args.repeats - 1) < 1:
+        why = "run it in a checkout of the project" if pack is None else "--batch and --steps must be at least 1"
+        print(f"dng bench: {why}, --repeats at least 2", file=sys.stderr)
+        return 1
+    with comfyui_server(find_comfyui(args.comfyui) or ensure_installed(), pack) as server:
+        rows = list(speed_figure(server, args.batch, args.steps, args.repeats, args.seed))
+    print(f"{args.batch} at once, {args.steps} steps of euler_ancestral, on {machine()}, torch {torch.__version__}:\n")
+    shown = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    print(*table_lines(list(rows[0]), shown), sep="\n")
+    return 0
+
+
+def experiment(args: argparse.Namespace) -> int:
+    """The experiment's own sampler."""
     try:
         if min(args.batch, args.steps, args.timed_steps, args.undesired_every, args.repeats - 1) < 1:
             raise ValueError("--batch and the numbers of steps must be at least 1, --repeats at least 2")

@@ -76,12 +76,12 @@ def test_one_image_awake_is_enough():
 
 
 def test_nothing_is_held_for_longer_than_the_longest():
-    asleep = watch(-20.0, 0.0, 10.0)
+    asleep = watch(-20.0, 0.0, 10.0, Economy(asleep=1e-3, longest=4))
     answers = []
     for sigma in (3.0, 2.5, 2.0, 1.5, 1.0):
         answers.append(asleep.due(sigma))
         asleep.held()
-    assert answers == [False] * (AUTO.longest - 1) + [True] * (6 - AUTO.longest)
+    assert answers == [False, False, False, True, True]
 
 
 def test_a_return_to_more_noise_and_a_concept_that_did_not_apply_are_looked_at():
