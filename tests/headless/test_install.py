@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -68,14 +69,18 @@ def installation(tmp_path: Path) -> Installation:
 
 
 @pytest.fixture
-def quick_steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def quick_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Replace the slow steps of an install by quick ones that leave the same kind of files; returns what was done."""
     done: list[str] = []
+    content = "import os, sys\nif os.path.exists(sys.argv[0] + '.broken'):\n    print('torch is gone')\n"
+    (tmp_path / "probe.py").write_text(content)
+    monkeypatch.setattr(installing, "PROBE", tmp_path / "probe.py")
 
     def make_environment(folder: Path) -> None:
         done.append("environment")
         venv_python(folder).parent.mkdir(parents=True)
-        venv_python(folder).touch()
+        venv_python(folder).write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        venv_python(folder).chmod(0o755)
 
     def fetch(python: Path, target: Path) -> None:
         done.append("source")
@@ -150,8 +155,15 @@ def test_a_whole_install_is_used_again(installation: Installation, quick_steps: 
     assert quick_steps == ["environment", "source", "requirements"]
 
 
-@pytest.mark.parametrize("step", ["make_environment", "fetch_comfyui", "pip_install", "write_marker"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), HeadlessError("no network")])
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        ("write_marker", KeyboardInterrupt()),
+        *itertools.product(
+            ["make_environment", "fetch_comfyui", "pip_install"], [KeyboardInterrupt(), HeadlessError("no network")]
+        ),
+    ],
+)
 def test_an_interrupted_install_is_not_taken_for_whole_and_the_next_starts_over(
     installation: Installation,
     quick_steps: list[str],
@@ -167,13 +179,14 @@ def test_an_interrupted_install_is_not_taken_for_whole_and_the_next_starts_over(
         with pytest.raises(type(error)):
             ensure_installed(installation)
     assert not installation.is_whole()
-    (installation.folder / "ComfyUI").mkdir(exist_ok=True)
-    (installation.folder / "ComfyUI" / "leftover.py").touch()
+    assert not installation.new.exists()
+    (installation.new / "ComfyUI").mkdir(parents=True)  # as a killed install leaves it
+    (installation.new / "ComfyUI" / "leftover.py").touch()
     quick_steps.clear()
     ensure_installed(installation)
     assert installation.is_whole()
     assert quick_steps == ["environment", "source", "requirements"]
-    assert not (installation.comfyui / "leftover.py").exists()
+    assert not list(installation.folder.rglob("leftover.py"))
 
 
 def damage_recipe(installation: Installation) -> None:
@@ -201,6 +214,109 @@ def test_an_install_that_no_longer_fits_is_made_anew(
     assert not installation.is_whole()
     ensure_installed(installation)
     assert installation.is_whole()
+
+
+@pytest.fixture
+def used(installation: Installation, quick_steps: list[str]) -> set[Path]:
+    """An installation that a user has put things into, and these things."""
+    ensure_installed(installation)
+    things = {
+        installation.comfyui / "models" / "checkpoints" / "mine.safetensors",
+        installation.comfyui / "custom_nodes" / "theirs" / "__init__.py",
+        installation.comfyui / "output" / "picture.png",
+        installation.comfyui / "extra_model_paths.yaml",
+    }
+    for thing in things:
+        thing.parent.mkdir(parents=True, exist_ok=True)
+        thing.write_text("the user's")
+    elsewhere = installation.folder.parent / "another disk"
+    elsewhere.mkdir()
+    (elsewhere / "vae.safetensors").write_text("the user's")
+    (installation.comfyui / "models" / "vae").symlink_to(elsewhere)
+    return {*things, elsewhere / "vae.safetensors", installation.comfyui / "models" / "vae" / "vae.safetensors"}
+
+
+@pytest.mark.parametrize("damage", [damage_recipe, damage_marker, damage_source, damage_interpreter])
+def test_a_new_install_keeps_what_the_user_put_into_the_old_one(
+    installation: Installation,
+    quick_steps: list[str],
+    used: set[Path],
+    damage: Callable[[Installation], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def newer(python: Path, target: Path) -> None:
+        for name in ("main.py", "models/checkpoints/put_here", "models/vae/put_here", "models/new/put_here"):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_text("newer")
+
+    damage(installation)
+    monkeypatch.setattr(installing, "fetch_comfyui", newer)
+    ensure_installed(installation)
+    assert {path.read_text() for path in used} == {"the user's"}
+    assert (installation.comfyui / "main.py").read_text() == "newer"
+    assert (installation.comfyui / "models" / "new" / "put_here").is_file()
+    assert not (installation.comfyui / "models" / "vae" / "put_here").exists()
+    assert {path.name for path in installation.folder.iterdir()} == {"ComfyUI", "env", "installed.json"}
+
+
+@pytest.mark.parametrize("step", ["make_environment", "fetch_comfyui", "pip_install"])
+def test_without_a_network_an_older_install_is_used_as_it_is(
+    installation: Installation,
+    used: set[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise HeadlessError("The package index cannot be reached.")
+
+    monkeypatch.setattr(installing, step, fail)
+    for damage in (damage_recipe, damage_marker):
+        damage(installation)
+        assert ensure_installed(installation) == installation.location
+        assert "cannot be reached" in (told := capsys.readouterr().err) and "is used as it is" in told
+        assert {path.read_text() for path in used} == {"the user's"}
+        assert not installation.is_whole() and not installation.new.exists()
+    damage_source(installation)
+    with pytest.raises(HeadlessError, match="cannot be reached"):
+        ensure_installed(installation)
+
+
+def environment_without_pip(folder: Path) -> Path:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    return folder
+
+
+def test_a_probe_names_files_and_packages_that_are_gone(tmp_path: Path) -> None:
+    installation = Installation(tmp_path)
+    packages = next(environment_without_pip(installation.environment).rglob("site-packages"))
+    write_package(packages, "tidy")
+    assert "main.py is gone" in installing.problem(installation)
+    installation.comfyui.mkdir()
+    (installation.comfyui / "main.py").touch()
+    assert "torch cannot be imported: ModuleNotFoundError" in installing.problem(installation)
+    (packages / "tidy.py").unlink()
+    assert installing.problem(installation) == "tidy lacks 1 of its 2 files, for example tidy.py"
+    installation.location.python.unlink()
+    assert "python is gone" in installing.problem(installation)
+
+
+def write_package(folder: Path, name: str) -> None:
+    (folder / f"{name}-1.dist-info").mkdir()
+    (folder / f"{name}.py").touch()
+    (folder / f"{name}-1.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    (folder / f"{name}-1.dist-info" / "RECORD").write_text(f"{name}.py,,\n{name}-1.dist-info/METADATA,,\n")
+
+
+def test_the_scripts_of_an_environment_run_where_it_is_moved_to(tmp_path: Path) -> None:
+    new, current = tmp_path / "new" / "env", tmp_path / "env"
+    script = venv_python(environment_without_pip(new)).with_name("tool")
+    script.write_text(f"#!{venv_python(new)}\nimport sys\nprint(sys.prefix)\n")
+    script.chmod(0o755)
+    current.mkdir()
+    installing.replace_environment(new, current)
+    done = subprocess.run([venv_python(current).with_name("tool")], capture_output=True, text=True)
+    assert done.stdout == f"{current}\n", done.stderr
 
 
 def test_two_installs_at_once_do_the_work_once(
