@@ -13,12 +13,13 @@ import shutil
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..files import write_json
 from .errors import HeadlessError
-from .locate import Location
+from .locate import MANAGED, Location
 from .lock import exclusive
 from .paths import cache_folder, venv_python
 from .pip import run_pip
@@ -75,7 +76,7 @@ class Installation:
     @property
     def location(self) -> Location:
         """The installation as a place to run in."""
-        return Location(self.comfyui, venv_python(self.environment), "the ComfyUI installed by this project")
+        return Location(self.comfyui, venv_python(self.environment), MANAGED)
 
     def is_whole(self) -> bool:
         """Whether an install by the present recipe came to its end and its interpreter still exists."""
@@ -105,11 +106,30 @@ def ensure_installed(installation: Installation | None = None) -> Location:
     for want of a network or of disk space, or for a file with the wrong hash.
     """
     installation = installation or managed()
-    if installation.is_whole():
-        return installation.location
+    return installation.location if installation.is_whole() else renewed(installation, Installation.is_whole)
+
+
+def repaired(installation: Installation | None = None, anew: bool = False) -> Location:
+    """The managed ComfyUI; it is made anew where files of its packages are gone, or in any case if ``anew``.
+
+    Errors as :func:`ensure_installed`.
+    """
+
+    def is_sound(installation: Installation) -> bool:
+        if anew or not installation.is_whole():
+            return False
+        if found := problem(installation):
+            tell(f"{installation.folder} is damaged and will be installed again:\n{found}")
+        return not found
+
+    return renewed(installation or managed(), is_sound)
+
+
+def renewed(installation: Installation, is_good: Callable[[Installation], bool]) -> Location:
+    """The installation, made anew where it is not good; errors as :func:`ensure_installed`."""
     try:
         with exclusive(installation.lock):
-            if not installation.is_whole():
+            if not is_good(installation):
                 install(installation)
     except OSError as error:
         raise HeadlessError(

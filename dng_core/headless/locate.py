@@ -11,6 +11,7 @@ from pathlib import Path
 from .errors import HeadlessError
 from .paths import venv_python
 
+MANAGED = "the ComfyUI installed by this project"  # the origin of that location
 PROBE_SECONDS = 300  # a first import of torch can be slow: a choice
 
 
@@ -89,7 +90,9 @@ def has_accelerator(location: Location) -> bool:
         last_line = (probe.stderr.strip().splitlines() or ["no message"])[-1]
         raise HeadlessError(
             f"{location.python} cannot run the ComfyUI in {location.path}: importing torch fails ({last_line}).",
-            "Name the Python of that ComfyUI with --comfyui-python or DNG_COMFYUI_PYTHON, or use --install.",
+            "Repair it with `dng install`."
+            if location.origin == MANAGED
+            else "Name the Python of that ComfyUI with --comfyui-python or DNG_COMFYUI_PYTHON, or use --install.",
         )
     return probe.stdout.strip().endswith("accelerator")
 

@@ -16,7 +16,7 @@ import pytest
 from dng_core.headless import install as installing
 from dng_core.headless import pip
 from dng_core.headless.errors import HeadlessError
-from dng_core.headless.install import Installation, ensure_installed, fetch_comfyui, unpack
+from dng_core.headless.install import Installation, ensure_installed, fetch_comfyui, repaired, unpack
 from dng_core.headless.lock import exclusive
 from dng_core.headless.paths import venv_python
 from dng_core.headless.server import free_port
@@ -214,6 +214,22 @@ def test_an_install_that_no_longer_fits_is_made_anew(
     assert not installation.is_whole()
     ensure_installed(installation)
     assert installation.is_whole()
+
+
+def test_a_damaged_environment_is_found_and_made_anew(
+    installation: Installation, quick_steps: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    repaired(installation)
+    assert repaired(installation) == installation.location
+    assert quick_steps == ["environment", "source", "requirements"]
+    broken = installing.PROBE.with_name("probe.py.broken")
+    broken.touch()
+    repaired(installation)
+    assert "is damaged and will be installed again:\ntorch is gone" in capsys.readouterr().err
+    assert quick_steps == 2 * ["environment", "source", "requirements"]
+    broken.unlink()
+    repaired(installation, anew=True)
+    assert quick_steps == 3 * ["environment", "source", "requirements"]
 
 
 @pytest.fixture
