@@ -58,12 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if missing := missing_modules(NEEDS):
         return restart_under(runner_python(location, missing), sys.argv[1:], missing)
 
-    folder = args.output or Path("output") / args.workflow.stem / datetime.now().strftime("%Y%m%d-%H%M%S")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+    folder = output_folder(args.output, Path("output", args.workflow.stem))
     if location is None:
         run_on(running_server(str(url)), args, prompt, folder)
         return 0
@@ -79,6 +74,36 @@ def run(args: argparse.Namespace) -> int:
     ) as server:
         run_on(server, args, prompt, folder)
     return 0
+
+
+def output_folder(named: Path | None, parent: Path) -> Path:
+    """The folder `named`, or a new one in `parent`, named after the time and never that of another run.
+
+    Raises HeadlessError where it takes no files.
+    """
+    folder = named or parent / datetime.now().strftime("%Y%m%d-%H%M%S")
+    try:
+        if named:
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            folder = new_folder(folder)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    return folder
+
+
+def new_folder(wanted: Path) -> Path:
+    """Make the folder `wanted`, or one with a number after its name if there is such a one already."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    folder, number = wanted, 1
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}_{number}")
 
 
 def cannot_write(folder: Path, error: OSError) -> HeadlessError:

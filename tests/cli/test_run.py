@@ -1,0 +1,30 @@
+"""`dng run`: where its results go, and what it refuses before anything is started."""
+
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from dng_core.cli import run
+from dng_core.headless.errors import HeadlessError
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> "Stopped":
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(run, "datetime", Stopped)
+    folders = [run.output_folder(None, tmp_path / "workflow") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["20260102-030405", "20260102-030405_2", "20260102-030405_3"]
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_a_named_output_folder_is_used_again(tmp_path: Path) -> None:
+    assert {run.output_folder(tmp_path / "out", tmp_path) for _ in range(2)} == {tmp_path / "out"}
+    (tmp_path / "file").touch()
+    with pytest.raises(HeadlessError, match="file cannot be written"):
+        run.output_folder(tmp_path / "file", tmp_path)
