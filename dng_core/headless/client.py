@@ -21,6 +21,7 @@ REQUEST_SECONDS = 120.0  # like the numbers below, a choice
 # After this silence, check that the server still lives.
 LISTEN_SECONDS = 2.0
 HISTORY_SECONDS = 30.0  # after this silence, ask whether the run ended without a message
+HUNG_SECONDS = 120.0  # without an answer to that, give up: a node may block the server, but not so long
 LOST_ATTEMPTS = 5
 CANCEL_SECONDS = 10.0
 TERMINAL_REDRAW_SECONDS = 0.1
@@ -54,13 +55,26 @@ async def _run(server: Server, prompt: Prompt, timeout: float | None, progress: 
     async with aiohttp.ClientSession(server.url, timeout=limits) as session:
         connection = Connection(server, session, prompt)
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(timeout) as limit:
                 return await connection.run(progress)
         except TimeoutError as error:
-            raise HeadlessError(f"The workflow did not end in {timeout} s.", "Allow more with --timeout.") from error
+            if limit.expired():
+                raise HeadlessError(
+                    f"The workflow did not end in {timeout} s.", "Allow more with --timeout."
+                ) from error
+            raise does_not_answer(server, REQUEST_SECONDS) from error
         except aiohttp.ClientError as error:
             server.check_alive()
             raise HeadlessError(f"The connection to ComfyUI at {server.url} failed: {error}") from error
+
+
+def does_not_answer(server: Server, seconds: float) -> HeadlessError:
+    """The error for a server that lets `seconds` pass without an answer, with the end of the log if it is ours."""
+    log = f", though its process still runs. The end of its log:\n{server.log_tail()}" if server.process else "."
+    return HeadlessError(
+        f"ComfyUI at {server.url} has not answered for {seconds:.0f} s{log}",
+        "It hangs, or the machine is overloaded: see what it did last, and try again with less at once.",
+    )
 
 
 class Connection:
@@ -136,13 +150,18 @@ class Connection:
                 if silent and time.monotonic() - asked < HISTORY_SECONDS:
                     continue
                 try:
-                    if history := await self.history():
+                    async with asyncio.timeout(HUNG_SECONDS):
+                        history = await self.history()
+                    if history:
                         return history
                     if not silent:
                         await asyncio.sleep(LISTEN_SECONDS / 2)
                         self.websocket = await self.listen()
                     lost = 0
-                except (aiohttp.ClientError, TimeoutError) as error:
+                except TimeoutError as error:
+                    self.server.check_alive()
+                    raise does_not_answer(self.server, HUNG_SECONDS) from error
+                except aiohttp.ClientError as error:
                     await asyncio.sleep(LISTEN_SECONDS)
                     self.server.check_alive()
                     lost += 1

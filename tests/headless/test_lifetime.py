@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dng_core.headless import client
 from dng_core.headless import server as servers
 from dng_core.headless.client import run_workflow
 from dng_core.headless.errors import HeadlessError
@@ -203,6 +204,31 @@ def test_a_server_that_vanishes_is_reported(fake: Location, monkeypatch: pytest.
         remote = running_server(ours.url)  # as if it ran elsewhere: nothing but the connection tells of its end
         with pytest.raises(HeadlessError, match="no longer answers"):
             run_workflow(remote, {"1": {"class_type": "Die", "inputs": {}}})
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_server_that_hangs_is_reported_with_what_it_did_last(
+    fake: Location, monkeypatch: pytest.MonkeyPatch, ours: bool
+) -> None:
+    assert client.HISTORY_SECONDS + client.HUNG_SECONDS <= 180
+    for name in ("LISTEN_SECONDS", "HISTORY_SECONDS", "HUNG_SECONDS"):
+        monkeypatch.setattr(client, name, 0.5)
+    monkeypatch.setattr(client, "CANCEL_SECONDS", 0.5)
+    with comfyui_server(fake, options=CPU) as started:
+        server = started if ours else running_server(started.url)
+        with pytest.raises(HeadlessError, match=r"has not answered for [\s\S]*try again") as caught:
+            run_workflow(server, {"1": {"class_type": "Freeze", "inputs": {}}})
+    assert ("deep in thought, says the fake ComfyUI" in str(caught.value)) == ours
+
+
+def test_a_request_without_an_answer_is_not_taken_for_the_end_of_the_users_time(
+    fake: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(client, "CANCEL_SECONDS", 0.2)
+    monkeypatch.setenv("FAKE_START", "slow")
+    with comfyui_server(fake, options=CPU) as server, pytest.raises(HeadlessError, match="has not answered for 0 s"):
+        run_workflow(server, {"1": {"class_type": "Done", "inputs": {}}}, timeout=60)
 
 
 def test_the_packs_root_is_kept_from_comfyuis_path(fake: Location, monkeypatch: pytest.MonkeyPatch) -> None:

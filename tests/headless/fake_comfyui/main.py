@@ -1,9 +1,10 @@
 """A stand-in for ComfyUI's main.py that starts in a moment and can be told to misbehave.
 
 It speaks as much of ComfyUI's protocol as the runner uses. A prompt's node classes say what it does: "Done" ends well,
-"Die" ends the process, "Hang" never ends, "Interrupted" reports an interruption. FAKE_START says how it starts: "die",
-"taken" (the first time it finds its port in use) or "stubborn" (it ignores polite requests to stop). It notes its
-process ids in FAKE_PIDS: its own, and that of a child, which stands for what a node pack may start.
+"Die" ends the process, "Hang" never ends, "Freeze" answers nothing any more, "Interrupted" reports an interruption.
+FAKE_START says how it starts: "die", "taken" (the first time it finds its port in use), "slow" (it takes its time to
+list its nodes) or "stubborn" (it ignores polite requests to stop). It notes its process ids in FAKE_PIDS: its own, and
+that of a child, which stands for what a node pack may start.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -49,7 +51,9 @@ async def system_stats(request: web.Request) -> web.Response:
 
 @routes.get("/object_info")
 async def object_info(request: web.Request) -> web.Response:
-    return web.json_response({name: {} for name in ("Done", "Die", "Hang", "Interrupted")})
+    if behaviour == "slow":
+        await asyncio.sleep(600)
+    return web.json_response({name: {} for name in ("Done", "Die", "Hang", "Freeze", "Interrupted")})
 
 
 @routes.get("/ws")
@@ -78,6 +82,9 @@ async def execute(number: str) -> None:
     if kind == "Die":
         print("out of memory, says the fake ComfyUI", flush=True)
         os._exit(9)
+    if kind == "Freeze":
+        print("deep in thought, says the fake ComfyUI", flush=True)
+        time.sleep(600)
     node = None if kind in ("Done", "Interrupted") else "1"
     for socket in sockets:
         if not socket.closed:
