@@ -5,6 +5,7 @@ take its place once they are whole. What the user keeps in ComfyUI's folder (mod
 is not moved. The marker is written last, and only an installation with a marker counts as whole.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -132,9 +133,9 @@ def renewed(installation: Installation, is_good: Callable[[Installation], bool])
             if not is_good(installation):
                 install(installation)
     except OSError as error:
+        free = "Free some space there, or set" if error.errno == errno.ENOSPC else "Set"
         raise HeadlessError(
-            f"{installation.folder} cannot be written: {error}",
-            "Free some space there, or set DNG_CACHE to another folder.",
+            f"{installation.folder} cannot be written: {error}", f"{free} DNG_CACHE to another folder."
         ) from error
     except HeadlessError as error:
         if problem(installation):

@@ -1,5 +1,6 @@
 """An install is whole or not there, uses only what has the right hash, and says what to do when it fails."""
 
+import errno
 import hashlib
 import io
 import itertools
@@ -373,8 +374,20 @@ def test_too_little_disk_is_said_before_anything_is_fetched(
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.touch()
-    with pytest.raises(HeadlessError, match=r"cannot be written[\s\S]*DNG_CACHE"):
+    with pytest.raises(HeadlessError, match=r"cannot be written[\s\S]*DNG_CACHE") as caught:
         ensure_installed(Installation(blocked / "comfyui"))
+    assert "space" not in str(caught.value)
+
+
+def test_a_full_cache_is_told_from_one_that_cannot_be_written(
+    installation: Installation, quick_steps: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(installing, "write_marker", full)
+    with pytest.raises(HeadlessError, match=r"No space left[\s\S]*Free some space there, or set DNG_CACHE"):
+        ensure_installed(installation)
 
 
 def test_the_pinned_source_is_what_the_recipe_names() -> None:
