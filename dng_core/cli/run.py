@@ -1,6 +1,7 @@
 """`dng run`: run an API-format workflow in a real ComfyUI and collect what it makes."""
 
 import argparse
+import errno
 import os
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from ..headless.server import Server, comfyui_server, running_server
 from ..headless.workflow import load_workflow, set_inputs
 
 NEEDS = ("aiohttp", "tqdm")
+TRIAL_BYTES = 1 << 20  # about a log and a picture: a choice
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +89,9 @@ def output_folder(named: Path | None, parent: Path) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
         else:
             folder = new_folder(folder)
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            trial.write(bytes(TRIAL_BYTES))
+            os.fsync(trial.fileno())
     except OSError as error:
         raise cannot_write(folder, error) from error
     return folder
@@ -108,9 +112,9 @@ def new_folder(wanted: Path) -> Path:
 
 def cannot_write(folder: Path, error: OSError) -> HeadlessError:
     """The error for an output folder that takes no files."""
+    free = "Free some space there, or name" if error.errno == errno.ENOSPC else "Name"
     return HeadlessError(
-        f"The output folder {folder} cannot be written: {error.strerror or error}.",
-        "Free some space there, or name another with --output.",
+        f"The output folder {folder} cannot be written: {error.strerror or error}.", f"{free} another with --output."
     )
 
 

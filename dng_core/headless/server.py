@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import HeadlessError
+from .errors import FULL_DISK_REMEDY, HeadlessError
 from .link import link_folder, unlink_folder
 from .locate import Location, has_accelerator
 from .paths import is_pack
@@ -25,6 +26,7 @@ START_SECONDS = 600.0  # like the numbers below, a choice
 POLL_SECONDS = 0.3
 PORT_ATTEMPTS = 3
 LOG_TAIL_LINES = 25
+FULL_BYTES = 1 << 16  # with less space than this left, a disk is taken to be full
 LOADING_ERROR = re.compile(r"Cannot import .* module for custom nodes|Error while calling comfy_entrypoint")
 ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # No user's copy should have this name, so that ComfyUI loads the copy that is meant.
@@ -44,10 +46,17 @@ class Server:
     def check_alive(self) -> None:
         """Raise HeadlessError, with the end of its log, where a server that was started here has ended."""
         if self.process is not None and (status := self.process.poll()) is not None:
+            if full := self.full_disk():
+                raise HeadlessError(f"ComfyUI ended because the disk of {full} is full.", FULL_DISK_REMEDY)
             raise HeadlessError(
                 f"ComfyUI ended unexpectedly ({describe_status(status)}). The end of its log:\n{self.log_tail()}",
                 "If memory ran out, use smaller batches; else the log says what failed.",
             )
+
+    def full_disk(self) -> Path | None:
+        """The folder that a server started here writes to and that is full, if one is."""
+        written = (self.log.parent, Path(tempfile.gettempdir())) if self.log else ()
+        return next((folder for folder in written if shutil.disk_usage(folder).free < FULL_BYTES), None)
 
     def log_lines(self) -> list[str]:
         """The log so far, without colours; empty for a server that was not started here."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import HeadlessError
+from .errors import FULL_DISK, FULL_DISK_REMEDY, HeadlessError
 
 Prompt = dict[str, dict[str, Any]]
 SEED_INPUTS = ("seed", "noise_seed")
@@ -121,6 +121,10 @@ def describe_failure(prompt: Prompt, details: Mapping[str, Any]) -> HeadlessErro
     node_id = str(details.get("node_id"))
     kind = str(details.get("exception_type", "")).rpartition(".")[2]
     message = str(details.get("exception_message", "")).strip()
+    if FULL_DISK.search(message):
+        return HeadlessError(
+            f"Node {title(prompt, node_id)} failed because a disk is full: {message}", FULL_DISK_REMEDY
+        )
     traceback = "".join(details.get("traceback") or ()).rstrip()
     indented = "\n".join(f"  | {line}" for line in traceback.splitlines())
     where = f"\n{indented}" if indented else ""

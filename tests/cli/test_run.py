@@ -1,5 +1,7 @@
 """`dng run`: where its results go, and what it refuses before anything is started."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 
@@ -28,3 +30,10 @@ def test_a_named_output_folder_is_used_again(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(HeadlessError, match="file cannot be written"):
         run.output_folder(tmp_path / "file", tmp_path)
+
+
+def test_a_full_output_disk_is_told_before_anything_is_started(
+    tmp_path: Path, disk_full_after: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    with disk_full_after(0), pytest.raises(HeadlessError, match=r"No space left on device\.\nFree some space"):
+        run.output_folder(tmp_path / "out", tmp_path)

@@ -1,6 +1,7 @@
 """Whatever happens to the runner or to ComfyUI, the user gets a clear message and no process is left behind."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -130,6 +131,18 @@ def test_a_server_that_dies_midway_is_reported_with_the_end_of_its_log(fake: Loc
         run_workflow(server, prompt)
     assert "ended unexpectedly (exit status 9)" in str(caught.value)
     assert "out of memory, says the fake ComfyUI" in str(caught.value)
+
+
+def test_a_server_that_dies_of_a_full_disk_is_reported_without_its_log(
+    fake: Location, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=0 if folder == tmp_path else 1 << 30))
+    options = {"options": CPU, "log": tmp_path / "comfyui.log"}
+    with comfyui_server(fake, **options) as server, pytest.raises(HeadlessError) as caught:
+        run_workflow(server, {"1": {"class_type": "Die", "inputs": {}}})
+    assert caught.value.problem == f"ComfyUI ended because the disk of {tmp_path} is full."
+    assert "--output" in caught.value.remedy
 
 
 def test_a_server_that_does_not_start_is_reported_with_the_end_of_its_log(

@@ -117,6 +117,14 @@ def test_a_failed_node_is_named_with_its_own_message_last() -> None:
     assert text.endswith("ValueError: prior must lie inside (0, 1)")
 
 
+def test_a_full_disk_is_told_without_a_traceback() -> None:
+    message = "[Errno 28] No space left on device: '/tmp/x.png'"
+    details = {"node_id": "3", "exception_type": "OSError", "exception_message": message, "traceback": ["  File\n"]}
+    error = describe_failure(PROMPT, details)
+    assert error.problem == f'Node "Draw digits" (node 3, KSampler) failed because a disk is full: {message}'
+    assert "Free some space" in error.remedy
+
+
 def test_a_node_of_an_expansion_has_the_title_of_the_node_it_came_from() -> None:
     assert title(PROMPT, "3.0.0.2") == '"Draw digits" (node 3.0.0.2, KSampler)'
 
