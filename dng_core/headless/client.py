@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .errors import HeadlessError
 from .server import Server
-from .workflow import Prompt, check_node_types, describe_failure, describe_rejection, title
+from .workflow import Prompt, check_node_types, describe_failure, describe_rejection, given_title, title
 
 REQUEST_SECONDS = 120.0  # like the numbers below, a choice
 # After this silence, check that the server still lives.
@@ -301,7 +301,7 @@ class Progress:
         done = len((self.done - {self.node}) & self.prompt.keys())
         self.bar.n = min(done + share, len(self.prompt))
         node = self.prompt.get(self.node or "", {})
-        name = node.get("_meta", {}).get("title") or node.get("class_type", "")
+        name = given_title(node) or node.get("class_type", "")
         self.bar.set_description_str(f"{name}{steps}", refresh=False)
         if time.monotonic() - self.drawn > self.redraw_seconds:
             self.bar.refresh()

@@ -12,7 +12,7 @@ from .. import __version__
 from ..files import write_whole
 from .client import RunResult, file_items
 from .server import Server
-from .workflow import Prompt, literal_inputs, seeds
+from .workflow import Prompt, given_title, literal_inputs, seeds
 
 RECORD = "record.json"
 # A node is this pack's own if its class, name or category matches.
@@ -35,7 +35,7 @@ def save_run(folder: Path, workflow: Path, prompt: Prompt, server: Server, resul
             saved.append(names[-1])
         if text := node_text(ui):
             ending = ".md" if re.search(r"^\s*(\||#)", text, re.MULTILINE) else ".txt"
-            stem = prompt.get(node_id, {}).get("_meta", {}).get("title") or f"node_{node_id}"
+            stem = given_title(prompt.get(node_id, {})) or f"node_{node_id}"
             names.append(unused_name(folder, safe_name(stem) + ending, saved))
             write_whole(names[-1], (text.rstrip() + "\n").encode())
             saved.append(names[-1])

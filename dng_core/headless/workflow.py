@@ -36,12 +36,19 @@ def load_workflow(path: Path) -> Prompt:
     return dict(content)
 
 
+def given_title(node: Mapping[str, Any]) -> str:
+    """The title that a node was given in the editor; "" where it has none."""
+    meta = node.get("_meta")
+    found = meta.get("title") if isinstance(meta, dict) else None
+    return found if isinstance(found, str) else ""
+
+
 def title(prompt: Prompt, node_id: str) -> str:
     """A node's name for messages: its title (or else its class), its id and its class."""
     # A node that another one expanded into has an id like "12.0.0.3"; its title is that of node 12.
     node = prompt.get(node_id) or prompt.get(node_id.split(".")[0].split(":")[0]) or {}
     class_type = node.get("class_type", "unknown class")
-    name = node.get("_meta", {}).get("title") or class_type
+    name = given_title(node) or class_type
     return f'"{name}" (node {node_id}, {class_type})'
 
 
@@ -71,9 +78,7 @@ def set_inputs(prompt: Prompt, assignments: Iterable[str]) -> None:
 def _find_node(prompt: Prompt, name: str, assignment: str) -> str:
     if name in prompt:
         return name
-    found = [
-        node_id for node_id, node in prompt.items() if name in (node.get("_meta", {}).get("title"), node["class_type"])
-    ]
+    found = [node_id for node_id, node in prompt.items() if name in (given_title(node), node["class_type"])]
     if len(found) != 1:
         what = f"{len(found)} nodes are called {name}" if found else f"no node is called {name}"
         raise HeadlessError(

@@ -125,6 +125,14 @@ def test_a_full_disk_is_told_without_a_traceback() -> None:
     assert "Free some space" in error.remedy
 
 
+@pytest.mark.parametrize("meta", [None, [], {"title": None}, {"title": 7}])
+def test_a_node_without_a_usable_title_is_called_by_its_class(meta: object) -> None:
+    prompt: Prompt = {"1": {"class_type": "LoadModel", "inputs": {"name": "x"}, "_meta": meta}}
+    assert title(prompt, "1") == '"LoadModel" (node 1, LoadModel)'
+    set_inputs(prompt, ["LoadModel.name=y"])
+    assert prompt["1"]["inputs"] == {"name": "y"}
+
+
 def test_a_node_of_an_expansion_has_the_title_of_the_node_it_came_from() -> None:
     assert title(PROMPT, "3.0.0.2") == '"Draw digits" (node 3.0.0.2, KSampler)'
 
