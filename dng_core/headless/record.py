@@ -15,6 +15,8 @@ from .server import Server
 from .workflow import Prompt, given_title, literal_inputs, seeds
 
 RECORD = "record.json"
+NAME_BYTES = 200  # file systems take 255; the rest is for what is added: a number, an ending, ".partial"
+ENDING_LETTERS = 12  # what follows a dot is a file's kind if it is no longer than this: a choice
 # A node is this pack's own if its class, name or category matches.
 OURS = re.compile(r"\bDNG|Dynamic ?Negative ?Guidance", re.IGNORECASE)
 
@@ -102,7 +104,10 @@ def without_files(ui: Mapping[str, Any]) -> dict[str, Any]:
 def safe_name(name: str) -> str:
     """`name` as a plain file name: what a server says never leads out of the output folder."""
     cleaned = re.sub(r"[^\w.\-]+", "_", re.split(r"[/\\]", name)[-1]).strip(".")
-    return cleaned or "output"
+    stem, dot, ending = cleaned.rpartition(".")
+    if not stem or len(ending) > ENDING_LETTERS:
+        stem, dot, ending = cleaned, "", ""
+    return stem.encode()[:NAME_BYTES].decode(errors="ignore") + dot + ending or "output"
 
 
 def unused_name(folder: Path, name: str, taken: list[Path]) -> Path:

@@ -56,6 +56,13 @@ def test_a_second_run_into_the_same_folder_replaces_the_first(tmp_path: Path, re
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_a_long_title_in_another_script_keeps_its_results(tmp_path: Path, result: RunResult) -> None:
+    prompt = {**PROMPT, "1": {**PROMPT["1"], "_meta": {"title": "避免这些东西" * 40}}}
+    saved = save_run(tmp_path, Path("w.json"), prompt, SERVER, result)
+    assert saved[2].name.startswith("避免这些东西") and saved[2].suffix == ".md"
+    assert all(path.is_file() for path in saved)
+
+
 def test_a_save_that_fails_midway_leaves_no_record_and_no_part_of_a_file(
     tmp_path: Path, result: RunResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +87,9 @@ def test_a_save_that_fails_midway_leaves_no_record_and_no_part_of_a_file(
         ("..\\a.png", "a.png"),
         ("..", "output"),
         ("a:b|c.png", "a_b_c.png"),
+        ("a" * 300 + ".png", "a" * 200 + ".png"),
+        ("避" * 100 + ".png", "避" * 66 + ".png"),
+        ("避" * 100 + "." + "免" * 100, "避" * 66),
     ],
 )
 def test_what_a_server_calls_a_file_never_leads_out_of_the_folder(name: str, safe: str) -> None:
