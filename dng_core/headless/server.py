@@ -171,7 +171,8 @@ def start_on_some_port(location: Location, arguments: list[str], log: Path, port
         if not is_free(chosen):
             raise port_in_use(chosen)
         command = [str(location.path / "main.py"), *arguments, "--port", str(chosen)]
-        with log.open("wb") as output:
+        log.unlink(missing_ok=True)
+        with log.open("xb") as output:  # "x" follows no link that lies there
             process = start(location.python, command, output, location.path)
         server = Server(f"http://{HOST}:{chosen}", process=process, log=log)
         try:

@@ -244,6 +244,16 @@ def test_a_request_without_an_answer_is_not_taken_for_the_end_of_the_users_time(
         run_workflow(server, {"1": {"class_type": "Done", "inputs": {}}}, timeout=60)
 
 
+def test_a_log_is_not_written_through_a_link_that_lies_there(fake: Location, tmp_path: Path) -> None:
+    precious, log = tmp_path / "precious", tmp_path / "comfyui.log"
+    precious.write_text("the user's")
+    log.symlink_to(precious)
+    with comfyui_server(fake, options=CPU, log=log):
+        pass
+    assert precious.read_text() == "the user's"
+    assert not log.is_symlink()
+
+
 def test_the_packs_root_is_kept_from_comfyuis_path(fake: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(__file__).resolve().parents[2]
     monkeypatch.setenv("PYTHONPATH", f"{root}{os.pathsep}/elsewhere")

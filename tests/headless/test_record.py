@@ -63,6 +63,16 @@ def test_a_long_title_in_another_script_keeps_its_results(tmp_path: Path, result
     assert all(path.is_file() for path in saved)
 
 
+def test_a_result_is_not_written_through_a_link_that_lies_there(tmp_path: Path, result: RunResult) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("the user's")
+    for name in ("x.png", "x_2.png.partial"):
+        (tmp_path / name).symlink_to(precious)
+    save_run(tmp_path, Path("w.json"), PROMPT, SERVER, result)
+    assert precious.read_text() == "the user's"
+    assert (tmp_path / "x.png").read_bytes() == b"first"
+
+
 def test_a_save_that_fails_midway_leaves_no_record_and_no_part_of_a_file(
     tmp_path: Path, result: RunResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
