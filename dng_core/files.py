@@ -6,6 +6,19 @@ from pathlib import Path
 from typing import Any
 
 
+def read_json(path: Path) -> Any:
+    """The JSON in a file; ValueError where it is no JSON, or nested too deeply to be read."""
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; ValueError where it is no JSON, or nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all; ValueError for NaN, which JSON does not know."""
     write_whole(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..files import write_whole
+from ..files import read_json, write_whole
 from .client import RunResult, file_items
 from .server import Server
 from .workflow import Prompt, given_title, literal_inputs, seeds
@@ -24,8 +24,10 @@ OURS = re.compile(r"\bDNG|Dynamic ?Negative ?Guidance", re.IGNORECASE)
 def save_run(folder: Path, workflow: Path, prompt: Prompt, server: Server, result: RunResult) -> list[Path]:
     """Save a run's files and texts and, last, its record; returns their paths.
 
-    What an earlier run left under the same names is replaced. A folder with a record therefore holds a whole run.
+    They take the place of those that the record of an earlier run lists, so that a folder with a record holds one
+    whole run and its pictures alone.
     """
+    earlier = recorded_files(folder)
     (folder / RECORD).unlink(missing_ok=True)
     saved: list[Path] = []
     outputs: dict[str, dict[str, Any]] = {}
@@ -44,7 +46,19 @@ def save_run(folder: Path, workflow: Path, prompt: Prompt, server: Server, resul
         outputs[node_id] = {"files": [name.name for name in names], "ui": without_files(ui)}
     record = describe_run(workflow, prompt, server, result, outputs)
     write_whole(folder / RECORD, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+    for path in earlier - set(saved):
+        path.unlink(missing_ok=True)
     return [*saved, folder / RECORD]
+
+
+def recorded_files(folder: Path) -> set[Path]:
+    """The files in `folder` that its record lists; none where there is no record, or a damaged one."""
+    try:
+        outputs = read_json(folder / RECORD)["outputs"].values()
+        names = {str(name) for output in outputs for name in output["files"]}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return set()
+    return {folder / name for name in names if name == safe_name(name) and (folder / name).is_file()}
 
 
 def describe_run(

@@ -50,10 +50,24 @@ def test_a_run_is_saved_with_its_files_texts_and_record(tmp_path: Path, result: 
 
 def test_a_second_run_into_the_same_folder_replaces_the_first(tmp_path: Path, result: RunResult) -> None:
     save_run(tmp_path, Path("w.json"), PROMPT, SERVER, result)
-    result.files["1"][0] = ("x.png", b"again")
+    (tmp_path / "x_3.png").write_bytes(b"the user's")
+    result.files["1"] = [("x.png", b"again")]
     save_run(tmp_path, Path("w.json"), PROMPT, SERVER, result)
     assert (tmp_path / "x.png").read_bytes() == b"again"
-    assert len(list(tmp_path.iterdir())) == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"x.png", "x_3.png", "Without_3.md", "record.json"}
+
+
+@pytest.mark.parametrize(
+    "record", ["", "[]", '{"outputs": {"1": {"files": ["../precious", 3]}}}', '{"outputs": [{"files": ["precious"]}]}']
+)
+def test_a_damaged_or_planted_record_deletes_nothing(tmp_path: Path, result: RunResult, record: str) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for path in (tmp_path / "precious", folder / "precious"):
+        path.write_text("the user's")
+    (folder / "record.json").write_text(record)
+    save_run(folder, Path("w.json"), PROMPT, SERVER, result)
+    assert (tmp_path / "precious").is_file() and (folder / "precious").is_file()
 
 
 def test_a_long_title_in_another_script_keeps_its_results(tmp_path: Path, result: RunResult) -> None:
