@@ -7,10 +7,12 @@ import contextlib
 import itertools
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from .class_removal import Batch, Drawn, Point, draw_batch
 EngineName = Literal["local", "ray"]
 ENGINES: tuple[EngineName, ...] = ("local", "ray")
 PACKAGE = Path(__file__).resolve().parents[1]
+PARENT_SECONDS = 1.0  # how often a process looks whether its parent still runs: a choice
 RAY_RETRIES = 3  # of a batch whose worker died: a choice
 
 
@@ -103,7 +106,7 @@ def _on_processes(tasks: Iterable[tuple[Batch, str]], jobs: int) -> Iterator[tup
         raise ValueError("several jobs need joblib: pip install joblib, or use --jobs 1") from error
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with _importable():
-        calls = (delayed(_draw_named)(batch, device, threads) for batch, device in tasks)
+        calls = (delayed(_draw_named)(batch, device, threads, os.getpid()) for batch, device in tasks)
         try:
             yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
         except BrokenExecutor as error:
@@ -112,8 +115,22 @@ def _on_processes(tasks: Iterable[tuple[Batch, str]], jobs: int) -> Iterator[tup
             ) from error
 
 
-def _draw_named(batch: Batch, device: str, threads: int) -> tuple[Batch, Drawn | Exception]:
+def _draw_named(batch: Batch, device: str, threads: int, caller: int) -> tuple[Batch, Drawn | Exception]:
+    _end_with(caller)
     return batch, draw_one(batch, device, threads)
+
+
+@cache
+def _end_with(parent: int) -> None:
+    """From now on, end this process once its parent has ended. (Windows does not tell a process of that.)"""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os._exit(1)
+
+    if os.name == "posix":
+        threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -2,14 +2,18 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from dng_core.baselines import NegativePrompting
+from dng_core.headless.environment import LAUNCHER
 from dng_core.kernels import ReverseKernel
 from dng_core.models.checkpoints import open_denoiser
 from dng_core.models.networks import UNet
@@ -22,6 +26,7 @@ from dng_core.studies.report.results import read_results
 from dng_core.studies.runs_cache import RunsCache
 from dng_core.studies.sweep import Workers, draw_all
 
+from ..headless.conftest import all_end, wait_for
 from .small_experiment import CHAIN, NETWORK, dng_experiment, experiment, point, random_denoiser, runs
 
 
@@ -236,3 +241,21 @@ def test_a_point_with_all_its_batches_and_no_whole_is_made_whole(files):
     whole.unlink()
     assert dng_experiment(files, "--methods", "NP") == 0
     assert whole.is_file() and all(name.count(".") == 1 for name in runs(files))
+
+
+def test_a_killed_experiment_leaves_no_process(files):
+    """Each worker has minutes of work left, and is not told of the end."""
+    experiment(
+        files, lambda text: text.replace("steps = 3", "steps = 100").replace("images = 8\n", "images = 2000\n", 1)
+    )
+    arguments = [files / "try.toml", "--output", files / "out", "--device", "cpu", "--jobs", 2, "--methods", "NP"]
+    command = [sys.executable, "-P", str(LAUNCHER), "experiment", *map(str, arguments)]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        assert wait_for(lambda: list((files / "out" / "runs").glob("*.npz")) != [], 300)  # both workers have begun
+        workers = [process.pid for process in psutil.Process(started.pid).children(recursive=True)]
+        assert len(workers) >= 2
+    finally:
+        started.kill()
+        started.wait()
+    assert all_end(workers)
