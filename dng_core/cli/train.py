@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import json
 import platform
 import shlex
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import write_json
+from ..files import read_json, write_json
 from ..models.datasets import Dataset, load_dataset
 from ..models.devices import devices
 from ..models.mnist import MNIST_MD5
@@ -163,7 +162,7 @@ def train(args: argparse.Namespace) -> None:
 
     record = _record(args, plan, data, device, result) | figures
     if args.start_from and (earlier := args.start_from.with_suffix(".json")).is_file():
-        record["started_from"] = json.loads(earlier.read_text(encoding="utf-8"))
+        record["started_from"] = read_json(earlier)
     write_json(files.record, record)
     print(f"loss {result.loss:.5f}" + "".join(f", {k.replace('_', ' ')} {v:.4f}" for k, v in figures.items()))
     print(f"weights: {files.weights}\nrecord: {files.record}\n{files.checkpoint} is no longer needed")

@@ -7,7 +7,6 @@ is not moved. The marker is written last, and only an installation with a marker
 
 import errno
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ..files import write_json
+from ..files import read_json, write_json
 from .errors import HeadlessError
 from .locate import MANAGED, Location
 from .lock import exclusive
@@ -82,7 +81,7 @@ class Installation:
     def is_whole(self) -> bool:
         """Whether an install by the present recipe came to its end and its interpreter still exists."""
         try:
-            recorded = json.loads(self.marker.read_text(encoding="utf-8"))
+            recorded = read_json(self.marker)
         except (OSError, ValueError):
             return False
         present = venv_python(self.environment).is_file() and (self.comfyui / "main.py").is_file()

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json
 from .errors import FULL_DISK, FULL_DISK_REMEDY, HeadlessError
 
 Prompt = dict[str, dict[str, Any]]
@@ -14,7 +15,7 @@ SEED_INPUTS = ("seed", "noise_seed")
 def load_workflow(path: Path) -> Prompt:
     """The workflow in the file `path`; raises HeadlessError where it cannot be read or is not in API format."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise HeadlessError(f"The workflow {path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
@@ -73,6 +74,8 @@ def set_inputs(prompt: Prompt, assignments: Iterable[str]) -> None:
             inputs[input_name] = json.loads(text)
         except ValueError:
             inputs[input_name] = text
+        except RecursionError as error:
+            raise HeadlessError(f"--set {target}: the value is nested too deeply.") from error
 
 
 def _find_node(prompt: Prompt, name: str, assignment: str) -> str:

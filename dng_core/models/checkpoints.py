@@ -4,7 +4,6 @@ Both become a :class:`~.networks.UNet` on the linear chain, on which they were t
 are read: safetensors, JSON, and torch files with ``weights_only``.
 """
 
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..files import read_json
 from .networks import UNet, UNetConfig
 from .weight_files import DenoiserInfo, load_denoiser, shipped_denoisers
 
@@ -82,10 +82,12 @@ def load_diffusers(folder: Path) -> tuple[UNet, DenoiserInfo]:
         if not path.is_file():
             raise FileNotFoundError(f"no {path.name} in {folder}: copy or download the whole folder again")
     try:
-        raw = json.loads(config_file.read_text(encoding="utf-8"))
+        raw = read_json(config_file)
         state_dict = load_file(weights)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except (ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} holds a damaged file ({error}): copy or download it again") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{config_file} describes no network: it holds no JSON object")
     network = _diffusers_network(config_file, raw)
     renamed = {_new_attention_name(key): value for key, value in state_dict.items()}
     return _filled(weights, network, renamed), _info(folder.name, network)

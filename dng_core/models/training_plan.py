@@ -124,5 +124,7 @@ def read_plan(name: str) -> TrainingPlan:
         raw["training"] = replace(base, **raw.get("training", {}))
         raw["network"] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.get("network", {}).items()}
         return TrainingPlan(**{"name": path.stem} | raw)
+    except RecursionError as error:
+        raise ValueError(f"{path}: it is nested too deeply") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..files import write_whole
+from ..files import parse_json, write_whole
 from .networks import Classifier, UNet, UNetConfig
 
 Numbers = Literal["float32", "float16"]
@@ -147,7 +147,7 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata.get("kind") != kind:
         raise ValueError(f"{path} holds {metadata.get('kind', 'something that DNG did not write')}, not a {kind}")
     with _reading(path):
-        return tensors, dict(json.loads(metadata["info"]))
+        return tensors, dict(parse_json(metadata["info"]))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

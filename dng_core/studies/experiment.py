@@ -186,6 +186,8 @@ def read_experiment(name: str) -> Experiment:
         if unknown := raw.keys() - known_fields:
             raise ValueError(f"unknown: {', '.join(sorted(unknown))} (known: {', '.join(sorted(known_fields))})")
         return Experiment(methods=methods, **{key: _tuple(value) for key, value in raw.items()})
+    except RecursionError as error:
+        raise ValueError(f"{path}: it is nested too deeply") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

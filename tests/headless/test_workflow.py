@@ -30,6 +30,7 @@ PROMPT: Prompt = {
     ("content", "message"),
     [
         ("{", "is not JSON"),
+        ("[" * 100_000 + "]" * 100_000, "is not JSON: it is nested too deeply"),
         ('{"nodes": [], "links": []}', r"UI format[\s\S]*Export \(API\)"),
         ("[]", "not a workflow in API format"),
         ("{}", "not a workflow in API format"),
@@ -80,6 +81,7 @@ def test_an_input_is_set_by_id_title_or_class(assignment: str, node: str, name: 
         ("3.seed", "the form is NODE.INPUT=VALUE"),
         ("9.seed=7", r"no node is called 9[\s\S]*Draw digits"),
         ("LoadModel.name=x", "2 nodes are called LoadModel"),
+        ("3.seed=" + "[" * 100_000, "--set 3.seed: the value is nested too deeply"),
         ("3.steps=7", r"node 3 has no input steps[\s\S]*seed, model"),
     ],
 )

@@ -108,6 +108,12 @@ def test_a_network_that_this_version_does_not_know_is_refused(tmp_path, change):
         load_denoiser(tmp_path / "file")
 
 
+def test_a_description_that_is_nested_too_deeply_is_refused(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "file", metadata={"kind": "denoiser", "info": "[" * 100_000})
+    with pytest.raises(ValueError, match=r"doesn't know.*nested too deeply"):
+        load_denoiser(tmp_path / "file")
+
+
 def test_a_file_that_names_no_prediction_means_epsilon(tmp_path):
     small = {"base_channels": 32, "channel_multipliers": [1], "blocks_per_level": 1, "attention_levels": []}
     info = {"name": "x", "network": {"image_size": 8, "in_channels": 1, **small}, "schedule": "linear"}

@@ -78,6 +78,7 @@ def test_a_damaged_run_is_named(files, capsys):
         (lambda t: t + "[methods.DNG.fixed]\nmax_scale = inf\n", "DNG: max_scale is infinite"),
         (lambda t: t.replace("steps = 3", "steps = 3.5"), "steps must be a whole number"),
         (lambda t: t.replace("name =", "name"), "try.toml"),
+        (lambda t: "a = " + "[" * 100_000 + t, "try.toml: it is nested too deeply"),
         (lambda t: t.replace('dataset = "folder"', 'dataset = "mnist"'), "no train-images-idx3-ubyte"),
         (lambda t: t.replace("denoiser.safetensors", "gone.safetensors"), "no weights at"),
         (

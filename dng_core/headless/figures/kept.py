@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...files import write_whole
+from ...files import read_json, write_whole
+from ..errors import HeadlessError
 
 Row = dict[str, Any]
 """One row of a figure's table: its cells by the names of their columns."""
@@ -16,7 +17,14 @@ class Kept:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            self._values: dict[str, Any] = dict(read_json(path))
+        except FileNotFoundError:
+            self._values = {}
+        except (ValueError, TypeError) as error:
+            raise HeadlessError(
+                f"{path} is damaged ({error}).", "Remove it; its figure is then measured anew."
+            ) from error
 
     def get(self, key: str, measure: Callable[[], Any]) -> Any:
         """The value of a key; where there is none yet, what ``measure`` returns, which is kept."""
