@@ -1,9 +1,12 @@
 """The command line starts on a bare Python, explains itself, and says what it does not know."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import dng_core
 from dng_core.cli.main import COMMANDS
 from dng_core.headless.environment import LAUNCHER
 
@@ -16,6 +19,16 @@ def test_the_command_line_starts_on_a_bare_python() -> None:
     done = bare_python(str(LAUNCHER), "--help")
     assert done.returncode == 0, done.stderr
     assert all(command.name in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [["dng_core/__main__.py"], ["-m", "dng_core"], ["-m", "pack.dng_core"]])
+def test_the_command_line_starts_by_its_path_and_as_a_part_of_the_pack(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "pack").symlink_to(ROOT)
+    (tmp_path / "dng_core").symlink_to(ROOT / "dng_core")
+    done = subprocess.run(
+        [sys.executable, "-S", "-E", *arguments, "--version"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout == f"dng {dng_core.__version__}\n", done.stderr
 
 
 @pytest.mark.parametrize("command", ["run", "install", "test"])
