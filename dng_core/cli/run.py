@@ -13,10 +13,11 @@ from ..headless.errors import HeadlessError
 from ..headless.install import ensure_installed, managed, tell
 from ..headless.locate import Location, find_comfyui
 from ..headless.paths import checkout
-from ..headless.server import Server, comfyui_server, running_server
-from ..headless.workflow import load_workflow, set_inputs
+from ..headless.server import Server, comfyui_server, installed_pack, running_server
+from ..headless.workflow import Prompt, load_workflow, nodes_of_this_pack, set_inputs, title
 
 NEEDS = ("aiohttp", "tqdm")
+MOST_PORT = 65535
 TRIAL_BYTES = 1 << 20  # about a log and a picture: a choice
 
 
@@ -55,8 +56,12 @@ def run(args: argparse.Namespace) -> int:
     set_inputs(prompt, args.set)
     if args.input and not args.input.is_dir():
         raise HeadlessError(f"--input names {args.input}, which is not a folder.")
+    if args.port is not None and not 1 <= args.port <= MOST_PORT:
+        raise HeadlessError(f"--port must lie between 1 and {MOST_PORT}, not {args.port}.")
     url = args.server or (None if args.comfyui or args.install else os.environ.get("DNG_SERVER"))
-    location = None if url else choose_location(args)
+    if url and args.comfyui_python:
+        raise no_comfyui_for_python()
+    location = None if url else choose_location(args, prompt)
     if missing := missing_modules(NEEDS):
         return restart_under(runner_python(location, missing), sys.argv[1:], missing)
 
@@ -118,10 +123,31 @@ def cannot_write(folder: Path, error: OSError) -> HeadlessError:
     )
 
 
-def choose_location(args: argparse.Namespace) -> Location:
-    """The ComfyUI to start, installed first where none is found or the managed one is asked for."""
+def choose_location(args: argparse.Namespace, prompt: Prompt) -> Location:
+    """The ComfyUI to start, installed first where none is found or the managed one is asked for.
+
+    Raises HeadlessError, before anything is installed, where it would lack the nodes of the prompt.
+    """
     found = None if args.install else find_comfyui(args.comfyui, args.comfyui_python)
+    if found is None and args.comfyui_python:
+        raise no_comfyui_for_python()
+    ours = nodes_of_this_pack(prompt)
+    if ours and not (checkout() or args.all_custom_nodes or installed_pack(found or managed().location)):
+        listing = "\n".join(f"  {title(prompt, node_id)}" for node_id in ours)
+        raise HeadlessError(
+            f"The workflow uses nodes of this project, and only the library dng_core is installed here:\n{listing}",
+            "Run it in a checkout of the project (python3 -m dng_core run), or put the pack into the custom_nodes of "
+            "the ComfyUI that --comfyui names.",
+        )
     return found or ensure_installed()
+
+
+def no_comfyui_for_python() -> HeadlessError:
+    """The error for a Python of a ComfyUI where no ComfyUI is named."""
+    return HeadlessError(
+        "--comfyui-python names the Python of a ComfyUI that is to be started, and none is named.",
+        "Name it with --comfyui or DNG_COMFYUI.",
+    )
 
 
 def runner_python(location: Location | None, missing: list[str]) -> Path:

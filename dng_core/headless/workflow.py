@@ -1,6 +1,7 @@
 """API-format workflows: read and check them, set inputs, and say in words what ComfyUI finds wrong with them."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from ..files import read_json
 from .errors import FULL_DISK, FULL_DISK_REMEDY, HeadlessError
 
 Prompt = dict[str, dict[str, Any]]
+OURS = re.compile("DNG|DynamicNegativeGuidance")  # part of the name of every class of this pack
 SEED_INPUTS = ("seed", "noise_seed")
 
 
@@ -42,6 +44,11 @@ def given_title(node: Mapping[str, Any]) -> str:
     meta = node.get("_meta")
     found = meta.get("title") if isinstance(meta, dict) else None
     return found if isinstance(found, str) else ""
+
+
+def nodes_of_this_pack(prompt: Prompt) -> list[str]:
+    """The ids of the prompt's nodes whose classes are of this pack."""
+    return [node_id for node_id, node in prompt.items() if OURS.search(node["class_type"])]
 
 
 def title(prompt: Prompt, node_id: str) -> str:
