@@ -5,7 +5,6 @@ A file appears whole or not at all, so a run that was stopped, or whose disk was
 """
 
 import io
-import json
 import zipfile
 import zlib
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import write_json, write_whole
+from ..files import read_json, write_json, write_whole
 from .class_removal import Batch, Drawn, Point, joined
 
 
@@ -30,11 +29,11 @@ class RunsCache:
 
     def load(self, point: Point) -> Drawn:
         """The images of a point; ValueError if the file is damaged (then it is to be removed and drawn again)."""
-        return _load(self._images(point))
+        return _load(self._images(point), point.key())
 
     def store(self, point: Point, drawn: Drawn) -> None:
         """Keep a point's images, in place of those of its batches."""
-        _store(self._images(point), drawn)
+        _store(self._images(point), drawn, point.key())
         for batch in point.batches():
             self._batch(batch).unlink(missing_ok=True)
 
@@ -47,18 +46,27 @@ class RunsCache:
         """Return the whole point if only this batch was missing; otherwise store the batch and return None."""
         others = [other for other in batch.point.batches() if other != batch]
         if not all(self._batch(other).is_file() for other in others):
-            _store(self._batch(batch), drawn)
+            _store(self._batch(batch), drawn, _name(batch))
             return None
-        return joined([drawn if b == batch else _load(self._batch(b)) for b in batch.point.batches()])
+        return joined([drawn if b == batch else _load(self._batch(b), _name(b)) for b in batch.point.batches()])
 
     def measures(self, point: Point, measured_with: str) -> dict[str, Any] | None:
         """What :meth:`Measurer.measure` made of a point, if it was ``measured_with`` this classifier and data."""
+        record = self.record(point.key(), measured_with)
+        return None if record is None else record["measures"]
+
+    def record(self, key: str, measured_with: str) -> dict[str, Any] | None:
+        """What is known of the point with a key; None where it is not measured so, or its record is damaged."""
         try:
-            record = json.loads(self._record(point).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            record: dict[str, Any] = read_json(self.folder / f"{key}.json")
+            measures = record["measures"]
+            whole = Point.from_dict(record["point"]).key() == key and all(
+                {"forbidden_share", "histogram"} <= of.keys() for of in measures["by_class"].values()
+            )
+            whole = whole and isinstance(measures["classes"], list)
+            return record if whole and record["measured_with"] == measured_with else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
-        measures: dict[str, Any] | None = record["measures"] if record.get("measured_with") == measured_with else None
-        return measures
 
     def store_measures(self, point: Point, measured_with: str, measures: dict[str, Any]) -> None:
         """Keep a point's measures."""
@@ -69,23 +77,32 @@ class RunsCache:
         return self.folder / f"{point.key()}.npz"
 
     def _batch(self, batch: Batch) -> Path:
-        return self.folder / f"{batch.point.key()}.{batch.start}.npz"
+        return self.folder / f"{_name(batch)}.npz"
 
     def _record(self, point: Point) -> Path:
         return self.folder / f"{point.key()}.json"
 
 
-def _load(path: Path) -> Drawn:
+def _name(batch: Batch) -> str:
+    return f"{batch.point.key()}.{batch.start}"
+
+
+def _load(path: Path, name: str) -> Drawn:
+    """The images that were stored under a name; files of before names were stored have none, and are believed."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = {key: file[key] for key in file.files}
         seconds = float(arrays.pop("seconds"))
-        return Drawn(**arrays, seconds=seconds)
+        stored = str(arrays.pop("name", name))
+        drawn = Drawn(**arrays, seconds=seconds)
     except (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, and give the same command again") from error
+    if stored != name:
+        raise ValueError(f"{path} holds the images of {stored}: remove it, and give the same command again")
+    return drawn
 
 
-def _store(path: Path, drawn: Drawn) -> None:
+def _store(path: Path, drawn: Drawn, name: str) -> None:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **asdict(drawn))
+    np.savez_compressed(buffer, **asdict(drawn), name=np.array(name))
     write_whole(path, buffer.getvalue())

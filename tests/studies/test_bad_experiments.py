@@ -1,5 +1,6 @@
 """What an experiment refuses, and what it keeps when a network, a process or the disk fails it."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -59,6 +60,37 @@ def test_a_damaged_run_is_named(files, capsys):
     path.write_bytes(path.read_bytes()[:100])
     assert dng_experiment(files, "--methods", "NP") == 1
     assert f"{path.name} is damaged" in capsys.readouterr().err
+
+
+def test_images_of_another_point_are_not_taken_for_a_points_own(files, capsys):
+    assert dng_experiment(files, "--methods", "NP") == 0
+    first, second = sorted((files / "out" / "runs").glob("*.npz"))[:2]
+    first.write_bytes(second.read_bytes())
+    first.with_suffix(".json").unlink()
+    assert dng_experiment(files, "--methods", "NP") == 1
+    assert f"{first.name} holds the images of {second.stem}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["{}", "[]", '{"measures": {}}', "without", "["])
+def test_a_damaged_record_is_measured_again(files, damage):
+    pytest.importorskip("matplotlib")
+    assert dng_experiment(files, "--methods", "NP") == 0
+    path = next((files / "out" / "runs").glob("*.json"))
+    whole = json.loads(path.read_text())
+    if damage == "without":
+        damage = json.dumps(whole | {"measures": {**whole["measures"], "by_class": {"ant": {}}}})
+    path.write_text(damage)
+    assert read_results(files / "out").missing == 1
+    assert dng_experiment(files, "--methods", "NP") == 0
+    assert json.loads(path.read_text()) == whole
+
+
+@pytest.mark.parametrize("damage", ["{}", "[]", '{"points": [{}], "measured_with": ""}', "["])
+def test_a_damaged_manifest_is_named(files, damage):
+    (files / "out").mkdir()
+    (files / "out" / "experiment.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"experiment\.json is damaged"):
+        read_results(files / "out")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...files import read_json
 from ..class_removal import METHOD_NAMES, Drawn, Point
 from ..metrics import Change, change_from_baseline
 from ..runner import MANIFEST
@@ -20,6 +20,8 @@ MEASURES = (
     "forbidden_share", "kl", "kl_renormalised", "kl_unbiased", "frechet_without", "frechet_all", "precision", "recall",
     "fid_without", "fid_all",
 )  # fmt: skip
+MANIFEST_HAS = {"command", "machine", "versions", "note", "experiment", "class_names", "points", "measured_with"}
+ENTRY_HAS = {"role", "class", "label", "key"}
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,14 @@ def read_results(folder: Path) -> Results:
     if not path.is_file():
         raise FileNotFoundError(f"no {MANIFEST} in {folder}: name the --output folder of `dng experiment`")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         entries, measured_with = manifest["points"], manifest["measured_with"]
-    except (ValueError, KeyError) as error:
+        if lacking := MANIFEST_HAS - manifest.keys() or {n for e in entries for n in ENTRY_HAS - e.keys()}:
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): give the experiment's command again") from error
     cache = RunsCache(folder)
-    records = {key: _record(cache, key, measured_with) for key in {entry["key"] for entry in entries}}
+    records = {key: cache.record(key, measured_with) for key in {entry["key"] for entry in entries}}
     done = [entry for entry in entries if _is_measured(records[entry["key"]], entry["class"])]
     if not done:
         raise ValueError(f"nothing of the experiment in {folder} is done yet: give its command again")
@@ -179,14 +183,6 @@ def to_csv(rows: list[dict[str, Any]]) -> str:
 def _is_measured(record: dict[str, Any] | None, name: str) -> bool:
     """Whether a point is there, and measured for the class removed (the unguided one is shared by all of them)."""
     return record is not None and name in record["measures"]["by_class"]
-
-
-def _record(cache: RunsCache, key: str, measured_with: str) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] = json.loads((cache.folder / f"{key}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if record.get("measured_with") == measured_with else None
 
 
 def _change(cache: RunsCache, record: dict[str, Any], baseline: dict[str, Any], label: int) -> Change | None:
