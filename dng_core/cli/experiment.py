@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..files import read_json
+from ..headless.lock import exclusive
 from ..methods import MethodSettings
 from ..models.datasets import Dataset, load_dataset
 from ..models.devices import machine
@@ -22,9 +24,10 @@ from ..studies.features import require_inception
 from ..studies.measuring import Measurer
 from ..studies.report.pages import write_reports
 from ..studies.report.results import read_results
-from ..studies.runner import Runner
+from ..studies.runner import MANIFEST, Runner
 from ..studies.sweep import ENGINES, Workers
 
+LOCK = ".lock"  # the file in an experiment's folder that a process which works there holds
 TunedSettings = dict[tuple[str, str], MethodSettings | None]
 
 
@@ -82,11 +85,18 @@ def run(args: argparse.Namespace) -> int:
         print(f"dng experiment: {error}", file=sys.stderr)
         return 1
     try:
-        failed = runner.run()
-        if failed:
-            print(f"dng experiment: {failed} points failed:", *runner.errors, sep="\n  ", file=sys.stderr)
-        for path in write_reports(runner.folder):
-            print(path)
+        with exclusive(runner.folder / LOCK, wait=False):
+            failed = runner.run()
+            if failed:
+                print(f"dng experiment: {failed} points failed:", *runner.errors, sep="\n  ", file=sys.stderr)
+            for path in write_reports(runner.folder):
+                print(path)
+    except BlockingIOError:
+        print(
+            f"dng experiment: another process works in {runner.folder}: wait for its end, or name another --output",
+            file=sys.stderr,
+        )
+        return 1
     except OSError as error:
         remedy = "free some space and " * (error.errno == errno.ENOSPC) + "give the same command again"
         print(f"dng experiment: {error}; what was computed is kept: {remedy}", file=sys.stderr)
@@ -106,6 +116,7 @@ def prepare(args: argparse.Namespace) -> Runner:
     classifier = classifier.to(workers.devices()[0])
     require_fitting(experiment, info)
     folder = args.output or Path("output", experiment.name)
+    require_own(folder, experiment)
     real: Dataset | None = None
     note = "distances to real images: not yet measured (no --data)"
     if args.data is not None:
@@ -129,6 +140,16 @@ def prepare(args: argparse.Namespace) -> Runner:
     if args.settings_of is not None:
         settings_of, about["settings_of"] = tuned(args.settings_of, experiment, info.class_names)
     return Runner(experiment, measurer, folder, workers, about, settings_of)
+
+
+def require_own(folder: Path, experiment: Experiment) -> None:
+    """ValueError if the folder holds another experiment, whose report this one would take the place of."""
+    try:
+        found = read_json(folder / MANIFEST)["experiment"]["name"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if found != experiment.name:
+        raise ValueError(f"{folder} holds the experiment {found}, not {experiment.name}: name another --output")
 
 
 def require_fitting(experiment: Experiment, classifier: ClassifierInfo) -> None:

@@ -29,12 +29,17 @@ else:
 
 
 @contextmanager
-def exclusive(path: Path, poll_seconds: float = 1.0) -> Iterator[None]:
-    """Hold the lock file `path`, after waiting for any other process that holds it."""
+def exclusive(path: Path, poll_seconds: float = 1.0, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file `path`, after waiting for any other process that holds it.
+
+    Raises BlockingIOError instead of waiting if not `wait`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         waiting = False
         while not _try_lock(file):
+            if not wait:
+                raise BlockingIOError(f"another process holds {path}")
             if not waiting:
                 print(f"Waiting for another process to release {path}", file=sys.stderr, flush=True)
                 waiting = True

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from dng_core.headless.lock import exclusive
 from dng_core.models.networks import UNet
 from dng_core.models.weight_files import DenoiserInfo, save_denoiser
 from dng_core.studies import class_removal
@@ -60,6 +61,21 @@ def test_a_damaged_run_is_named(files, capsys):
     path.write_bytes(path.read_bytes()[:100])
     assert dng_experiment(files, "--methods", "NP") == 1
     assert f"{path.name} is damaged" in capsys.readouterr().err
+
+
+def test_two_experiments_do_not_share_a_folder(files, capsys):
+    assert dng_experiment(files, "--methods", "NP") == 0
+    experiment(files, lambda text: text.replace('name = "try"', 'name = "other"'))
+    assert dng_experiment(files, "--methods", "NP") == 1
+    assert f"{files / 'out'} holds the experiment try, not other: name another --output" in capsys.readouterr().err
+    assert read_results(files / "out").manifest["experiment"]["name"] == "try"
+
+
+def test_a_folder_in_which_another_process_works_is_left_alone(files, capsys):
+    with exclusive(files / "out" / ".lock"):
+        assert dng_experiment(files, "--methods", "NP") == 1
+    assert f"another process works in {files / 'out'}" in capsys.readouterr().err
+    assert [path.name for path in (files / "out").iterdir()] == [".lock"]
 
 
 def test_images_of_another_point_are_not_taken_for_a_points_own(files, capsys):
