@@ -55,6 +55,8 @@ class TrainingPlan:
         for name, known in (("model", tuple(DEFAULTS)), ("dataset", DATASETS), ("labels", ("conditional", "none"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if not isinstance(self.name, str) or not isinstance(self.size, int) or self.size < 0:
+            raise ValueError(f"name must be a text and size a whole number, not {self.name!r} and {self.size!r}")
         if self.only and (self.model != "denoiser" or self.labels != "none"):
             raise ValueError('only = "CLASS" is for a denoiser with labels = "none"')
         unknown = self.network.keys() - self._network_fields()

@@ -15,6 +15,7 @@ from ..methods import METHODS, MethodSettings
 from .class_removal import METHOD_NAMES, Point, Spacing, Variance
 
 PRESETS = Path(__file__).parent / "presets"
+MOST_SEED = 2**40  # a million times this, a batch's seed, is still one that torch takes
 METHOD_OF = {METHOD_NAMES[method]: method for method in METHODS}
 
 
@@ -117,6 +118,14 @@ class Experiment:
         for name, least in least_of.items():
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {getattr(self, name)!r}")
+        if not isinstance(self.seed, int) or abs(self.seed) > MOST_SEED:
+            raise ValueError(f"seed must be a whole number between -2^40 and 2^40, not {self.seed!r}")
+        for name in ("name", "denoiser", "classifier", "dataset"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a text, not {getattr(self, name)!r}")
+        for name in ("classes", "search_classes"):
+            if not isinstance(getattr(self, name), tuple) or not all(isinstance(k, str) for k in getattr(self, name)):
+                raise ValueError(f"{name} must be a list of texts, not {getattr(self, name)!r}")
         if not isinstance(self.steps, int) or not 1 <= self.steps <= 1000:
             raise ValueError(f"steps must be a whole number of at least 1 and at most 1000, not {self.steps!r}")
         if not 0 <= self.target_share < 1:

@@ -265,6 +265,7 @@ def test_a_killed_training_goes_on_with_the_same_weights(image_folder, tmp_path)
         ("denoiser", "epoch = 3", SMALL, "unknown: epoch"),
         ("denoiser", "", "channels = 3", "unknown channels"),
         ("denoiser", 'labels = "some"', SMALL, "labels must be one of"),
+        ("denoiser", "name = 3", SMALL, "name must be a text"),
     ],
 )
 def test_bad_plans_are_refused(image_folder, tmp_path, capsys, model, more, network, message):
@@ -272,6 +273,14 @@ def test_bad_plans_are_refused(image_folder, tmp_path, capsys, model, more, netw
     assert dng_train(path, "--data", image_folder, "--output", tmp_path / "out") == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("line", ["seed = 1.5", "batch_size = 2.5", "warmup_steps = 0.5", "checkpoint_every = 1.5"])
+def test_a_fraction_is_not_taken_for_a_whole_number(tmp_path, line):
+    path = tmp_path / "try.toml"
+    path.write_text(f'model = "classifier"\n[training]\n{line}\n')
+    with pytest.raises(ValueError, match=rf"try\.toml: {line.split()[0]} must be a whole number"):
+        read_plan(str(path))
 
 
 def test_an_unknown_plan_says_what_there_is(tmp_path, capsys):
