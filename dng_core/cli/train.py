@@ -30,6 +30,7 @@ from ..models.weight_files import (
     NUMBERS,
     ClassifierInfo,
     DenoiserInfo,
+    file_digest,
     load_classifier,
     load_denoiser,
     save_classifier,
@@ -147,6 +148,7 @@ def train(args: argparse.Namespace) -> None:
     name = plan.name.removesuffix(f"_{plan.model}")
 
     figures: dict[str, Any] = {}
+    files.record.unlink(missing_ok=True)  # that of an earlier run would call the new weights damaged
     if network:
         result = train_denoiser(data.images, data.labels, network, plan.training, files.checkpoint, device, initial)
         info = DenoiserInfo(name, network, "linear", (-1.0, 1.0), class_names)
@@ -160,7 +162,7 @@ def train(args: argparse.Namespace) -> None:
         described = ClassifierInfo(name, shape[1], shape[0], width, (-1.0, 1.0), class_names)
         save_classifier(files.weights, result.state_dict, described, args.numbers)
 
-    record = _record(args, plan, data, device, result) | figures
+    record = _record(args, plan, data, device, result) | figures | {"sha256": file_digest(files.weights)}
     if args.start_from and (earlier := args.start_from.with_suffix(".json")).is_file():
         record["started_from"] = read_json(earlier)
     write_json(files.record, record)

@@ -3,6 +3,7 @@
 Only safetensors files are read. They hold tensors and text, and no code.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..files import parse_json, write_whole
+from ..files import parse_json, read_json, write_whole
 from .networks import Classifier, UNet, UNetConfig
 
 Numbers = Literal["float32", "float16"]
@@ -140,6 +141,8 @@ def _save(
 def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}: {RETRAIN}")
+    if (expected := recorded_digest(path)) and expected != file_digest(path):
+        raise ValueError(f"{path} is damaged: its SHA-256 is not the one in {path.stem}.json: {RETRAIN}")
     try:
         tensors, metadata = read_safetensors(path)
     except SafetensorError as error:
@@ -148,6 +151,19 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} holds {metadata.get('kind', 'something that DNG did not write')}, not a {kind}")
     with _reading(path):
         return tensors, dict(parse_json(metadata["info"]))
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def recorded_digest(path: Path) -> str:
+    """The SHA-256 that the record beside a weights file says it has; "" where no record says one."""
+    try:
+        return str(read_json(path.with_suffix(".json"))["sha256"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import argparse
 import gzip
+import hashlib
 import json
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def test_command_trains_a_denoiser_and_writes_a_record(mnist_like, tmp_path, cap
     assert "/64 [" in printed.err and "image" in printed.err  # the progress in images
     record = json.loads((output / "mnist_denoiser.json").read_text())
     assert record["steps"] == 2
+    assert record["sha256"] == hashlib.sha256((output / "mnist_denoiser.safetensors").read_bytes()).hexdigest()
     assert "dng train denoiser" in record["command"]
     assert "--epochs 1 --batch-size 32 --learning-rate 0.0008 --seed 0" in record["command"]
 

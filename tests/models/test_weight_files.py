@@ -1,5 +1,6 @@
 """Weights files: what is written is read back; what can't be read says which file and what to do."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -63,6 +64,20 @@ def test_missing_file_says_where_weights_come_from(tmp_path):
 def test_cut_off_file_is_called_damaged(denoiser_file, keep):
     denoiser_file.write_bytes(denoiser_file.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"damaged.*dng train"):
+        load_denoiser(denoiser_file)
+
+
+def test_a_flipped_byte_is_found_by_the_records_digest(denoiser_file):
+    content = bytearray(denoiser_file.read_bytes())
+    record = denoiser_file.with_suffix(".json")
+    record.write_text(json.dumps({"sha256": hashlib.sha256(content).hexdigest()}))
+    load_denoiser(denoiser_file)
+    content[-9] ^= 1
+    denoiser_file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged: its SHA-256 is not the one in tiny_denoiser\.json.*dng train"):
+        load_denoiser(denoiser_file)
+    for other in ("{}", "[", "3"):  # a record of an older release, or none
+        record.write_text(other)
         load_denoiser(denoiser_file)
 
 
@@ -162,5 +177,6 @@ def test_shipped_weights_have_a_record_of_how_they_were_made():
         assert record["command"].startswith("dng train ")
         assert record["loss"] > 0
         assert isinstance(record["seed"], int)
+        assert record["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     accuracy = json.loads(shipped_classifiers()["mnist"].with_suffix(".json").read_text())["test_accuracy"]
     assert accuracy >= 0.99
