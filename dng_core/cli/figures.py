@@ -100,12 +100,15 @@ def run(args: argparse.Namespace) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     table: list[Row] = []
-    for row in figure.rows(args):
-        if not table:
-            tqdm.write("\n".join(table_lines(list(row), [])))
-        tqdm.write(line(map(show, row.values())))
-        sys.stdout.flush()
-        table.append(row)
+    try:
+        for row in figure.rows(args):
+            if not table:
+                tqdm.write("\n".join(table_lines(list(row), [])))
+            tqdm.write(line(map(show, row.values())))
+            sys.stdout.flush()
+            table.append(row)
+    except (OSError, ValueError, FloatingPointError) as error:
+        raise HeadlessError(f"dng figures {args.figure}: {error}") from error
     record = {
         "figure": figure.help,
         "command": "dng " + " ".join(sys.argv[1:]),
@@ -238,11 +241,10 @@ def server_with_pack(args: argparse.Namespace) -> Iterator[tuple["Server", Path]
 
 def comfyui_and_pack(args: argparse.Namespace) -> tuple[Location, Path]:
     """The ComfyUI to start and the checkout with the node pack; raises HeadlessError outside a checkout."""
-    location = find_comfyui(args.comfyui) or ensure_installed()
     pack = checkout()
     if pack is None:
         raise HeadlessError("This figure needs the node pack: run it in a checkout of the project.")
-    return location, pack
+    return find_comfyui(args.comfyui) or ensure_installed(), pack
 
 
 def kept_in(args: argparse.Namespace) -> Path:

@@ -1,8 +1,8 @@
 """The command line `dng`: each command is the module of its name beside this one, imported when it is used.
 
 A command's module has `add_arguments(parser)` and `run(args) -> int`. It is imported only if the interpreter has the
-modules that the command needs. If one is missing, the same command is started again under the Python of the ComfyUI
-that this project installs.
+modules that the command needs. If PyTorch is missing, the same command is started again under the Python of the
+ComfyUI that this project installs.
 """
 
 import argparse
@@ -11,12 +11,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from .. import __version__
 from ..headless.environment import missing_modules, restart_under
 from ..headless.errors import HeadlessError
-from ..headless.install import ensure_installed
+from ..headless.install import ensure_installed, managed
 
 TORCH = ("torch", "tqdm")
 
@@ -46,6 +47,17 @@ COMMANDS = (
 )
 
 
+def python_with(missing: Sequence[str], command: str) -> Path:
+    """The Python of the managed ComfyUI, which is installed for PyTorch's sake alone.
+
+    Raises HeadlessError where it is not there and the missing modules are small.
+    """
+    if "torch" in missing or managed().is_whole():
+        return ensure_installed().python
+    names = " ".join(missing)
+    raise HeadlessError(f"dng {command} needs {names}.", f"Install it: {sys.executable} -m pip install {names}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (1: an error with a message, 130: Ctrl-C, 143: terminated)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -69,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.parse_args(arguments)
             return 2
         if missing := missing_modules(chosen.needs):
-            return restart_under(ensure_installed().python, arguments, missing)
+            return restart_under(python_with(missing, chosen.name), arguments, missing)
         module = importlib.import_module(f".{chosen.name}", __package__)
         module.add_arguments(subparsers_by_name[chosen.name])
         args, unknown = parser.parse_known_args(arguments)

@@ -44,6 +44,11 @@ def test_numbers_that_make_no_figure_are_refused(tmp_path: Path, figure, options
         dng_figures(figure, *options, "--output", tmp_path)
 
 
+def test_what_cannot_be_measured_is_told_without_a_traceback(tmp_path):
+    with pytest.raises(HeadlessError, match=r"dng figures networks: no weights at .*gone\.safetensors"):
+        dng_figures("networks", "--denoisers", tmp_path / "gone.safetensors", "--output", tmp_path)
+
+
 @pytest.mark.parametrize("figure", list(figures.FIGURES))
 def test_every_figure_finds_the_function_that_measures_it(tmp_path, monkeypatch, figure):
     options = {"sampler_name": ["euler_ancestral", "dpmpp_2m_sde", "dpmpp_2m"], "scheduler": ["karras"]}

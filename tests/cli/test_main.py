@@ -1,5 +1,6 @@
 """The command line starts on a bare Python, explains itself, and says what it does not know."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import pytest
 
 import dng_core
+from dng_core.cli import figures, main
 from dng_core.cli.main import COMMANDS
 from dng_core.headless.environment import LAUNCHER
+from dng_core.headless.errors import HeadlessError
 
 from .bare_python import bare_python
 
@@ -65,3 +68,21 @@ def test_a_server_without_aiohttp_and_without_an_install_says_what_to_do(
     assert done.returncode == 1
     assert "needs aiohttp and tqdm" in done.stderr
     assert "pip install aiohttp tqdm" in done.stderr
+
+
+def test_a_small_module_that_is_missing_starts_no_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DNG_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(main, "missing_modules", lambda names: ["tqdm"])
+    monkeypatch.setattr(main, "ensure_installed", lambda: pytest.fail("nothing may be installed"))
+    assert main.main(["figures", "posterior"]) == 1
+    assert "dng figures needs tqdm.\nInstall it: " in (told := capsys.readouterr().err)
+    assert "-m pip install tqdm" in told
+
+
+def test_a_figure_of_the_pack_without_the_pack_starts_no_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "checkout", lambda: None)
+    monkeypatch.setattr(figures, "ensure_installed", lambda: pytest.fail("nothing may be installed"))
+    with pytest.raises(HeadlessError, match="run it in a checkout"):
+        figures.comfyui_and_pack(argparse.Namespace(comfyui=None))
