@@ -24,6 +24,7 @@ from ..sampling import Predictor, ddpm_sample
 from ..schedules import DDPMSchedule, ddpm_sigmas
 from ..settings import Rule, Settings
 from .class_removal import chain_name, image_shape, starting_noise
+from .features import decided
 
 BATCH = 128  # images drawn at once: a choice
 BOUNDS = (math.inf, 3.0, 0.3, 0.0)  # of sigma, a choice: an image's class is open, then decided, then settled
@@ -41,7 +42,7 @@ def evidence_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, An
             noise, generator = starting_noise(start, min(BATCH, images - start), seed, image_shape(network))
             observer = NegativeGuidance([Settings(guidance_scale=0.0)], Chain(levels))
             drawn = ddpm_sample(predict, noise, levels, observer, generator)
-            shown.append(classifier(drawn).argmax(dim=1) == digit)
+            shown.append(decided(classifier(drawn)) == digit)
             increments.append(evidence_of(observer)[0].increments)
         yield {"class": name, "images": images} | summed(torch.cat(increments, dim=1), torch.cat(shown), levels)
 
@@ -75,7 +76,7 @@ def rules_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, Any]]
             for rule in rules
         ]
         drawn = ddpm_sample(partial(_seen_by, predict, observers), noise, levels, generator=generator)
-        shown.append(classifier(drawn).argmax(dim=1))
+        shown.append(decided(classifier(drawn)))
         for rule, guidance in zip(rules, observers, strict=True):
             posteriors[rule].append(guidance.trace().posterior)
     truth = torch.cat(shown) == torch.arange(len(names))[:, None]

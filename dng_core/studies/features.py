@@ -65,13 +65,27 @@ def inside_manifold(points: Tensor, manifold: Tensor, neighbours: int = NEIGHBOU
 
 @torch.no_grad()
 def classified(classifier: Classifier, images: np.ndarray, batch: int = 500) -> tuple[Tensor, Tensor]:
-    """What a classifier sees in uint8 images, (n, channels, height, width): features (n, d) and classes (n,)."""
+    """What a classifier sees in uint8 images, (n, channels, height, width): features (n, d) and classes (n,).
+
+    ValueError as :func:`decided`.
+    """
     device = next(classifier.parameters()).device
     features = []
     for part in torch.from_numpy(images).split(batch):
         features.append(classifier.features(to_model_range(part).to(device)).cpu())
     everything = torch.cat(features)
-    return everything, classifier.head(everything.to(device)).argmax(dim=1).cpu()
+    return everything, decided(classifier.head(everything.to(device))).cpu()
+
+
+def decided(logits: Tensor) -> Tensor:
+    """The class of each image, (n,), by a classifier's logits, (n, classes).
+
+    ValueError where some are not finite: the image or the classifier's weights are not, and it would count as whatever
+    class the comparison of NaNs happens to give.
+    """
+    if not bool(logits.isfinite().all()):
+        raise ValueError("the classifier sees images that are not finite, or its weights are not: check both")
+    return logits.argmax(dim=1)
 
 
 def require_inception() -> None:

@@ -62,13 +62,18 @@ def networks_figure(
 
 
 def unguided(network: UNet, chain: DDPMSchedule, images: int, steps: int, seed: int) -> tuple[Tensor, float]:
-    """Images, (n, channels, height, width) uint8, of DDPM steps without a label, and the seconds that they took."""
+    """Images, (n, channels, height, width) uint8, of DDPM steps without a label, and the seconds that they took.
+
+    FloatingPointError if an image is not finite.
+    """
     predict, levels = LabelConditional(network, chain, None), ddpm_sigmas(chain, steps)
     parts, began = [], time.monotonic()
     for start in range(0, images, BATCH):
         noise, generator = starting_noise(start, min(BATCH, images - start), seed, image_shape(network))
         parts.append(ddpm_sample(predict, noise, levels, generator=generator))
     seconds = time.monotonic() - began
+    if not bool(torch.cat(parts).isfinite().all()):
+        raise FloatingPointError("the denoiser draws images that are not finite: check its weights")
     return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), seconds
 
 
