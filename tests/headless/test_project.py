@@ -11,7 +11,7 @@ import pytest
 
 import dng_core
 from dng_core.headless.environment import LAUNCHER
-from dng_core.headless.install import TORCH, managed, write_marker
+from dng_core.headless.install import COMFYUI_PINS, TOOLS_PINS, managed, write_marker
 from dng_core.headless.locate import Location
 from dng_core.headless.paths import venv_python
 
@@ -65,13 +65,29 @@ def test_the_name_does_not_claim_to_be_comfyuis() -> None:
     assert "comfyui" not in PROJECT["project"]["name"].lower()
 
 
+@pytest.mark.parametrize("pins", [COMFYUI_PINS, TOOLS_PINS])
+def test_every_pin_is_a_release_with_hashes(pins: Path) -> None:
+    text = pins.read_text().replace("\\\n", "")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert len(lines) > 30
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+( ; [^#]*?)?(\s+--hash=sha256:[0-9a-f]{64})+", line) for line in lines)
+
+
 def test_the_pins_cover_what_the_install_asks_for() -> None:
-    pins = (ROOT / "dng_core/headless/constraints.txt").read_text().splitlines()
-    assert all("==" in line for line in pins)
-    assert set(TORCH) <= set(pins)
-    tools = [entry for entry in PROJECT["project"]["optional-dependencies"]["test"] if "[" not in entry]
-    pinned = {pin.split("==")[0].lower() for pin in pins}
-    assert {re.split(r"[ <>=;]", tool)[0].lower() for tool in tools} <= pinned
+    wanted = COMFYUI_PINS.with_suffix(".in").read_text().splitlines()
+    tools = [entry for name in ("test", "browser") for entry in PROJECT["project"]["optional-dependencies"][name]]
+    comfyui, both = pinned(COMFYUI_PINS), pinned(COMFYUI_PINS) | pinned(TOOLS_PINS)
+    assert {plain(line) for line in wanted if not line.startswith("#")} <= comfyui
+    assert {plain(entry) for entry in tools if "[" not in entry} <= both
+    assert {line for line in wanted if "==" in line} <= set(re.findall(r"^\S+==\S+", COMFYUI_PINS.read_text(), re.M))
+
+
+def plain(requirement: str) -> str:
+    return re.split(r"[ <>=;]", requirement)[0].lower().replace("_", "-")
+
+
+def pinned(pins: Path) -> set[str]:
+    return {plain(line) for line in pins.read_text().splitlines() if "==" in line}
 
 
 def test_the_root_of_the_pack_is_not_importable() -> None:
