@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..files import read_json
 from .networks import UNet, UNetConfig
-from .weight_files import DenoiserInfo, load_denoiser, shipped_denoisers
+from .weight_files import DenoiserInfo, filled, load_denoiser, shipped_denoisers
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 UNCONDITIONAL: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ def load_diffusers(folder: Path) -> tuple[UNet, DenoiserInfo]:
         raise ValueError(f"{config_file} describes no network: it holds no JSON object")
     network = _diffusers_network(config_file, raw)
     renamed = {_new_attention_name(key): value for key, value in state_dict.items()}
-    return _filled(weights, network, renamed), _info(folder.name, network)
+    return filled(weights, lambda: UNet(network), renamed), _info(folder.name, network)
 
 
 def load_class_only(path: Path, network: UNetConfig = CIFAR10_NETWORK) -> tuple[UNet, DenoiserInfo]:
@@ -107,7 +107,7 @@ def load_class_only(path: Path, network: UNetConfig = CIFAR10_NETWORK) -> tuple[
     if not isinstance(content, dict) or not isinstance(content.get("net"), Mapping):
         raise ValueError(f"{path} has no entry 'net' with a state dict, as the authors' class-only checkpoints do")
     raw = {str(key).removeprefix("module."): value for key, value in content["net"].items()}
-    return _filled(path, network, _from_module_list(path, raw, network)), _info(path.stem, network)
+    return filled(path, lambda: UNet(network), _from_module_list(path, raw, network)), _info(path.stem, network)
 
 
 def download(repository: str) -> Path:
@@ -209,15 +209,6 @@ def _from_module_list(path: Path, raw: Mapping[str, Tensor], network: UNetConfig
             rest = ["weight"]
         result[".".join([name, *("bias" if part == "b" else part for part in rest)])] = value
     return result
-
-
-def _filled(path: Path, network: UNetConfig, state_dict: Mapping[str, Tensor]) -> UNet:
-    model = UNet(network)
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise ValueError(f"{path} holds a network of another shape than {network}: {error}") from error
-    return model.eval().requires_grad_(False)
 
 
 def _info(name: str, network: UNetConfig) -> DenoiserInfo:

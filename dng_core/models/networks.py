@@ -7,7 +7,7 @@ diffusers' ``UNet2DModel``, so that public weights in that layout load as they a
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,17 @@ from torch import Tensor, nn
 
 Prediction = Literal["epsilon", "v"]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
+
+
+MOST_LEVELS = 16  # like the bounds of the fields, a choice: far above any network that this U-Net was trained as
+
+
+def check_within_bounds(described: Any, least: int = 1, **most: int) -> None:
+    """ValueError if a field is no whole number from ``least`` to its bound: a file must not ask for any size."""
+    for name, bound in most.items():
+        value = getattr(described, name)
+        if not isinstance(value, int) or not least <= value <= bound:
+            raise ValueError(f"{name} must be a whole number from {least} to {bound}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,15 @@ class UNetConfig:
     prediction: Prediction = "epsilon"
 
     def __post_init__(self) -> None:
+        check_within_bounds(self, image_size=4096, in_channels=64, base_channels=4096, blocks_per_level=32)
+        check_within_bounds(self, patch_size=64)
+        check_within_bounds(self, least=0, num_classes=100_000)
+        for name, most in (("channel_multipliers", 64), ("attention_levels", MOST_LEVELS)):
+            numbers = getattr(self, name)
+            if len(numbers) > MOST_LEVELS or not all(isinstance(n, int) and 0 <= n <= most for n in numbers):
+                raise ValueError(f"{name} must be at most {MOST_LEVELS} whole numbers up to {most}, not {numbers!r}")
+        if not self.channel_multipliers:
+            raise ValueError("channel_multipliers must have at least one number")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, not {self.prediction!r}")
 

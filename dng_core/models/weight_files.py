@@ -5,7 +5,7 @@ Only safetensors files are read. They hold tensors and text, and no code.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..files import parse_json, read_json, write_whole
-from .networks import Classifier, UNet, UNetConfig
+from .networks import Classifier, UNet, UNetConfig, check_within_bounds
 
 Numbers = Literal["float32", "float16"]
 NUMBERS: tuple[Numbers, ...] = get_args(Numbers)  # the number formats of a weights file
@@ -51,6 +51,9 @@ class ClassifierInfo:
     width: int
     data_range: tuple[float, float]
     class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        check_within_bounds(self, image_size=4096, in_channels=64, width=1024)
 
 
 def shipped_denoisers() -> dict[str, Path]:
@@ -93,11 +96,10 @@ def load_denoiser(path: Path) -> tuple[UNet, DenoiserInfo]:
     with _reading(path):
         network = UNetConfig(**_tuples(raw.pop("network")))
         info = DenoiserInfo(network=network, **_tuples(raw))
-        model = UNet(network)
         _check_range(info)
     if len(info.class_names) != network.num_classes:
         raise ValueError(f"{path} names {len(info.class_names)} classes, its network has {network.num_classes}")
-    return _filled(path, model, state_dict), info
+    return filled(path, lambda: UNet(network), state_dict), info
 
 
 def load_classifier(path: Path) -> tuple[Classifier, ClassifierInfo]:
@@ -105,9 +107,8 @@ def load_classifier(path: Path) -> tuple[Classifier, ClassifierInfo]:
     state_dict, raw = _load(path, "classifier")
     with _reading(path):
         info = ClassifierInfo(**_tuples(raw))
-        model = Classifier(info.in_channels, len(info.class_names), info.width)
         _check_range(info)
-    return _filled(path, model, state_dict), info
+    return filled(path, lambda: Classifier(info.in_channels, len(info.class_names), info.width), state_dict), info
 
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -181,9 +182,18 @@ def _check_range(info: DenoiserInfo | ClassifierInfo) -> None:
         raise ValueError(f"its data range is {info.data_range}, not -1 .. 1")
 
 
-def _filled(path: Path, model: Network, state_dict: dict[str, Tensor]) -> Network:
+def filled(path: Path, make: Callable[[], Network], state_dict: Mapping[str, Tensor]) -> Network:
+    """The network that ``make`` makes with the weights of a file, in float32, for use; ValueError if they don't fit.
+
+    It is made without memory of its own: whatever sizes a file describes, no more is allocated than its tensors take.
+    """
+    copies = {k: v.to(torch.float32, copy=True) if v.is_floating_point() else v.clone() for k, v in state_dict.items()}
     try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {path} don't fit their network: {RETRAIN} ({error})") from error
+        with torch.device("meta"):
+            model = make()
+        model.load_state_dict(copies, assign=True)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the weights in {path} are of another shape, and don't fit their network: {RETRAIN} ({error})"
+        ) from error
     return model.eval().requires_grad_(False)

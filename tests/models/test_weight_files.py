@@ -113,6 +113,10 @@ def test_tensors_of_another_shape_are_refused(tmp_path):
         {"network": {"image_size": 8, "in_channels": 1, "prediction": "x0"}},
         {"network": 3},
         {"data_range": [0, 1]},
+        {"network": {"image_size": 10**9, "in_channels": 1}},
+        {"network": {"image_size": 8, "in_channels": 1, "blocks_per_level": 10**9}},
+        {"network": {"image_size": 8, "in_channels": 1, "channel_multipliers": [1] * 1000}},
+        {"network": {"image_size": 8, "in_channels": 1.5}},
     ],
 )
 def test_a_network_that_this_version_does_not_know_is_refused(tmp_path, change):
@@ -120,6 +124,15 @@ def test_a_network_that_this_version_does_not_know_is_refused(tmp_path, change):
     info |= {"data_range": [-1, 1]} | change
     save_file({"x": torch.zeros(1)}, tmp_path / "file", metadata={"kind": "denoiser", "info": json.dumps(info)})
     with pytest.raises(ValueError, match=r"doesn't know.*update DNG"):
+        load_denoiser(tmp_path / "file")
+
+
+def test_a_network_far_larger_than_the_file_is_refused_without_memory_for_it(tmp_path):
+    """The first convolution alone would take terabytes."""
+    network = {"image_size": 8, "in_channels": 1, "base_channels": 4096, "channel_multipliers": [64]}
+    info = {"name": "x", "network": network, "schedule": "linear", "class_names": [], "data_range": [-1, 1]}
+    save_file({"x": torch.zeros(1)}, tmp_path / "file", metadata={"kind": "denoiser", "info": json.dumps(info)})
+    with pytest.raises(ValueError, match="don't fit their network"):
         load_denoiser(tmp_path / "file")
 
 
