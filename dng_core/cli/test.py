@@ -4,7 +4,6 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from ..files import write_whole
@@ -14,6 +13,7 @@ from ..headless.link import link_folder, unlink_folder
 from ..headless.lock import exclusive
 from ..headless.paths import PACKAGE_FOLDER, checkout
 from ..headless.releases import NEWEST, OLDEST, RELEASES, comfyui_release, front_end, front_end_of
+from ..headless.scratch import scratch_folder
 
 ALIAS = "dynamic_negative_guidance"
 GRACE_SECONDS = 15  # a choice
@@ -90,13 +90,13 @@ def install_tools(python: Path) -> None:
 
 def check_types(python: Path, root: Path, environment: dict[str, str]) -> int:
     """Run mypy on the pack as ComfyUI sees it: one package, whatever the checkout's folder is called."""
-    with tempfile.TemporaryDirectory(prefix="dng-types-") as scratch:
-        link = Path(scratch) / ALIAS
+    with scratch_folder("dng-types-") as scratch:
+        link = scratch / ALIAS
         link_folder(root, link)
         try:
             packages = ["-p", f"{ALIAS}.dng_core", "-p", f"{ALIAS}.nodes"]
             options = ["--config-file", str(root / "pyproject.toml"), "--cache-dir", str(root / ".mypy_cache")]
-            return run_tool(python, ["mypy", *options, *packages], Path(scratch), environment)
+            return run_tool(python, ["mypy", *options, *packages], scratch, environment)
         finally:
             unlink_folder(link)
 

@@ -20,6 +20,7 @@ from .link import link_folder, unlink_folder
 from .locate import Location, has_accelerator
 from .paths import is_pack
 from .process import start, stop
+from .scratch import scratch_folder
 
 HOST = "127.0.0.1"
 START_SECONDS = 600.0  # like the numbers below, a choice
@@ -94,8 +95,7 @@ def comfyui_server(
     HeadlessError where the server does not start, or where the given `port` is taken.
     """
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="dng-", ignore_cleanup_errors=True) as scratch:
-        folder = Path(scratch)
+    with scratch_folder("dng-") as folder:
         device = [] if "--cpu" in options or has_accelerator(location) else ["--cpu"]
         with visible_pack(location, pack, folder, all_custom_nodes) as pack_options:
             arguments = [*server_options(folder, input_folder), *pack_options, *device, *options]
