@@ -1,280 +1,507 @@
-"""Settings proposed from one unguided run: how much evidence for a concept its images bring, and when.
+"""Calibration: temperature and drift of a model, measured on its own unguided images, without labels.
 
-The run is recorded once, as evidence: the changes of log p(c-|x). Whatever other settings would have tracked along the
-run follows from the record without another evaluation of the model.
+On exact predictions Algorithm 2 is right with temperature 1 and no drift. The two predictions of a trained network
+also disagree by their errors, and those errors count as evidence: the posterior then moves too fast, and sinks. Both
+can be measured, because p_t = p(c-|x_t) is a *martingale* along the reference's own chain: given the state at some
+step, the expectation of p at every later step is what p is now (p is the conditional probability of one fixed event).
+Two conditions follow, and neither needs to know what an image shows:
+
+1. *Level.* The mean of p over unguided images does not change from step to step. It fixes the drift, in nats per jump.
+2. *Unit.* The regression of a later p on an earlier one has slope 1. Where the temperature is too high, p is
+   overconfident, early values are taken back later, and the slope is below 1; where it is too low, it is above 1.
+
+A finite number of images satisfies neither condition exactly, also where the model is exact. So exact settings are
+what is assumed, and each parameter departs from them only as far as the images show beyond their own sampling error.
+
+Tensors of evidence are (jumps, concepts, batch), in nats. A *jump* leads from one noise level of a run to the next.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .guidance import NegativeGuidance
 from .kernels import ReverseKernel
-from .posterior import advance, offset_evidence
-from .settings import Settings, check
+from .posterior import advance, drift_evidence
+from .settings import Settings, check, check_numbers
+
+FEWEST_IMAGES = 8
+"""With fewer images than this, sampling error hides all that a calibration could find: a choice."""
+
+FEWEST_STEPS = 8
+"""A run of fewer steps has too few noise levels for a curve: a choice."""
+
+OCTAVE = 2.0
+"""The drift is one number for each fall of sigma by this factor. On the MNIST network a factor of 4 is too coarse
+(cross entropy of the posterior at sigma 0.65: 0.14 in place of 0.12)."""
+
+DRIFT_ERRORS = 2.0
+"""A drift that is not this many standard errors away from 0 is taken as 0, and a larger one is shrunk accordingly. The
+drift of the MNIST network is 5 to 15 standard errors in each octave, with 64 images of ten classes."""
+
+SLOPE_ERRORS = 1.0
+"""The temperature departs from 1 until the slope is within this many standard errors of 1. With 64 images of eight
+alternatives of the oracle, eleven of twelve temperatures then lie between 0.9 and 1.1 (with 0, six of twelve); on the
+MNIST network the temperature is 0.55 in place of 0.5, and the cross entropy the same."""
+
+OPEN = 0.15
+"""The drift ends where the mean of p (1 - p) has fallen to this share of its first value. Most images are decided
+there. A mean that changes later is that of few images, which an upward drift of all cannot mend."""
+
+LEARNED = 0.05
+"""The drift also ends at the first octave, after the first that taught something, in which the mean of p (1 - p) falls
+by less than this share of its first value: what comes there is fine detail, of which a trained network's predictions
+tell nothing more. On the MNIST network the shares of the digits are right at that level, and no longer below."""
+
+EARLY, LATE = 0.1, 0.6
+"""The slope is taken from the steps at which the variance of p is between these shares of its last value. Before,
+nothing is known yet, and after, the slope is near 1 in any case."""
+
+TEMPERATURES = (0.05, 2.0)
+"""Where a temperature is looked for. The smallest in the paper is 0.2."""
+
+BISECTIONS = 12
+"""Halvings of the range of log temperatures: down to 0.1 %."""
+
+MOST_DRIFT = 10.0
+"""The most nats of drift that an octave is given. The MNIST network needs 0.8."""
+
+SHARE_ROUNDS = 3
+"""How often the shares of alternatives are read off and put in place of equal shares: they no longer change then."""
+
+SHARE_GUESS = 0.5
+"""The first guess of a share. A concept that more images show is better put into the prompt than avoided."""
 
 LIKELY = 0.5
-"""Guidance is "on" in an image whose posterior is above this: the push is then above guidance_scale."""
+"""An image is called pushed where p is above this: the push is then above guidance_scale."""
 
-SMALLEST_PRIOR = 0.01
-"""Evidence that would ask for a smaller prior is taken for accumulated errors, and the temperature is lowered. The
-smallest prior that the paper uses."""
+SMALL_DRIFT = 0.3
+"""Less drift than this is not worth words: it changes odds by a third."""
 
-LARGEST_PRIOR = 0.5
-"""A concept that more than half of the images show is better put into the prompt than avoided."""
+UNDECIDED = 0.8
+"""Where more than this is undecided, a share is little more than its guess: a choice. The MNIST network's digits are
+below 0.3."""
 
-# The quantiles and grids below are choices, not measurements: tests/core/test_calibration.py shows what they lead to.
-CLEAR = 0.5
-"""An image shows the concept if its evidence peaks above this share of a clear image's."""
+Z_95 = 1.96
+"""The 97.5 % point of the normal distribution."""
 
-TOP = 0.95
-"""The quantile of the peaks that stands for a clear image: the very largest may be an outlier."""
-
-UPPER = 0.75
-"""The quantile of the clear images' peaks that is taken for log(1 / prior): some images are borderline cases."""
-
-LEAST_EVIDENCE = 0.5
-"""Where no image's evidence peaks above this, in nats, none shows the concept."""
-
-TYPICAL = 0.5
-"""The share of the related images that must be on in time."""
-
-NEARLY_ALL = 0.95
-"""The share of the unrelated images that must stay below the scale."""
-
-PRIOR_FACTORS = (1.0, 1.5, 2.5, 5.0, 10.0, 0.6, 0.3, 0.1)
-TEMPERATURE_FACTORS = (1.0, 0.75, 0.5, 0.35, 0.2, 0.1)
-OFFSETS = tuple(0.5 * i for i in range(21))
-"""Offsets of the grid, in nats over the whole chain."""
+FIT = Settings(prior=0.5, p_min=1e-6, p_max=1 - 1e-9)
+"""The bounds of p while the conditions are evaluated. A p_max of 0.99 alone would lower the mean of p."""
 
 
 @dataclass(frozen=True)
 class Evidence:
     """What an unguided run showed of one concept.
 
-    ``increments``: (jumps, batch), what each jump from step to step added to log p(c-|x) at temperature 1 and offset
-    0. ``offsets``: (jumps,), what it would have added with an offset of 1 nat in all (offset_form "total").
+    ``increments``: (jumps, batch), what each jump said at temperature 1 and without offset or drift, in nats.
+    ``sigmas``: the noise levels of the run, falling; one more than there are jumps.
     """
 
     increments: Tensor
-    offsets: Tensor
+    sigmas: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.increments.ndim != 2 or len(self.sigmas) != len(self.increments) + 1:
+            raise ValueError("evidence must be (jumps, batch), with one noise level more than there are jumps")
 
     @property
-    def peak(self) -> Tensor:
-        """(batch,) the most that the evidence for the concept came to along the run, in nats; at least 0.
-
-        Where a model's predictions of fine detail err, evidence sinks late in the run on every image, also on those
-        that show the concept. The peak comes before.
-        """
-        return self.increments.cumsum(dim=0).amax(dim=0).clamp(min=0)
+    def kernels(self) -> list[ReverseKernel]:
+        """The jumps' kernels."""
+        return [ReverseKernel(start, end) for start, end in pairwise(self.sigmas)]
 
 
 def evidence_of(guidance: NegativeGuidance) -> list[Evidence]:
-    """What a run without guidance showed of each of its concepts; waits for the device.
+    """What a run showed of each of its concepts, on the CPU in float64; waits for the device.
 
-    Of the run's settings only the rule counts; their guidance scale must be 0.
+    Only a run whose guidance scales are 0 was the reference's own chain. Of its settings only the rule counts.
+    """
+    return [
+        Evidence(
+            torch.stack([point.evidence for point in path.points[1:]]).double().cpu(),
+            tuple(point.sigma for point in path.points),
+        )
+        for path in guidance.paths
+        if len(path.points) > 1
+    ]
+
+
+def track(evidence: Evidence, settings: Settings) -> Tensor:
+    """The posterior (steps, batch) that ``settings`` would have tracked along the run, without another evaluation.
+
+    Offsets are left out: their form needs the model's training chain.
+    """
+    prior = torch.full((evidence.increments.shape[1],), math.log(settings.prior), dtype=torch.float64)
+    return _tracked(prior, evidence.increments, evidence.kernels, settings)
+
+
+def _tracked(log_p: Tensor, increments: Tensor, kernels: Sequence[ReverseKernel], settings: Settings) -> Tensor:
+    course = [log_p]
+    for increment, kernel in zip(increments, kernels, strict=True):
+        log_p = advance(log_p, increment, settings.temperature, drift_evidence(settings, kernel), settings)
+        course.append(log_p)
+    return torch.stack(course).exp()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured of a model.
+
+    Parameters
+    ----------
+    temperature: how far evidence counts.
+    drift: see :class:`~.settings.Settings`.
+    least, most: the temperatures that the images do not exclude (slope within two standard errors of 1).
+    images, steps: of the run that was measured.
+    """
+
+    temperature: float
+    drift: tuple[tuple[float, float], ...]
+    least: float
+    most: float
+    images: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check(self, "temperature", 0 < self.temperature < math.inf, "above 0 and finite")
+        check(self, "images", self.images >= FEWEST_IMAGES, f"at least {FEWEST_IMAGES}")
+        check(self, "steps", self.steps >= FEWEST_STEPS, f"at least {FEWEST_STEPS}")
+        object.__setattr__(self, "drift", Settings(drift=self.drift).drift)
+
+    @property
+    def nats(self) -> float:
+        """The drift over a whole run."""
+        return self.drift[-1][1] if self.drift else 0.0
+
+    @property
+    def decided(self) -> float:
+        """The noise level at which the images are decided, as far as the model tells; 0 for the end of the run."""
+        return self.drift[-1][0] if self.drift else 0.0
+
+    def applied(self, settings: Settings) -> Settings:
+        """``settings`` with the measured temperature and drift, and no offset."""
+        return settings.with_(temperature=self.temperature, drift=self.drift, offset=0.0)
+
+
+EXACT = Calibration(1.0, (), 1.0, 1.0, FEWEST_IMAGES, FEWEST_STEPS)
+"""What an exact model would measure."""
+
+
+def calibrate(evidence: Sequence[Evidence], shares: Sequence[float] | None = None) -> Calibration:
+    """Temperature and drift of a model, from one unguided run.
+
+    Parameters
+    ----------
+    evidence: of each concept, along one run.
+    shares: the share of the model's images that shows each concept. None says that the concepts are *alternatives*, of
+        which each image shows exactly one (classes; day and night): their shares add up to 1, and are measured along.
 
     Raises
     ------
-    ValueError: if the run was too short to tell.
+    ValueError: if there are too few images or steps, a value is not finite, a share is not between 0 and 1, or there
+        are fewer than two alternatives, or their posteriors do not add up to 1.
     """
-    one_nat = Settings(offset=1.0, offset_form="total")
-    found = []
-    for path in guidance.paths:
-        if len(path.points) < 3:
-            raise ValueError(f"calibration needs a run of at least 3 steps, not {len(path.points)}")
-        evidence = torch.stack([point.evidence for point in path.points[1:]]).double().cpu()
-        kernels = [ReverseKernel(start.sigma, end.sigma) for start, end in pairwise(path.points)]
-        offsets = [offset_evidence(one_nat, kernel, guidance.chain.offset) for kernel in kernels]
-        found.append(Evidence(evidence, torch.tensor(offsets, dtype=torch.float64)))
+    increments, sigmas = _stacked(evidence)
+    jumps, concepts, images = increments.shape
+    if images < FEWEST_IMAGES:
+        raise ValueError(f"a calibration needs at least {FEWEST_IMAGES} images, not {images}")
+    if jumps + 1 < FEWEST_STEPS:
+        raise ValueError(f"a calibration needs a run of at least {FEWEST_STEPS} steps, not {jumps + 1}")
+    if shares is None and concepts < 2:
+        raise ValueError("alternatives are at least two concepts, of which each image shows exactly one")
+    if shares is not None and (len(shares) != concepts or not all(0 < share < 1 for share in shares)):
+        raise ValueError(f"each of the {concepts} concepts needs a share between 0 and 1, exclusive")
+    priors = torch.tensor(shares or [1 / concepts] * concepts, dtype=torch.float64)
+    run = _Run(increments, sigmas)
+    for _ in range(1 if shares else SHARE_ROUNDS):
+        temperature = run.temperature(priors, SLOPE_ERRORS)
+        found = run.course(priors, temperature)
+        if not shares:
+            ends = found[-1].mean(dim=1)
+            priors = (ends / ends.sum()).clamp(min=1 / (2 * images), max=1 - 1 / (2 * images))
+    return Calibration(
+        temperature,
+        run.drift(priors, temperature),
+        least=min(run.temperature(priors, 2.0, upper=False), temperature),
+        most=max(run.temperature(priors, 2.0, upper=True), temperature),
+        images=images,
+        steps=jumps + 1,
+    )
+
+
+@dataclass(frozen=True)
+class Share:
+    """How often a model draws a concept.
+
+    ``mean``: the mean of the decided posteriors. ``low``, ``high``: its Wilson interval (95 %), as if each image had
+    been told apart for certain. ``images``: how many were drawn. ``undecided``: the mean of p (1 - p), as a share of
+    its first value: 0 where all images are told apart, 1 where none is.
+    """
+
+    mean: float
+    low: float
+    high: float
+    images: int
+    undecided: float
+
+    @property
+    def seen(self) -> bool:
+        """Whether the images show the concept: their posteriors add up to more than half an image."""
+        return self.mean * self.images > 0.5
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the model tells images with the concept from images without."""
+        return self.undecided < UNDECIDED
+
+
+def share_of(evidence: Evidence, calibration: Calibration) -> Share:
+    """The share of images that show a concept, from one unguided run of a calibrated model.
+
+    A prior below the share stays where it is (the mean of p is a martingale's), while one above it comes down, since p
+    cannot exceed 1. So the first guess is high, and what it comes down to is the second guess.
+    """
+    _stacked([evidence])  # refuses what is not finite
+    images = evidence.increments.shape[1]
+    decided = next((i for i, s in enumerate(evidence.sigmas) if s <= calibration.decided), len(evidence.sigmas) - 1)
+    settings, mean, p = calibration.applied(FIT), SHARE_GUESS, torch.empty(0)
+    for _ in range(2):
+        prior = min(max(mean, 1 / (2 * images)), SHARE_GUESS)
+        p = track(evidence, settings.with_(prior=prior))[decided]
+        mean = float(p.mean())
+    spread = Z_95 * math.sqrt(mean * (1 - mean) / images + (Z_95 / (2 * images)) ** 2)
+    centre, whole = mean + Z_95**2 / (2 * images), 1 + Z_95**2 / images
+    undecided = float((p * (1 - p)).mean()) / (SHARE_GUESS * (1 - SHARE_GUESS))
+    return Share(mean, max(0.0, (centre - spread) / whole), min(1.0, (centre + spread) / whole), images, undecided)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What settings would do along a recorded run, before their own push has changed it.
+
+    ``pushed``: how many of the ``images`` have a posterior above LIKELY at some step. ``scale``: the median of the
+    largest guidance scales of these. ``on_at``: the median share of the steps after which they are pushed. ``others``:
+    what the guidance scale of 95 % of the other images stays below. Each is None where there is no such image.
+    """
+
+    images: int
+    pushed: int
+    scale: float | None
+    on_at: float | None
+    others: float | None
+
+
+def outlook(evidence: Evidence, settings: Settings) -> Outlook:
+    """What ``settings`` would do along the run that ``evidence`` recorded."""
+    course = track(evidence, settings)
+    scales = (settings.guidance_scale * course / (1 - course)).clamp(max=settings.max_scale).amax(dim=0)
+    on = course > LIKELY
+    pushed = on.any(dim=0)
+    first = on.double().argmax(dim=0).double() / (len(course) - 1)
+    return Outlook(
+        images=len(pushed),
+        pushed=int(pushed.sum()),
+        scale=float(scales[pushed].median()) if bool(pushed.any()) else None,
+        on_at=float(first[pushed].median()) if bool(pushed.any()) else None,
+        others=float(scales[~pushed].quantile(0.95)) if bool((~pushed).any()) else None,
+    )
+
+
+def _stacked(evidence: Sequence[Evidence]) -> tuple[Tensor, tuple[float, ...]]:
+    if not evidence:
+        raise ValueError("there is no evidence to calibrate on: give that of at least one concept")
+    shapes = {(e.increments.shape, e.sigmas) for e in evidence}
+    if len(shapes) > 1:
+        raise ValueError("the concepts' evidence must come from one run, with the same images and noise levels")
+    increments = torch.stack([e.increments for e in evidence], dim=1).double()
+    if not bool(increments.isfinite().all()):
+        first = int((~increments.isfinite()).flatten(1).any(dim=1).nonzero()[0])
+        raise ValueError(
+            f"the model's predictions are NaN or infinite at step {first + 1} of {len(increments) + 1}, so that there "
+            "is nothing to calibrate on; run the model in a higher precision"
+        )
+    return increments, evidence[0].sigmas
+
+
+class _Run:
+    """The two conditions along one recorded run."""
+
+    def __init__(self, increments: Tensor, sigmas: tuple[float, ...]) -> None:
+        self.increments, self.sigmas = increments, sigmas
+        self.kernels = [ReverseKernel(start, end) for start, end in pairwise(sigmas)]
+        self.octaves = _octaves(sigmas)
+
+    def course(self, priors: Tensor, temperature: float) -> Tensor:
+        """p by this temperature and its drift, (steps, concepts, batch), down to where the images are decided."""
+        settings = FIT.with_(temperature=temperature, drift=self.drift(priors, temperature))
+        jumps = self.sigmas.index(settings.drift[-1][0]) if len(settings.drift) > 1 else len(self.kernels)
+        log_priors = priors.log()[:, None].expand(self.increments.shape[1:])
+        return _tracked(log_priors, self.increments[:jumps], self.kernels[:jumps], settings)
+
+    def temperature(self, priors: Tensor, errors: float, upper: bool | None = None) -> float:
+        """The temperature nearest to 1 at which the slope is within some standard errors of 1 (condition 2).
+
+        ``upper`` asks for an end of the interval in place of the nearest: the highest temperature, or the lowest.
+        """
+
+        def above_one(temperature: float, margin: float) -> bool:
+            slope, error = _slope(self.course(priors, temperature))
+            return slope + margin * error > 1
+
+        least, most = math.log(TEMPERATURES[0]), math.log(TEMPERATURES[1])
+        if upper is None:
+            if not above_one(1.0, errors):
+                margin, most = errors, 0.0
+            elif above_one(1.0, -errors):
+                margin, least = -errors, 0.0
+            else:
+                return 1.0
+        else:
+            margin = errors if upper else -errors
+        for _ in range(BISECTIONS):
+            middle = (least + most) / 2
+            least, most = (middle, most) if above_one(math.exp(middle), margin) else (least, middle)
+        return math.exp((least + most) / 2)
+
+    def drift(self, priors: Tensor, temperature: float) -> tuple[tuple[float, float], ...]:
+        """The drift that keeps the mean of p, octave by octave (condition 1)."""
+        log_p = priors.log()[:, None].expand(self.increments.shape[1:])
+        opened = _spread(log_p)
+        points, nats = [(_finite_top(self.sigmas), 0.0)], 0.0
+        for jumps, shares in self.octaves:
+            moved = temperature * self.increments[jumps]
+
+            def after(drift: float, start: Tensor = log_p, moved: Tensor = moved, shares: Tensor = shares) -> Tensor:
+                end = start
+                for increment, share in zip(moved, shares, strict=True):
+                    end = advance(end, increment, 1.0, drift * float(share), FIT)
+                return end
+
+            here = _level_drift(log_p, after)
+            then = after(here)
+            spread = _spread(log_p)
+            learned = (spread - _spread(then)) / opened
+            if spread < OPEN * opened or (learned < LEARNED and spread < (1 - LEARNED) * opened):
+                break
+            log_p, nats = then, nats + here
+            points.append((self.sigmas[jumps.stop], nats))
+        return tuple(points)
+
+
+def _level_drift(log_p: Tensor, after: Callable[[float], Tensor]) -> float:
+    """The drift at which the mean of p does not change, shrunk by its sampling error.
+
+    The estimate b, with the standard error e, is shrunk to b (1 - (DRIFT_ERRORS e / b)^2), or to 0: the positive-part
+    estimator of James and Stein (1961), for one number.
+    """
+
+    def change(drift: float) -> Tensor:
+        """Of the sum over the concepts, (batch,): where these are alternatives, it hardly varies."""
+        return (after(drift).exp() - log_p.exp()).sum(dim=0)
+
+    without = change(0.0)
+    lost, error = -float(without.mean()), float(without.std()) / len(without) ** 0.5
+    if abs(lost) <= DRIFT_ERRORS * error or lost == 0:
+        return 0.0
+    least, most = (0.0, MOST_DRIFT) if lost > 0 else (-MOST_DRIFT, 0.0)
+    for _ in range(20):
+        middle = (least + most) / 2
+        least, most = (middle, most) if float(change(middle).mean()) < 0 else (least, middle)
+    return (least + most) / 2 * (1 - (DRIFT_ERRORS * error / lost) ** 2)
+
+
+def _slope(course: Tensor) -> tuple[float, float]:
+    """The slope of the last p on earlier ones, and its standard error, the images being independent.
+
+    Of p, (steps, concepts, batch). The slope and its error are means over the steps from EARLY to LATE. Where no step
+    is between them, nothing is known: the slope is 1, with an infinite error.
+    """
+    centred = course - course.mean(dim=2, keepdim=True)
+    variance = centred.square().sum(dim=(1, 2))
+    steps = [k for k in range(len(course) - 1) if EARLY * variance[-1] <= variance[k] <= LATE * variance[-1]]
+    if not steps:
+        return 1.0, math.inf
+    slopes, errors = [], []
+    for k in steps:
+        slope = (centred[k] * centred[-1]).sum() / variance[k]
+        residual = (centred[k] * (centred[-1] - slope * centred[k])).sum(dim=0)
+        slopes.append(float(slope))
+        errors.append(float(residual.square().sum().sqrt() / variance[k]))
+    return sum(slopes) / len(slopes), sum(errors) / len(errors)
+
+
+def _spread(log_p: Tensor) -> float:
+    return float((log_p.exp() * -torch.expm1(log_p)).mean())
+
+
+def _finite_top(sigmas: Sequence[float]) -> float:
+    """The highest finite level of a run, or an octave above it where the run starts at infinite noise."""
+    return sigmas[0] if math.isfinite(sigmas[0]) else OCTAVE * sigmas[1]
+
+
+def _octaves(sigmas: Sequence[float]) -> list[tuple[slice, Tensor]]:
+    """The jumps of each octave, and their shares of its drift, by log sigma."""
+    levels = [_finite_top(sigmas), *sigmas[1:]]
+    found, first = [], 0
+    for end in range(1, len(levels)):
+        if levels[first] / levels[end] >= OCTAVE or end == len(levels) - 1:
+            logs = torch.tensor(levels[first : end + 1], dtype=torch.float64).log()
+            found.append((slice(first, end), (logs[:-1] - logs[1:]) / (logs[0] - logs[-1])))
+            first = end
     return found
 
 
-def replay(
-    evidence: Evidence, prior: Tensor, temperature: Tensor, offset: Tensor, bounds: Settings
-) -> Iterator[Tensor]:
-    """The posterior (..., batch) at each step that other settings would have tracked along the recorded run.
-
-    Parameters
-    ----------
-    prior, temperature, offset: any one shape (...); the offset in nats over the whole chain.
-    bounds: its p_min and p_max clamp the posterior.
-    """
-    log_posterior = prior.log()[..., None].expand(*prior.shape, evidence.increments.shape[1])
-    yield log_posterior.exp()
-    for increment, share in zip(evidence.increments, evidence.offsets, strict=True):
-        log_posterior = advance(log_posterior, increment, temperature[..., None], offset[..., None] * share, bounds)
-        yield log_posterior.exp()
-
-
-@dataclass(frozen=True)
-class Goals:
-    """What proposed settings are to do.
-
-    ``on_by``: the share of the steps, in 0 .. 1, by which at least half of the related images are to have p above 0.5.
-    ``below_scale``: what guidance_scale * p / (1 - p) is to stay below in 95 % of the unrelated images.
-    ``guidance_scale``: the scale with which the settings will be used.
-    """
-
-    on_by: float = 0.8
-    below_scale: float = 2.0
-    guidance_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check(self, "on_by", 0 < self.on_by <= 1, "above 0 and at most 1")
-        check(self, "below_scale", self.below_scale > 0, "above 0")
-        check(self, "guidance_scale", self.guidance_scale > 0, "above 0")
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """Settings, and what they would have done along the recorded run.
-
-    ``peak``: how high the evidence of a clear related image rises, in nats (the quantile UPPER). ``related``,
-    ``images``: how many images show the concept, and how many there are. ``on_at``: the share of the steps after which
-    half of the related images are on; infinite if never.
-    ``unrelated_scale``: what the scale stays below in 95 % of the unrelated images; None if there are none.
-    """
-
-    settings: Settings
-    peak: float
-    related: int
-    images: int
-    on_at: float
-    unrelated_scale: float | None
-
-    def meets(self, goals: Goals) -> bool:
-        quiet = self.unrelated_scale is None or self.unrelated_scale < goals.below_scale
-        return quiet and self.on_at <= goals.on_by
-
-
-def propose(related: Evidence, unrelated: Evidence | None = None, goals: Goals | None = None) -> Proposal:
-    """The settings nearest to the exact ones that meet the goals along the recorded run.
-
-    The exact ones follow from the evidence alone. With an exact model p(c-|x) = prior * exp(evidence) reaches 1 on an
-    image that clearly shows the concept, so its evidence peaks at log(1 / prior): temperature 1, offset 0, and the
-    prior exp(-evidence). Where that would be a prior below 1 %, the evidence is errors added up over many elements:
-    the prior is 1 %, and the temperature such that the posterior again just reaches 1. From there a grid of priors,
-    temperatures and offsets is searched; distance is |log(prior ratio)| + |log(temperature ratio)| + offset, all in
-    nats.
-
-    Parameters
-    ----------
-    related: of a concept that some of the images show.
-    unrelated: of one that none shows; None lets the images that do not show the related concept stand in for it.
-
-    Raises
-    ------
-    ValueError: if the evidence is not finite, or no image shows the related concept.
-    """
-    goals = goals or Goals()
-    for evidence in (related, unrelated):
-        if evidence is not None and not bool(evidence.increments.isfinite().all()):
-            raise ValueError("the run gave NaN or infinite values, so that there is nothing to calibrate on")
-    peaks = related.peak
-    if float(peaks.max()) < LEAST_EVIDENCE:
-        raise ValueError(
-            f"none of the {len(peaks)} images shows the related concept: let the positive prompt ask for it, or draw "
-            "more images"
-        )
-    shown = peaks > CLEAR * float(peaks.quantile(TOP))
-    peak = float(peaks[shown].quantile(UPPER))
-    prior = min(max(math.exp(-peak), SMALLEST_PRIOR), LARGEST_PRIOR)
-    temperature = min(1.0, -math.log(prior) / peak)
-
-    base = Settings(guidance_scale=goals.guidance_scale, prior=prior, offset_form="total")
-    priors, temperatures, offsets = torch.meshgrid(
-        torch.tensor(
-            [prior * f for f in PRIOR_FACTORS if base.p_min < prior * f <= LARGEST_PRIOR], dtype=torch.float64
-        ),
-        torch.tensor([temperature * f for f in TEMPERATURE_FACTORS], dtype=torch.float64),
-        torch.tensor(OFFSETS, dtype=torch.float64),
-        indexing="ij",
-    )
-    priors, temperatures, offsets = (grid.flatten() for grid in (priors, temperatures, offsets))
-    distance = (priors / prior).log().abs() + (temperatures / temperature).log().abs() + offsets
-
-    grid = (priors, temperatures, offsets, base)
-    first_on, largest = _outcome(related, *grid)
-    on_at = _quantile(first_on[:, shown], TYPICAL)
-    others = _outcome(unrelated, *grid)[1] if unrelated is not None else largest[:, ~shown]
-    quiet = _quantile(goals.guidance_scale * others / (1 - others), NEARLY_ALL) if others.shape[1] else None
-
-    missed = (on_at.clamp(max=2) - goals.on_by).clamp(min=0)
-    if quiet is not None:
-        missed = missed + (quiet / goals.below_scale).log().clamp(min=0)
-        missed = missed + torch.where(quiet >= goals.below_scale, 1e-9, 0.0)
-    best = int(torch.argmin(torch.where(missed > 0, 1e6 * (1 + missed), distance)))
-    return Proposal(
-        base.with_(
-            prior=round(float(priors[best]), 3),
-            temperature=round(float(temperatures[best]), 3),
-            offset=float(offsets[best]),
-        ),
-        peak,
-        int(shown.sum()),
-        len(shown),
-        float(on_at[best]),
-        None if quiet is None else float(quiet[best]),
-    )
-
-
-def _outcome(evidence: Evidence, *settings: Any) -> tuple[Tensor, Tensor]:
-    """(n, batch) each: the share of the steps by which an image is on (infinite if never), and its largest p."""
-    steps = len(evidence.increments) + 1
-    first_on = largest = torch.empty(0)
-    for step, posterior in enumerate(replay(evidence, *settings), start=1):
-        if step == 1:
-            first_on, largest = torch.full_like(posterior, math.inf), posterior
-        first_on = torch.where((posterior > LIKELY) & first_on.isinf(), step / steps, first_on)
-        largest = torch.maximum(largest, posterior)
-    return first_on, largest
-
-
-def _quantile(values: Tensor, q: float) -> Tensor:
-    """(n,) of (n, batch): the smallest value that a share ``q`` of the batch does not exceed."""
-    return values.sort(dim=1).values[:, math.ceil(q * values.shape[1]) - 1]
-
-
-def explanation(proposal: Proposal, goals: Goals) -> str:
-    """The proposal in Markdown: what was measured, what follows, and whether the goals are met."""
-    s = proposal.settings
-    exact = math.exp(-proposal.peak)
+def explained(calibration: Calibration) -> str:
+    """What was measured of a model, in Markdown."""
+    c = calibration
+    exact = c.least <= 1 <= c.most
     lines = [
-        f"**Proposed**: prior {s.prior:g}, temperature {s.temperature:g}, offset {s.offset:g} (offset_form total), at "
-        f"guidance_scale {s.guidance_scale:g}.",
+        f"**Temperature {c.temperature:.2g}** (between {c.least:.2g} and {c.most:.2g}): "
+        + (
+            "evidence counts as it does on an exact model."
+            if exact
+            else f"{c.temperature:.0%} of the evidence counts, the rest is errors of the model's predictions."
+            if c.temperature < 1
+            else "the posterior moves more slowly than the images are decided."
+        ),
+        f"**Drift {c.nats:.2g} nats** until sigma {c.decided:.2g}, where the images are decided as far as the model "
+        "tells: "
+        + (
+            "the posterior does not sink by errors."
+            if abs(c.nats) < SMALL_DRIFT
+            else "what the posterior of every image loses by errors, or by large steps, is given back."
+        ),
         "",
-        f"- {proposal.related} of {proposal.images} images show the related concept. Their evidence "
-        f"peaks at {proposal.peak:.3g} nats.",
+        f"Measured on {c.images} images of {c.steps} steps.",
     ]
-    if exact >= SMALLEST_PRIOR:
-        lines.append(
-            f"- Evidence of that size is what an exact model gives for a concept with a share of {exact:.2g}: "
-            "temperature 1 can be trusted."
-        )
+    return "\n".join(lines)
+
+
+def share_explained(share: Share, seen: Outlook, settings: Settings) -> str:
+    """What was found of one concept, and what to expect of ``settings``, in Markdown."""
+    if not share.told_apart:
+        lines = [
+            "**The model cannot tell** images that show this from images that do not: the posterior hardly moves from "
+            "its first value. Name it in other words, or use the reference *positive* with a joint negative."
+        ]
+    elif not share.seen:
+        lines = [
+            f"**Not seen** in {share.images} images: at most {share.high:.0%} show it. The prior is "
+            f"{settings.prior:.2g}, so that guidance stays off."
+        ]
     else:
-        lines.append(
-            f"- That is more than the {-math.log(SMALLEST_PRIOR):.2g} nats of a concept with a share of "
-            f"{SMALLEST_PRIOR:g}: errors add up over many elements, so a temperature near "
-            f"{-math.log(SMALLEST_PRIOR) / proposal.peak:.2g} brings it back to size."
-        )
-    if math.isfinite(proposal.on_at):
-        lines.append(f"- Half of the related images have p above {LIKELY:g} by {proposal.on_at:.0%} of the steps.")
-    else:
-        lines.append(f"- Fewer than half of the related images ever have p above {LIKELY:g}.")
-    if proposal.unrelated_scale is not None:
-        lines.append(
-            f"- In {NEARLY_ALL:.0%} of the unrelated images the scale stays below {proposal.unrelated_scale:.2g}."
-        )
-    verdict = (
-        "Both goals are met"
-        if proposal.meets(goals)
-        else "No settings on the grid meet both goals; these come nearest"
-    )
-    lines += ["", f"{verdict}: on by {goals.on_by:.0%} of the steps, unrelated below {goals.below_scale:g}."]
+        lines = [
+            f"**{share.mean:.0%} of the images show it** (between {share.low:.0%} and {share.high:.0%}, by "
+            f"{share.images} images). This is the prior."
+        ]
+    lines.append("")
+    lines.append(f"- At guidance_scale {settings.guidance_scale:g}, {seen.pushed} of {seen.images} images are pushed.")
+    if seen.scale is not None and seen.on_at is not None:
+        lines.append(f"- Half of these are pushed by {seen.on_at:.0%} of the steps, and by up to {seen.scale:.2g}.")
+    if seen.others is not None:
+        lines.append(f"- In 95 % of the other images the push stays below {seen.others:.2g}.")
     return "\n".join(lines)

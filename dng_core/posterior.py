@@ -23,7 +23,7 @@ sigma_t^2       ``ReverseKernel.vp_variance``  beta-tilde, the variance of DDPM'
 p(c-)           ``Settings.prior``             the share of samples expected to be undesired              1
 log p(c-|x_t)   ``PathPoint.log_p``            the tracked posterior                                      nats
 tau             ``Settings.temperature``       how far evidence counts                                    1
-delta           ``Settings.offset``            an upward drift of the posterior                           offset_form
+delta           ``Settings.offset``            a constant upward pull on the posterior                    offset_form
 lambda_0        ``Settings.guidance_scale``    how hard the push is                                       1
 lambda(x_t, t)  ``guidance.dynamic_scales``    the push at this state                                     1
 p_min, p_max    ``Settings.p_min``, ``p_max``  bounds of the posterior                                    1
@@ -46,7 +46,7 @@ from torch import Tensor
 
 from .evidence import Call, divergence_evidence, gap_of_step, held_evidence, path_evidence
 from .kernels import ReverseKernel
-from .schedules import DDPMSchedule, IntegratedOffset
+from .schedules import DDPMSchedule, IntegratedOffset, interpolated
 from .settings import Rule, Settings
 
 STATES_KEPT = 4
@@ -181,7 +181,7 @@ class Jump(NamedTuple):
 def step(path: Path, call: Call, settings: Settings, chain: Chain) -> tuple[Path, Tensor]:
     """Algorithm 2 at one model call: the path that goes on from there, and log p(c-|x), (batch,).
 
-        log p(c-|x') = log p(c-|x) + tau * evidence + offset,  within [log p_min, log p_max]
+        log p(c-|x') = log p(c-|x) + tau * evidence + offset + drift,  within [log p_min, log p_max]
 
     A call on the sampler's schedule becomes a point of the path. A midpoint gets a posterior, but no jump starts from
     it. The posterior stays as it is at sigma 0, at a trial point, and on a jump whose start has no undesired
@@ -202,7 +202,8 @@ def step(path: Path, call: Call, settings: Settings, chain: Chain) -> tuple[Path
     else:
         guided = above.guided if last is start else None  # what the sampler was given along the whole jump
         jump = EVIDENCE[settings.rule](start, start.call, call, guided, chain)
-        offset = offset_evidence(settings, ReverseKernel(start.sigma, call.sigma), chain.offset)
+        kernel = ReverseKernel(start.sigma, call.sigma)
+        offset = offset_evidence(settings, kernel, chain.offset) + drift_evidence(settings, kernel)
         log_p = advance(start.log_p, jump.evidence, settings.temperature, offset, settings)
     if start is not None and not chain.on_schedule(call.sigma):
         return above, log_p
@@ -281,6 +282,15 @@ def offset_evidence(settings: Settings, kernel: ReverseKernel, integrated: Integ
         return settings.offset / (2 * kernel.vp_variance)
     share = integrated(kernel.sigma) - integrated(kernel.next_sigma)
     return settings.offset * (share / integrated.total if settings.offset_form == "total" else share)
+
+
+def drift_evidence(settings: Settings, kernel: ReverseKernel) -> float:
+    """What the settings' drift adds to log p(c-|x) over one jump, in nats; many small jumps add as much as one."""
+    if not settings.drift:
+        return 0.0
+    log_sigmas = [math.log(sigma) for sigma, _ in reversed(settings.drift)]
+    nats = [value for _, value in reversed(settings.drift)]
+    return interpolated(log_sigmas, nats, kernel.next_sigma) - interpolated(log_sigmas, nats, kernel.sigma)
 
 
 def clamped(log_p: Tensor, settings: Settings) -> Tensor:

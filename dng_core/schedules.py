@@ -6,6 +6,7 @@ x_vp = x / sqrt(1 + sigma^2) and sigma = sqrt((1 - alpha_bar) / alpha_bar).
 
 import bisect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -92,15 +93,25 @@ class IntegratedOffset:
 
     def __call__(self, sigma: float) -> float:
         """F(sigma), for a VE noise level (0 and infinity included)."""
-        log_sigmas, values = self._nodes
-        log_sigma = math.log(sigma) if sigma > 0 else -math.inf
-        if log_sigma <= log_sigmas[0]:
-            return 0.0
-        if log_sigma >= log_sigmas[-1]:
-            return values[-1]
-        i = bisect.bisect_right(log_sigmas, log_sigma)
-        share = (log_sigma - log_sigmas[i - 1]) / (log_sigmas[i] - log_sigmas[i - 1])
-        return values[i - 1] + share * (values[i] - values[i - 1])
+        return interpolated(*self._nodes, sigma)
+
+
+def interpolated(log_sigmas: Sequence[float], values: Sequence[float], sigma: float) -> float:
+    """The value at a noise level (0 and infinity included): linear in log sigma, constant outside of the points.
+
+    Parameters
+    ----------
+    log_sigmas: rising, at least one.
+    values: one for each.
+    """
+    log_sigma = math.log(sigma) if sigma > 0 else -math.inf
+    if log_sigma <= log_sigmas[0]:
+        return values[0]
+    if log_sigma >= log_sigmas[-1]:
+        return values[-1]
+    i = bisect.bisect_right(log_sigmas, log_sigma)
+    share = (log_sigma - log_sigmas[i - 1]) / (log_sigmas[i] - log_sigmas[i - 1])
+    return values[i - 1] + share * (values[i] - values[i - 1])
 
 
 def ddpm_sigmas(chain: DDPMSchedule, steps: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 OffsetForm = Literal["integrated", "total", "per_step"]
@@ -40,6 +41,9 @@ class Settings:
         chain, so that it means the same at every step count; "total" takes the nats added over the whole chain;
         "per_step" adds delta / (2 beta-tilde) once per step taken, as the paper's Algorithm 2 does.
     p_min, p_max: the posterior is clamped to this range, 0 < p_min < p_max < 1.
+    drift: points (sigma, nats) at falling noise levels: what has been added to the log-posterior by there, beside the
+        offset. Between the points this is linear in log sigma, and outside of them constant. No drift is exact; that
+        of a trained model is measured (:mod:`~.calibration`).
     max_scale: cap on the product lambda_0 p / (1 - p); infinity for none. A larger push seldom removes more, and can
         throw a state off its chain where steps are few.
     rule: how a jump's evidence is computed. "algorithm_2" is the paper's. The other two add a term that Algorithm 2
@@ -58,9 +62,14 @@ class Settings:
     p_max: float = 0.99
     max_scale: float = 10.0
     rule: Rule = "algorithm_2"
+    drift: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        object.__setattr__(self, "drift", tuple((float(sigma), float(nats)) for sigma, nats in self.drift))
+        falling = all(below[0] < above[0] for above, below in pairwise(self.drift))
+        finite = all(0 < sigma < math.inf and math.isfinite(nats) for sigma, nats in self.drift)
+        check(self, "drift", falling and finite, "points (sigma, nats) at falling, finite noise levels")
         check(self, "offset_form", self.offset_form in OFFSET_FORMS, f"one of {', '.join(OFFSET_FORMS)}")
         check(self, "rule", self.rule in RULES, f"one of {', '.join(RULES)}")
         check(self, "guidance_scale", 0 <= self.guidance_scale < math.inf, "at least 0 and finite")
@@ -102,6 +111,8 @@ PRESETS: dict[str, Settings] = {
     # The README of the authors' code. Its offset per step at 1000 steps is integrated over the training chain here.
     # The cap never acts: 5 * 0.8 / 0.2 is 20.
     "CIFAR-10": Settings(guidance_scale=5, prior=0.01, temperature=0.2, offset=2e-4, p_max=0.8, max_scale=20),
+    # Temperature and drift come from the model's calibration, the prior from the concept's.
+    "calibrated": Settings(guidance_scale=2),
     # A place to start, not measured: it lies between the paper's five prompts below. Its offset in nats is what 0.004
     # per step adds up to over 20 evenly spaced steps, and its cap is lower.
     "Stable Diffusion": Settings(

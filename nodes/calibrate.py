@@ -1,29 +1,194 @@
-"""Settings proposed from a short run without guidance."""
+"""Settings that calibrate themselves: nodes that measure a model, and how often it draws a concept."""
 
+import time
 from collections.abc import Sequence
 
 import comfy.samplers
+import torch
 from comfy_api.latest import io
 
-from ..dng_core.calibration import Evidence, Goals, explanation, propose
-from ..dng_core.settings import Settings
+from ..dng_core.calibration import (
+    EXACT,
+    FEWEST_IMAGES,
+    FEWEST_STEPS,
+    Evidence,
+    calibrate,
+    explained,
+    outlook,
+    share_explained,
+    share_of,
+    track,
+)
+from ..dng_core.calibration_files import ModelCalibration
+from ..dng_core.guidance import Trace
+from ..dng_core.settings import PRESETS, Settings
+from .calibrations import CALIBRATION, REMEDY, calibration_input, known, load, model_name, save
 from .guider import NegativeGuider
-from .inputs import cfg_input, float_input, reference_input, scheduler_input, seed_input, unconditional_input
+from .inputs import (
+    CONCEPTS,
+    TRACE,
+    cfg_input,
+    reference_input,
+    rule_input,
+    scheduler_input,
+    seed_input,
+    unconditional_input,
+)
 from .run.concept import Concept, Reference
 from .sampling import Conditionings, Schedule, run_guider
 
-DEFAULTS = Goals()
+ALTERNATIVES, PRIORS = "alternatives", "priors"
+SMALLEST_PRIOR = 0.001
+"""The least that the input ``prior`` of the DNG nodes takes."""
 
 
 def observe(
-    model, schedule: Schedule, wanted: Conditionings, latent: dict, negatives: Sequence[list], reference: Reference
-) -> list[Evidence]:
+    model, schedule: Schedule, wanted: Conditionings, latent: dict, negatives: Sequence[list], reference: Reference,
+    rule: str,
+) -> list[Evidence]:  # fmt: skip
     """The evidence for each of ``negatives`` in one run without guidance. It raises what KSampler (DNG) raises."""
-    settings = Settings(guidance_scale=0, prior=0.5 / len(negatives))
+    settings = Settings(guidance_scale=0, prior=0.5 / len(negatives), rule=rule)
     concepts = [Concept(negative, settings, reference) for negative in negatives]
     guider = NegativeGuider(model, wanted.positive, concepts, wanted.unconditional, wanted.cfg, observing=True)
     run_guider(guider, model, schedule, latent)
+    if not guider.evidence:
+        raise ValueError(f"`steps` is {schedule.steps}, and no jump was tracked; take more steps")
     return guider.evidence
+
+
+def check_size(latent: dict, steps: int) -> None:
+    """Raise ValueError for a run that is too small to measure anything."""
+    images = len(latent["samples"])
+    if images < FEWEST_IMAGES:
+        raise ValueError(
+            f"`latent_image` holds {images} images, which is too few to measure anything; give at least "
+            f"{FEWEST_IMAGES}, better 64"
+        )
+    if steps < FEWEST_STEPS:
+        raise ValueError(f"`steps` is {steps}; a calibration needs at least {FEWEST_STEPS}, better 30")
+
+
+def trace_of(evidence: Sequence[Evidence], settings: Sequence[Settings]) -> Trace:
+    """What the settings would have tracked along a recorded run, with the scales that they would have set."""
+    posterior = torch.stack([track(e, s) for e, s in zip(evidence, settings, strict=True)], dim=1)
+    scales = [
+        (s.guidance_scale * posterior[:, i] / (1 - posterior[:, i])).clamp(max=s.max_scale)
+        for i, s in enumerate(settings)
+    ]
+    return Trace(torch.tensor(evidence[0].sigmas), posterior.float(), torch.stack(scales, dim=1).float())
+
+
+def _sampler_input() -> io.Input:
+    return io.Combo.Input(
+        "sampler_name",
+        options=comfy.samplers.KSampler.SAMPLERS,
+        default="euler_ancestral",
+        tooltip="The sampling algorithm that you will use afterwards. lcm is refused.",
+    )
+
+
+def _courses() -> list[io.Output]:
+    return [
+        TRACE.Output(
+            display_name="before",
+            tooltip="The posteriors of this run by the exact settings (temperature 1, no drift). Connect this to Plot "
+            "Trace.",
+        ),
+        TRACE.Output(display_name="after", tooltip="The posteriors of the same run as calibrated."),
+    ]
+
+
+class CalibrateModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DNGCalibrateModel",
+            display_name="Calibrate Model (DNG)",
+            category="DNG",
+            description="Measures, once for a model, how far its evidence counts and how much the posterior sinks by "
+            "its errors. It draws one batch without guidance. Each concept costs one prediction more at every step: "
+            "64 images with two concepts take as long as 192 images without guidance at cfg 1.",
+            search_aliases=["dng", "calibration", "auto settings", "tune", "temperature", "drift"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to calibrate. It must not have a DNG patch."),
+                seed_input(),
+                io.Int.Input(
+                    "steps", default=30, min=FEWEST_STEPS, max=10000, tooltip="The number of denoising steps."
+                ),
+                _sampler_input(),
+                scheduler_input(),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="What the concepts are compared with. If your graphs have an unconditional, this is the "
+                    "empty prompt. Otherwise it is a prompt whose images show each concept now and then.",
+                ),
+                CONCEPTS.Input(
+                    "concepts",
+                    tooltip="Things that some of the images show and others do not, from DNG Concept nodes. Of their "
+                    "settings, only the prior counts here, and that only if `shares` is priors.",
+                ),
+                io.Combo.Input(
+                    "shares",
+                    options=[ALTERNATIVES, PRIORS],
+                    tooltip="alternatives: each image shows exactly one of the concepts (day or night; the classes of "
+                    "a class model), so that their posteriors add up to 1. priors: the prior of each concept is the "
+                    "share of images that show it, as you counted it.",
+                ),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="The batch to draw: 64 images of the size that you work with. Fewer than 8 are refused.",
+                ),
+                io.String.Input(
+                    "save_as",
+                    default="",
+                    tooltip="The name under which the calibration is kept in ComfyUI's user folder, for Load "
+                    "Calibration (DNG). If this is empty, nothing is kept.",
+                ),
+                rule_input(),
+            ],
+            outputs=[
+                CALIBRATION.Output(
+                    display_name="calibration", tooltip="Connect this to `calibration` of the nodes that guide."
+                ),
+                io.String.Output(display_name="text", tooltip="What was measured, in Markdown."),
+                *_courses(),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, seed, steps, sampler_name, scheduler, positive, concepts, shares, latent_image, save_as="",
+        rule=Settings.rule,
+    ) -> io.NodeOutput:  # fmt: skip
+        check_size(latent_image, steps)
+        if shares not in (ALTERNATIVES, PRIORS):
+            raise ValueError(f"`shares` must be {ALTERNATIVES} or {PRIORS}; it is {shares!r}")
+        if shares == ALTERNATIVES and len(concepts) < 2:
+            raise ValueError(
+                "`concepts` holds one concept, and alternatives are at least two, of which each image shows exactly "
+                "one; chain another DNG Concept, or set `shares` to priors"
+            )
+        started = time.monotonic()
+        evidence = observe(
+            model,
+            Schedule(seed, steps, sampler_name, scheduler),
+            Conditionings(positive, None, 1.0),
+            latent_image,
+            [concept.conditioning for concept in concepts],
+            "positive",
+            rule,
+        )
+        counted = [getattr(concept.settings, "prior", Settings.prior) for concept in concepts]
+        found = calibrate(evidence, None if shares == ALTERNATIVES else counted)
+        measured = ModelCalibration(found, model_name(model), tuple(latent_image["samples"].shape[1:]))
+        text = explained(found) + f" It took {time.monotonic() - started:.0f} s."
+        if save_as.strip():
+            text += f" It is kept as {save(save_as.strip(), measured).name}."
+        start = 1 / len(concepts)
+        plain = [Settings(prior=p if shares == PRIORS else start) for p in counted]
+        before, after = trace_of(evidence, plain), trace_of(evidence, [found.applied(s) for s in plain])
+        return io.NodeOutput(measured, text, before, after, ui={"text": [text]})
 
 
 class Calibrate(io.ComfyNode):
@@ -33,93 +198,88 @@ class Calibrate(io.ComfyNode):
             node_id="DNGCalibrate",
             display_name="Calibrate (DNG)",
             category="DNG",
-            description="Proposes `prior`, `temperature` and `offset` for a model and a thing to avoid. It measures "
-            "one short run without guidance, and explains what it proposes.",
-            search_aliases=["dng", "calibration", "auto settings", "tune", "prior", "temperature", "offset"],
+            description="Measures how many images show what you want to avoid, and says what guidance will do: how "
+            "many images it will push, how hard and how early. It draws one batch without guidance, which takes as "
+            "long as drawing it with KSampler (DNG).",
+            search_aliases=["dng", "calibration", "auto settings", "tune", "prior", "share"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model to calibrate for. It must not have a DNG patch."),
+                io.Model.Input("model", tooltip="The model to measure. It must not have a DNG patch."),
                 seed_input(),
-                io.Int.Input("steps", default=20, min=3, max=10000, tooltip="The number of denoising steps."),
-                cfg_input(),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="euler_ancestral",
-                    tooltip="The sampling algorithm that you will use afterwards. lcm is refused.",
+                io.Int.Input(
+                    "steps", default=20, min=FEWEST_STEPS, max=10000, tooltip="The number of denoising steps."
                 ),
+                cfg_input(),
+                _sampler_input(),
                 scheduler_input(),
                 io.Conditioning.Input("positive", tooltip="What the images should show, as in your graph."),
-                io.Conditioning.Input(
-                    "negative", tooltip="What is to be avoided. Some of the images that are drawn here must show this."
-                ),
+                io.Conditioning.Input("negative", tooltip="What is to be avoided."),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="The batch to draw. It should hold 8 images or more, of the size that you work with.",
-                ),
-                io.Conditioning.Input(
-                    "unrelated",
-                    optional=True,
-                    tooltip="Something that none of the images drawn here shows. Guidance away from this should stay "
-                    "off. If nothing is connected, the images that do not show `negative` are taken in its place.",
+                    tooltip="The batch to draw: 32 images of the size that you work with. Fewer than 8 are refused.",
                 ),
                 unconditional_input(),
-                float_input(
-                    "guidance_scale",
-                    DEFAULTS.guidance_scale,
-                    (0.01, 100.0, 0.01, 0.001),
-                    "The guidance_scale with which you will use the settings.",
-                    optional=True,
-                ),
-                float_input(
-                    "on_by",
-                    DEFAULTS.on_by,
-                    (0.05, 1.0, 0.05, 0.01),
-                    "The share of the steps after which guidance should be on (p above 0.5) in at least half of "
-                    "the images that show `negative`.",
-                    optional=True,
-                ),
-                float_input(
-                    "below_scale",
-                    DEFAULTS.below_scale,
-                    (0.01, 1000.0, 0.1, 0.01),
-                    "The push away from `unrelated` should stay below this value in 95 % of the images.",
-                    optional=True,
-                ),
                 reference_input(),
+                rule_input(),
+                calibration_input(),
             ],
             outputs=[
-                io.Float.Output(display_name="prior", tooltip="The proposed prior. Connect it, or type it in."),
-                io.Float.Output(display_name="temperature", tooltip="The proposed temperature."),
-                io.Float.Output(
-                    display_name="offset", tooltip="The proposed offset in nats. Use it with offset_form total."
-                ),
-                io.String.Output(display_name="text", tooltip="The proposal, and what was measured, in Markdown."),
+                io.Float.Output(display_name="prior", tooltip="The share. Connect this to `prior`, or type it in."),
+                io.String.Output(display_name="text", tooltip="What was found, in Markdown."),
+                *_courses(),
             ],
         )
 
     @classmethod
     def execute(
-        cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, unrelated=None,
-        unconditional=None, guidance_scale=DEFAULTS.guidance_scale, on_by=DEFAULTS.on_by,
-        below_scale=DEFAULTS.below_scale, reference="auto",
+        cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, unconditional=None,
+        reference="auto", rule=Settings.rule, calibration=None,
     ) -> io.NodeOutput:  # fmt: skip
         if not negative:
-            raise ValueError(
-                "`negative` is empty, so there is nothing to calibrate for; connect what is to be avoided"
-            )
-        goals = Goals(on_by, below_scale, guidance_scale)
-        evidence = observe(
+            raise ValueError("`negative` is empty, so there is nothing to measure; connect what is to be avoided")
+        check_size(latent_image, steps)
+        if calibration is not None:
+            calibration.check(model_name(model), tuple(latent_image["samples"].shape[1:]), REMEDY)
+        (evidence,) = observe(
             model,
             Schedule(seed, steps, sampler_name, scheduler),
             Conditionings(positive, unconditional, cfg),
             latent_image,
-            [given for given in (negative, unrelated) if given is not None],
+            [negative],
             reference,
+            rule,
         )
-        proposal = propose(evidence[0], evidence[1] if len(evidence) > 1 else None, goals)
-        settings, text = proposal.settings, explanation(proposal, goals)
-        return io.NodeOutput(settings.prior, settings.temperature, settings.offset, text, ui={"text": [text]})
+        found = EXACT if calibration is None else calibration.calibration
+        share = share_of(evidence, found)
+        prior = round(min(max(share.mean, SMALLEST_PRIOR), 0.999), 3)
+        plain = PRESETS["calibrated"].with_(prior=prior)
+        settings = found.applied(plain)
+        text = share_explained(share, outlook(evidence, settings), settings)
+        before, after = trace_of([evidence], [plain]), trace_of([evidence], [settings])
+        return io.NodeOutput(prior, text, before, after, ui={"text": [text]})
 
 
-NODES = [Calibrate]
+class LoadCalibration(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DNGLoadCalibration",
+            display_name="Load Calibration (DNG)",
+            category="DNG",
+            description="Loads what Calibrate Model (DNG) kept, or a calibration that comes with DNG for one of its "
+            "own models.",
+            search_aliases=["dng", "calibration", "temperature", "drift"],
+            inputs=[io.Combo.Input("name", options=known(), tooltip="The calibration to load.")],
+            outputs=[
+                CALIBRATION.Output(
+                    display_name="calibration", tooltip="Connect this to `calibration` of the nodes that guide."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, name) -> io.NodeOutput:
+        return io.NodeOutput(load(name))
+
+
+NODES = [CalibrateModel, Calibrate, LoadCalibration]

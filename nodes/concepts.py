@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .calibrations import calibration_input
 from .inputs import CONCEPTS, concepts_from, preset_input, rule_input, settings_inputs
 from .run.checks import check_conditioning
 
@@ -22,6 +23,7 @@ class DNGConcept(io.ComfyNode):
                 CONCEPTS.Input("previous", optional=True, tooltip="The concepts to which this one is added."),
                 preset_input(),
                 rule_input(),
+                calibration_input(),
             ],
             outputs=[
                 CONCEPTS.Output(

@@ -6,6 +6,7 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
+from ..dng_core.calibration_files import ModelCalibration
 from ..dng_core.economy import ECONOMIES
 from ..dng_core.methods import METHODS, MethodSettings
 from ..dng_core.settings import OFFSET_FORMS, PRESETS, RULES, Settings
@@ -15,7 +16,7 @@ TRACE = io.Custom("DNG_TRACE")
 CONCEPTS = io.Custom("DNG_CONCEPTS")
 
 DEFAULTS = Settings()
-CUSTOM = "custom"
+CUSTOM, CALIBRATED = "custom", "calibrated"
 
 Limits = tuple[float, float, float, float]
 """Of a number: the least and the most, by how much the front end changes it, and to what the front end rounds it."""
@@ -170,27 +171,35 @@ def preset_input() -> io.Input:
         options=[CUSTOM, *PRESETS],
         default=CUSTOM,
         tooltip="custom takes the settings of this node. Any other choice takes published settings in their place: "
-        "then only rule, reference and economy still count. exact is a good start. The help page lists the values and "
-        "their sources.",
+        "then only rule, reference, economy and calibration still count. exact is a good start. calibrated needs a "
+        "calibration, and also takes prior. The help page lists the values and their sources.",
     )
 
 
-def settings_from(values: dict[str, Any]) -> MethodSettings:
+def settings_from(values: dict[str, Any], calibration: ModelCalibration | None = None) -> MethodSettings:
     """The settings that ``preset`` names; where it is "custom" or missing, the settings that the inputs give.
 
-    A baseline takes the inputs that it has a setting for. It leaves the others.
+    A baseline takes the inputs that it has a setting for. It leaves the others, and the calibration.
     """
     preset, method = values.pop("preset", CUSTOM), values.pop("method", Settings.method)
     if preset != CUSTOM:
         if preset not in PRESETS:
             raise ValueError(f"preset must be {CUSTOM} or one of {', '.join(PRESETS)}; it is {preset!r}")
-        return PRESETS[preset].with_(rule=values.get("rule", DEFAULTS.rule))
-    if method not in METHODS:
+        if preset == CALIBRATED and calibration is None:
+            raise ValueError(
+                f"preset is {CALIBRATED}, which needs a calibration: connect Load Calibration (DNG) or Calibrate "
+                "Model (DNG) to `calibration`, or choose the preset exact"
+            )
+        kept = ("rule", "prior") if preset == CALIBRATED else ("rule",)
+        settings = PRESETS[preset].with_(**{name: values[name] for name in kept if name in values})
+    elif method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; it is {method!r}")
-    if method == Settings.method:
-        return Settings(**values)
-    known = {field.name for field in fields(METHODS[method])}
-    return METHODS[method](**{name: value for name, value in values.items() if name in known})
+    elif method == Settings.method:
+        settings = Settings(**values)
+    else:
+        known = {field.name for field in fields(METHODS[method])}
+        return METHODS[method](**{name: value for name, value in values.items() if name in known})
+    return settings if calibration is None else calibration.calibration.applied(settings)
 
 
 def rule_input() -> io.Input:
@@ -230,5 +239,6 @@ def concepts_from(conditioning: list | None, values: dict[str, Any]) -> tuple[Co
     if economy not in ECONOMIES:
         raise ValueError(f"economy must be one of {', '.join(ECONOMIES)}; it is {economy!r}")
     more = values.pop("more_concepts", None) or ()
-    own = Concept(conditioning or [], settings_from(values), reference, economy)
+    calibration = values.pop("calibration", None)
+    own = Concept(conditioning or [], settings_from(values, calibration), reference, economy, calibration)
     return own, *(replace(concept, reference=reference, economy=economy) for concept in more)

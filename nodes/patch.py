@@ -7,6 +7,7 @@ import comfy.sampler_helpers
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
+from .calibrations import calibration_input
 from .inputs import (
     concepts_from,
     economy_input,
@@ -95,6 +96,7 @@ class DynamicNegativeGuidance(io.ComfyNode):
                 preset_input(),
                 rule_input(),
                 economy_input(),
+                calibration_input(),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The patched model, for any stock sampler.")],
         )

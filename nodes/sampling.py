@@ -14,6 +14,7 @@ from nodes import common_ksampler
 from torch import Tensor
 
 from ..dng_core.guidance import Trace
+from .calibrations import calibration_input
 from .checks import check_latent, check_values
 from .guider import NegativeGuider
 from .inputs import (
@@ -217,6 +218,7 @@ class KSamplerDNG(io.ComfyNode):
                 preset_input(),
                 rule_input(),
                 economy_input(),
+                calibration_input(),
             ],
             outputs=_outputs(),
         )
@@ -277,6 +279,7 @@ class KSamplerAdvancedDNG(io.ComfyNode):
                 preset_input(),
                 rule_input(),
                 economy_input(),
+                calibration_input(),
             ],
             outputs=_outputs(),
         )
@@ -325,6 +328,7 @@ class DNGGuider(io.ComfyNode):
                 preset_input(),
                 rule_input(),
                 economy_input(),
+                calibration_input(),
             ],
             outputs=[io.Guider.Output(display_name="GUIDER", tooltip="Connect this to SamplerCustomAdvanced.")],
         )

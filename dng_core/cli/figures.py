@@ -165,6 +165,13 @@ def networks(args: argparse.Namespace) -> Iterator[Row]:
     yield from networks_figure(args.denoisers, args.data, args.samples, one_step_count(args), args.seed)
 
 
+def calibration(args: argparse.Namespace) -> Iterator[Row]:
+    from ..studies.calibrating import calibration_figure
+
+    for denoiser in args.denoisers:
+        yield from calibration_figure(args.samples, one_step_count(args), args.seed, denoiser)
+
+
 def one_step_count(args: argparse.Namespace) -> int:
     """The step count of a figure on networks; raises HeadlessError for several."""
     steps: list[int] = args.steps or [NETWORK_STEPS]
@@ -274,6 +281,9 @@ FIGURES = {
     ),
     "rules": of_the_network(
         "how well the posterior's rules foretell the classes of the MNIST network's images", "rules_figure"
+    ),
+    "calibration": Figure(
+        "what calibration makes of the posterior of MNIST networks, on held-out images", calibration, 192
     ),
     "networks": Figure(
         "denoisers by themselves: how clear, even and near to real images their unguided images are", networks

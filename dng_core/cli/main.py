@@ -40,6 +40,7 @@ COMMANDS = (
     Command("install", "install the pinned ComfyUI into the user's cache"),
     Command("test", "run all tests of this checkout", passes_on=True),
     Command("train", "train the shipped models, or your own", TORCH),
+    Command("calibrate", "measure how far a denoiser's evidence counts", TORCH),
     Command("experiment", "remove classes by every method, and measure what is left", TORCH),
     Command("report", "report on an experiment's runs", TORCH),
     Command("bench", "measure how fast images are drawn", TORCH),

@@ -61,6 +61,17 @@ def shipped_denoisers() -> dict[str, Path]:
     return {name: SHIPPED / f"{name}_denoiser.safetensors" for name in ("mnist", "mnist_v")}
 
 
+def shipped_calibrations() -> dict[str, Path]:
+    """The calibrations of the shipped denoisers that have one: name -> file."""
+    files = {name: calibration_of(path) for name, path in shipped_denoisers().items()}
+    return {name: path for name, path in files.items() if path.is_file()}
+
+
+def calibration_of(weights: Path) -> Path:
+    """Where the calibration of a denoiser lies: beside its weights."""
+    return weights.with_suffix(".calibration.json")
+
+
 def shipped_classifiers() -> dict[str, Path]:
     """The classifiers that come with the project: name -> file."""
     return {"mnist": SHIPPED / "mnist_classifier.safetensors"}

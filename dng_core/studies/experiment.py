@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..calibration_files import load_calibration
 from ..methods import METHODS, MethodSettings
+from ..models.weight_files import calibration_of, shipped_denoisers
 from .class_removal import METHOD_NAMES, Point, Spacing, Variance
 
 PRESETS = Path(__file__).parent / "presets"
@@ -188,7 +190,8 @@ def read_experiment(name: str) -> Experiment:
         raise FileNotFoundError(f"there is no experiment {name!r}: give one of {known}, or a TOML file")
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        methods = tuple(_plan(method, plan) for method, plan in raw.pop("methods", {}).items())
+        denoiser = str(raw.get("denoiser", ""))
+        methods = tuple(_plan(method, plan, denoiser) for method, plan in raw.pop("methods", {}).items())
         if not methods:
             raise ValueError("it has no [methods.NAME], with NAME one of " + ", ".join(METHOD_OF))
         known_fields = {f.name for f in fields(Experiment)}
@@ -197,18 +200,27 @@ def read_experiment(name: str) -> Experiment:
         return Experiment(methods=methods, **{key: _tuple(value) for key, value in raw.items()})
     except RecursionError as error:
         raise ValueError(f"{path}: it is nested too deeply") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: {error}: make it by `dng calibrate`, or set calibrated to false") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _plan(name: str, raw: dict[str, Any]) -> MethodPlan:
+def _plan(name: str, raw: dict[str, Any], denoiser: str) -> MethodPlan:
+    """The plan of ``[methods.NAME]``. ``calibrated = true`` fixes temperature and drift as they were measured."""
     if name not in METHOD_OF:
         raise ValueError(f"there is no method {name!r}: choose from {', '.join(METHOD_OF)}")
-    known = {"scales", "search", "search_scales", "fixed"}
+    known = {"scales", "search", "search_scales", "fixed", "calibrated"}
     if unknown := raw.keys() - known:
         raise ValueError(
             f"[methods.{name}] has unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
         )
+    if not isinstance(calibrated := raw.pop("calibrated", False), bool):
+        raise ValueError(f"[methods.{name}] calibrated must be true or false, not {calibrated!r}")
+    if calibrated:
+        path = calibration_of(shipped_denoisers().get(denoiser, Path(denoiser)))
+        found = load_calibration(path).calibration
+        raw["fixed"] = {**raw.get("fixed", {}), "temperature": found.temperature, "drift": found.drift}
     search = {key: _tuple(value) for key, value in raw.get("search", {}).items()}
     return MethodPlan(METHOD_OF[name], **{k: _tuple(v) for k, v in raw.items() if k != "search"}, search=search)
 

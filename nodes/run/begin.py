@@ -12,6 +12,7 @@ from ...dng_core.methods import guidance_by
 from ...dng_core.posterior import SAME_SIGMA, Chain
 from ...dng_core.schedules import IntegratedOffset
 from ...dng_core.settings import Settings
+from ..calibrations import REMEDY, model_name
 from .checks import check_sigmas, check_unconditional
 from .concept import Concept, input_of
 from .frames import noise_frame, training_chain
@@ -61,6 +62,9 @@ def begin_run(
     check_guider(guider)
     check_sigmas(sigmas)
     check_together(concepts)
+    for concept in concepts:
+        if concept.calibration is not None:
+            concept.calibration.check(model_name(guider.model_patcher), tuple(latent_shape[1:]), REMEDY)
     check_sampler(sampler)
     sampler_name = name_of(sampler)
     check_unconditional(sampler_name, guider.conds.get("negative"))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ...dng_core.calibration_files import ModelCalibration
 from ...dng_core.economy import EconomyName
 from ...dng_core.methods import MethodSettings
 
@@ -20,12 +21,14 @@ class Concept:
 
     ``reference`` says which prediction the undesired one is compared with: the unconditional one where there is one
     ("auto"), the positive, or the CFG mix. ``economy`` says at which calls the undesired prediction is evaluated.
+    ``calibration`` is where the settings' temperature and drift come from.
     """
 
     conditioning: list
     settings: MethodSettings
     reference: Reference = "auto"
     economy: EconomyName = "off"
+    calibration: ModelCalibration | None = None
 
     def __post_init__(self) -> None:
         if self.reference not in REFERENCES:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "dng_core"
-MATHEMATICS = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "files"}
+MATHEMATICS = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "files", "calibration_files"}
 ALLOWED = {
     "": set(),
     "plots": {"plots"},
     "models": {"models", "files"},
-    "studies": {"studies", "models", "plots", "files"},
+    "studies": {"studies", "models", "plots", "files", "calibration_files"},
     "headless": {"headless", "plots", "files", "__version__"},
 }
 

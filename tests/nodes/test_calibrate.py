@@ -1,6 +1,8 @@
-"""Calibrate on real runs: the oracle, where the answer is known, and the shipped MNIST model."""
+"""Calibrate Model, Calibrate and Load Calibration on real runs: the oracle, where the answer is known, and MNIST."""
 
 import importlib
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,76 +10,152 @@ import torch
 
 
 @pytest.fixture
-def calibrate(bench: Any, pack: Any) -> Any:
-    node = importlib.import_module(f"{pack.__name__}.nodes.calibrate").Calibrate
+def nodes(pack: Any) -> Any:
+    return importlib.import_module(f"{pack.__name__}.nodes.calibrate")
 
-    def call(
-        model: Any,
-        positive: Any,
-        negative: Any,
-        latent: dict,
-        steps: int = 30,
-        cfg: float = 1.0,
-        scheduler: str = "karras",
-        **more: Any,
-    ):
-        common = (model, 0, steps, cfg, "euler_ancestral", scheduler, positive, negative, latent)
-        return node.execute(*common, **more).args
+
+@pytest.fixture
+def kept(pack: Any, tmp_path: Any, monkeypatch: Any) -> Any:
+    """The module of kept calibrations, with a user folder of its own."""
+    module = importlib.import_module(f"{pack.__name__}.nodes.calibrations")
+    monkeypatch.setattr(module.folder_paths, "get_user_directory", lambda: str(tmp_path))
+    return module
+
+
+@pytest.fixture
+def calibrate_model(bench: Any, nodes: Any) -> Any:
+    def call(model: Any, concepts: Any, images: int = 64, steps: int = 30, shares: str = "alternatives", **more: Any):
+        common = (model, 0, steps, "euler_ancestral", "karras", bench.cond(), concepts, shares, bench.latent(images))
+        return SimpleNamespace(
+            **dict(
+                zip(
+                    ("calibration", "text", "before", "after"),
+                    nodes.CalibrateModel.execute(*common, **more).args,
+                    strict=False,
+                )
+            )
+        )
 
     return call
 
 
-def test_on_the_oracle_the_exact_settings_are_proposed(bench, calibrate):
-    prior, temperature, offset, text = calibrate(bench.model(), bench.cond(), bench.cond("0"), bench.latent(256))
-    assert 0.08 < prior < 0.2
-    assert (temperature, offset) == (1.0, 0.0)
-    assert "Both goals are met" in text
+@pytest.fixture
+def calibrate(bench: Any, nodes: Any) -> Any:
+    def call(
+        model: Any, positive: Any, negative: Any, latent: dict, steps: int = 20, cfg: float = 1.0, **more: Any
+    ) -> SimpleNamespace:
+        common = (model, 0, steps, cfg, "euler_ancestral", "karras", positive, negative, latent)
+        found = nodes.Calibrate.execute(*common, **more).args
+        return SimpleNamespace(**dict(zip(("prior", "text", "before", "after"), found, strict=False)))
+
+    return call
 
 
-def test_under_cfg_the_positive_may_ask_for_what_is_to_be_avoided(bench, calibrate):
-    """Every image shows the undesired concept, and yet the prior is the concept's share without the positive."""
-    prior, temperature, _, text = calibrate(
-        bench.model(), bench.cond("0"), bench.cond("0"), bench.latent(64), cfg=1.5, unconditional=bench.cond()
-    )
-    assert int(text.split("- ")[1].split(" of 64 images")[0]) > 32
-    assert 0.02 < prior < 0.25
-    assert temperature > 0.5
+def alternatives(bench: Any, count: int = 8) -> tuple:
+    return tuple(bench.concept(str(component), prior=1 / count) for component in range(count))
 
 
-def test_the_unrelated_concept_is_looked_at_and_evaluated_in_the_same_batch(bench, calibrate, count):
+def test_on_the_oracle_the_exact_temperature_is_measured(bench, calibrate_model):
+    found = calibrate_model(bench.model(), alternatives(bench))
+    calibration = found.calibration.calibration
+    assert 0.8 < calibration.temperature < 1.25
+    assert calibration.least <= 1 <= calibration.most
+    assert "as it does on an exact model" in found.text
+    assert found.before.posterior.shape == found.after.posterior.shape == (30, 8, 64)
+    before, after = (trace.posterior[-8].sum(dim=0).mean() for trace in (found.before, found.after))
+    assert abs(1 - after) < abs(1 - before)
+
+
+def test_what_a_calibration_says_is_what_a_guided_run_tracks(bench, calibrate_model, calibrate):
+    """With the push switched off, the course that Calibrate shows is the posterior of KSampler (DNG)."""
     model = bench.model()
-    calls = count(model)
-    *_, text = calibrate(model, bench.cond("0,1"), bench.cond("0"), bench.latent(64), unrelated=bench.cond("5"))
-    assert set(calls.batches) == {3}
-    assert "unrelated images" in text
+    measured = calibrate_model(model, alternatives(bench)).calibration
+    shown = calibrate(model, bench.cond(), bench.cond("0"), bench.latent(16), calibration=measured)
+    concepts = bench.node_inputs.concepts_from(
+        bench.cond("0"),
+        {"preset": "calibrated", "prior": shown.prior, "calibration": measured, "reference": "auto"},
+    )
+    assert concepts[0].settings.drift == measured.calibration.drift
+    _, trace = bench.dng(model, list(concepts), bench.latent(16), steps=20, seed=0)
+    torch.testing.assert_close(trace.posterior[:3, 0], shown.after.posterior[:3, 0], rtol=0.05, atol=0.02)
+    assert trace.posterior.shape == (20, 1, 16)
 
 
-def test_calibration_leaves_no_trace_on_the_model(bench, calibrate):
+def test_the_share_is_measured_and_is_the_prior(bench, calibrate):
+    found = calibrate(bench.model(), bench.cond(), bench.cond("0"), bench.latent(256), steps=100)
+    assert 0.06 < found.prior < 0.2
+    assert "of the images show it" in found.text
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_concept_that_cannot_appear_is_not_seen(bench, calibrate, seed):
+    found = calibrate(bench.model(), bench.cond("1,2,3"), bench.cond("0"), bench.latent(32), reference="positive")
+    assert found.text.startswith("**Not seen** in 32 images")
+    assert "0 of 32 images are pushed" in found.text
+    assert found.prior == 0.001
+
+
+def test_calibration_leaves_no_trace_on_the_model(bench, calibrate, calibrate_model):
     model = bench.model()
     before = bench.sample(model)
     calibrate(model, bench.cond(), bench.cond("0"), bench.latent(32))
+    calibrate_model(model, alternatives(bench, 2), 8, 8)
     assert torch.equal(bench.sample(model), before)
 
 
-def test_bad_input_is_refused_by_its_name(bench, calibrate):
+def test_what_is_kept_is_loaded_and_nothing_is_overwritten(bench, calibrate_model, nodes, kept):
+    found = calibrate_model(bench.model(), alternatives(bench, 2), 8, 8, save_as="my oracle")
+    assert "kept as my oracle.json" in found.text
+    again = calibrate_model(bench.model(), alternatives(bench, 2), 8, 8, save_as="my oracle")
+    assert "kept as my oracle 2.json" in again.text
+    assert {"my oracle", "my oracle 2"} <= set(kept.known())
+    (loaded,) = nodes.LoadCalibration.execute("my oracle").args
+    assert loaded == found.calibration
+
+
+def test_a_calibration_of_another_model_or_size_is_refused(bench, calibrate_model, calibrate, kept):
+    measured = calibrate_model(bench.model(), alternatives(bench, 2), 8, 8).calibration
+    other = replace(measured, shape=(1, 8, 8))
+    with pytest.raises(ValueError, match="latents of 1x8x8, and this one is 1x4x4: connect the calibration"):
+        calibrate(bench.model(), bench.cond(), bench.cond("0"), bench.latent(8), calibration=other)
+    for wrong, said in ((other, "1x8x8"), (measured, "of the model")):
+        concept = bench.node_inputs.concepts_from(bench.cond("0"), {"calibration": wrong})
+        model = bench.model("epsilon" if wrong is other else "v_prediction")
+        with pytest.raises(ValueError, match=said):
+            bench.dng(model, list(concept))
+
+
+def test_bad_input_is_refused_by_its_name(bench, calibrate, calibrate_model, nodes, kept):
     model, latent = bench.model(), bench.latent(8)
     with pytest.raises(ValueError, match="connect `unconditional`"):
         calibrate(model, bench.cond(), bench.cond("0"), latent, cfg=3.0)
     with pytest.raises(ValueError, match="`negative` is empty"):
         calibrate(model, bench.cond(), [], latent)
-    with pytest.raises(ValueError, match="at least 3 steps"):
-        calibrate(model, bench.cond(), bench.cond("0"), latent, steps=2)
-    with pytest.raises(ValueError, match="on_by"):
-        calibrate(model, bench.cond(), bench.cond("0"), latent, on_by=0.0)
+    with pytest.raises(ValueError, match="`steps` is 7; a calibration needs at least 8"):
+        calibrate(model, bench.cond(), bench.cond("0"), latent, steps=7)
+    with pytest.raises(ValueError, match="`latent_image` holds 7 images"):
+        calibrate(model, bench.cond(), bench.cond("0"), bench.latent(7))
+    with pytest.raises(ValueError, match="`concepts` holds one concept"):
+        calibrate_model(model, alternatives(bench, 8)[:1])
+    with pytest.raises(ValueError, match="`shares` must be alternatives or priors"):
+        calibrate_model(model, alternatives(bench), shares="both")
+    for name in ("../up", "a/b", ".hidden", "x" * 101, "end."):
+        with pytest.raises(ValueError, match="`save_as` is"):
+            calibrate_model(model, alternatives(bench, 2), 8, 8, save_as=name)
+    with pytest.raises(ValueError, match="`name` is"):
+        nodes.LoadCalibration.execute("../../etc/passwd")
+    with pytest.raises(FileNotFoundError, match="there is no calibration"):
+        nodes.LoadCalibration.execute("gone")
+    with pytest.raises(ValueError, match="preset is calibrated, which needs a calibration"):
+        bench.node_inputs.concepts_from(bench.cond("0"), {"preset": "calibrated"})
 
 
-def test_on_mnist_it_proposes_usable_settings(bench, calibrate, pack):
+def test_on_mnist_a_calibrated_concept_is_seen(bench, calibrate, pack, nodes):
     pixels = importlib.import_module(f"{pack.__name__}.nodes.pixel_models")
     (model,) = pixels.LoadPixelModel.execute("mnist").args
     digits, zero = (pixels.ClassLabel.execute(model, label).args[0] for label in ("none", "0"))
     (latent,) = pixels.EmptyPixelLatent.execute(model, 24).args
-    prior, temperature, offset, text = calibrate(model, digits, zero, latent, steps=20, scheduler="normal")
-    assert "of 24 images" in text
-    assert 0.05 <= prior <= 0.5
-    assert temperature >= 0.5
-    assert offset <= 3
+    (measured,) = nodes.LoadCalibration.execute("shipped: mnist").args
+    found = calibrate(model, digits, zero, latent, calibration=measured)
+    assert 0.02 <= found.prior <= 0.4
+    assert "of the images show it" in found.text

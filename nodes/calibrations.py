@@ -1,0 +1,79 @@
+"""Calibrations in ComfyUI: where they are kept, and which model each belongs to."""
+
+import re
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..dng_core.calibration_files import ModelCalibration, load_calibration, save_calibration
+from ..dng_core.models.weight_files import shipped_calibrations
+from .pixel_models import PixelModel
+
+CALIBRATION = io.Custom("DNG_CALIBRATION")
+REMEDY = "connect the calibration of this model and size, from Load Calibration (DNG) or Calibrate Model (DNG)"
+NAME = re.compile(r"[\w][\w .+-]{0,99}")
+SHIPPED_PREFIX = "shipped: "
+
+
+def calibration_input() -> io.Input:
+    """The input ``calibration``. It comes after all others, since older graphs know these by their position."""
+    return CALIBRATION.Input(
+        "calibration",
+        optional=True,
+        tooltip="What Calibrate Model (DNG) measured of this model, or Load Calibration (DNG) loaded. Its temperature "
+        "and drift then take the place of temperature and offset.",
+    )
+
+
+def model_name(model) -> str:
+    """What a MODEL is to a calibration: a pixel model's name, or its kind, prediction and number of parameters.
+
+    Checkpoints of one architecture share a name, and models that differ by a LoRA too.
+    """
+    inner = model.model
+    if isinstance(inner, PixelModel):
+        return f"pixel model {inner.info.name}, {inner.info.network.prediction}"
+    parameters = sum(parameter.numel() for parameter in inner.diffusion_model.parameters())
+    return f"{type(inner).__name__}, {inner.model_type.name}, {parameters} parameters"
+
+
+def folder() -> Path:
+    """The folder of the user's calibrations."""
+    return Path(folder_paths.get_user_directory()) / "dng_calibrations"
+
+
+def known() -> list[str]:
+    """The names of all calibrations: those that come with the pack first, then the user's."""
+    files = sorted(path.stem for path in folder().glob("*.json")) if folder().is_dir() else []
+    return [*(SHIPPED_PREFIX + name for name in shipped_calibrations()), *files]
+
+
+def load(name: str) -> ModelCalibration:
+    """A calibration by its name in :func:`known`; ValueError or FileNotFoundError, naming it, if it is no good."""
+    if name.startswith(SHIPPED_PREFIX):
+        path = shipped_calibrations().get(name.removeprefix(SHIPPED_PREFIX))
+        if path is None:
+            raise ValueError(f"no calibration {name!r} comes with DNG; choose another in `name`")
+        return load_calibration(path)
+    _check_name(name, "name")
+    return load_calibration(folder() / f"{name}.json")
+
+
+def save(name: str, measured: ModelCalibration) -> Path:
+    """Keep a calibration in the user's folder. One of that name that is there already stays, and a number is added."""
+    _check_name(name, "save_as")
+    number, path = 1, folder() / f"{name}.json"
+    while path.exists():
+        number += 1
+        path = folder() / f"{name} {number}.json"
+    save_calibration(path, measured)
+    return path
+
+
+def _check_name(name: str, given: str) -> None:
+    if not NAME.fullmatch(name) or name.endswith((".", " ")):
+        raise ValueError(
+            f"`{given}` is {name!r}; give a name of at most 100 letters, digits, spaces, dots and dashes that begins "
+            "with a letter or a digit"
+        )
