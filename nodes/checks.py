@@ -9,7 +9,7 @@ from torch import Tensor
 
 def check_values(node: type[io.ComfyNode], **values: Any) -> None:
     """Raise ValueError, naming the input, where a number or a choice is not one that the node's schema offers."""
-    offered = {given.id: given for given in node.GET_SCHEMA().inputs}
+    offered = {given.id: given for given in node.define_schema().inputs}
     for name, value in values.items():
         given = offered[name]
         if isinstance(given, io.Combo.Input):

@@ -42,9 +42,16 @@ def calibrate_model(bench: Any, nodes: Any) -> Any:
 @pytest.fixture
 def calibrate(bench: Any, nodes: Any) -> Any:
     def call(
-        model: Any, positive: Any, negative: Any, latent: dict, steps: int = 20, cfg: float = 1.0, **more: Any
+        model: Any,
+        positive: Any,
+        negative: Any,
+        latent: dict,
+        steps: int = 20,
+        cfg: float = 1.0,
+        scheduler: str = "karras",
+        **more: Any,
     ) -> SimpleNamespace:
-        common = (model, 0, steps, cfg, "euler_ancestral", "karras", positive, negative, latent)
+        common = (model, 0, steps, cfg, "euler_ancestral", scheduler, positive, negative, latent)
         found = nodes.Calibrate.execute(*common, **more).args
         return SimpleNamespace(**dict(zip(("prior", "text", "before", "after"), found, strict=False)))
 
@@ -156,6 +163,6 @@ def test_on_mnist_a_calibrated_concept_is_seen(bench, calibrate, pack, nodes):
     digits, zero = (pixels.ClassLabel.execute(model, label).args[0] for label in ("none", "0"))
     (latent,) = pixels.EmptyPixelLatent.execute(model, 24).args
     (measured,) = nodes.LoadCalibration.execute("shipped: mnist").args
-    found = calibrate(model, digits, zero, latent, calibration=measured)
+    found = calibrate(model, digits, zero, latent, 50, scheduler="normal", calibration=measured)
     assert 0.02 <= found.prior <= 0.4
     assert "of the images show it" in found.text
