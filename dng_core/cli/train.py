@@ -5,6 +5,7 @@ import errno
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from ..models.datasets import Dataset, load_dataset
 from ..models.devices import devices
 from ..models.mnist import MNIST_MD5
 from ..models.networks import PREDICTIONS, Classifier, UNet
+from ..models.picture_book.networks import CrossUNetConfig, PictureBook
+from ..models.picture_book.training import TEXT, train_picture_book
+from ..models.picture_book.weights import PictureBookInfo, load_picture_book, save_picture_book
 from ..models.training import (
     CHOICES,
     TrainingResult,
@@ -25,7 +29,16 @@ from ..models.training import (
     train_classifier,
     train_denoiser,
 )
-from ..models.training_plan import DEFAULTS, DENOISER_SETTINGS, TrainingPlan, read_plan
+from ..models.training_plan import (
+    DEFAULTS,
+    DENOISER_SETTINGS,
+    DENOISERS,
+    PLANS,
+    SCENES,
+    Model,
+    TrainingPlan,
+    read_plan,
+)
 from ..models.weight_files import (
     NUMBERS,
     ClassifierInfo,
@@ -39,7 +52,7 @@ from ..models.weight_files import (
 
 CLASSIFIER_WIDTH = 32  # a choice
 OPTIONS = {  # fields of TrainingConfig and what they are
-    "epochs": "passes over the training images",
+    "epochs": "passes over the training images; for the picture book, times 100,000 new scenes",
     "batch_size": "images per step",
     "learning_rate": "peak learning rate",
     "seed": "seed of the weights, batches and noise",
@@ -51,7 +64,7 @@ OPTIONS = {  # fields of TrainingConfig and what they are
     "log_sigma_mean": "mean log sigma of log-normal timesteps",
     "log_sigma_spread": "standard deviation of log sigma of log-normal timesteps",
     "weighting": "weights of a denoiser's errors",
-    "null_label_share": "share of a denoiser's labels that is dropped",
+    "null_label_share": "share of a denoiser's labels or captions that is dropped",
     "checkpoint_every": "steps between checkpoints, 0 for none",
     "checkpoint_minutes": "minutes between checkpoints, 0 for none",
     "precision": "precision of forward passes; auto takes bfloat16 where the processor is fast at it",
@@ -77,8 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Train one of the models that ship with DNG, or what a plan says. A run that was stopped goes on from its "
         "checkpoint in the output folder when the same command is given again, and ends with the same weights."
     )
-    parser.add_argument("plan", help="denoiser, classifier, or a TOML file (see docs/experiments.md)")
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data set (MNIST: its four IDX files)")
+    parser.add_argument("plan", help=f"{', '.join(PLANS)}, or a TOML file (see docs/experiments.md)")
+    parser.add_argument("--data", type=Path, help="folder of the data set (MNIST: its four IDX files; scenes: none)")
     parser.add_argument("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data")
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights, record and checkpoint")
     parser.add_argument("--start-from", type=Path, metavar="WEIGHTS", help="weights to go on from (default: random)")
@@ -135,6 +148,23 @@ def train(args: argparse.Namespace) -> None:
     precision, why = chosen_precision(plan.training.precision, device)
     plan = plan.with_training(precision=precision)
     print(f"precision {precision}: {why}; threads: {torch.get_num_threads()}")
+    trained = _train_on_scenes if plan.dataset == SCENES else _train_on_files
+    result, source, figures = trained(args, plan, device)
+    files = Files.of(args.output, plan.name)
+    record = _record(args, plan, source, device, result) | figures | {"sha256": file_digest(files.weights)}
+    if args.start_from and (earlier := args.start_from.with_suffix(".json")).is_file():
+        record["started_from"] = read_json(earlier)
+    write_json(files.record, record)
+    print(f"loss {result.loss:.5f}" + "".join(f", {k.replace('_', ' ')} {v:.4f}" for k, v in figures.items()))
+    print(f"weights: {files.weights}\nrecord: {files.record}\n{files.checkpoint} is no longer needed")
+
+
+def _train_on_files(
+    args: argparse.Namespace, plan: TrainingPlan, device: torch.device
+) -> tuple[TrainingResult, dict[str, Any], dict[str, float]]:
+    """Train on a data set from the disk and write the weights: the result, what the data were, and figures."""
+    if args.data is None:
+        raise ValueError(f"the plan {plan.name} trains on {plan.dataset}: give its folder as --data")
     everything = load_dataset(plan.dataset, args.data, train=True, download=args.download, size=plan.size or None)
     data, class_names = plan.chosen(everything), plan.class_names(everything)
     shape = data.images.shape[1:]
@@ -147,7 +177,7 @@ def train(args: argparse.Namespace) -> None:
     files = Files.of(args.output, plan.name)
     name = plan.name.removesuffix(f"_{plan.model}")
 
-    figures: dict[str, Any] = {}
+    figures: dict[str, float] = {}
     files.record.unlink(missing_ok=True)  # that of an earlier run would call the new weights damaged
     if network:
         result = train_denoiser(data.images, data.labels, network, plan.training, files.checkpoint, device, initial)
@@ -162,12 +192,28 @@ def train(args: argparse.Namespace) -> None:
         described = ClassifierInfo(name, shape[1], shape[0], width, (-1.0, 1.0), class_names)
         save_classifier(files.weights, result.state_dict, described, args.numbers)
 
-    record = _record(args, plan, data, device, result) | figures | {"sha256": file_digest(files.weights)}
-    if args.start_from and (earlier := args.start_from.with_suffix(".json")).is_file():
-        record["started_from"] = read_json(earlier)
-    write_json(files.record, record)
-    print(f"loss {result.loss:.5f}" + "".join(f", {k.replace('_', ' ')} {v:.4f}" for k, v in figures.items()))
-    print(f"weights: {files.weights}\nrecord: {files.record}\n{files.checkpoint} is no longer needed")
+    source: dict[str, Any] = {"name": data.name, "images": len(data.images), "digest": data.digest()}
+    if plan.dataset == "mnist":
+        source["md5"] = MNIST_MD5
+    if data.note:
+        source["note"] = data.note
+    return result, source, figures
+
+
+def _train_on_scenes(
+    args: argparse.Namespace, plan: TrainingPlan, device: torch.device
+) -> tuple[TrainingResult, dict[str, Any], dict[str, float]]:
+    """Train on the picture book's scenes, as :func:`_train_on_files` on files."""
+    if args.data is not None or args.download:
+        raise ValueError(f"the plan {plan.name} draws its own scenes: leave out --data and --download")
+    unet = CrossUNetConfig(**plan.network)
+    initial = _initial(plan, PictureBook(TEXT, unet), args.start_from) if args.start_from else None
+    args.output.mkdir(parents=True, exist_ok=True)
+    files = Files.of(args.output, plan.name)
+    files.record.unlink(missing_ok=True)  # that of an earlier run would call the new weights damaged
+    result = train_picture_book(unet, plan.training, files.checkpoint, device, initial)
+    save_picture_book(files.weights, result.state_dict, PictureBookInfo(TEXT, unet), args.numbers)
+    return result, {"name": "scenes", "images": result.steps * plan.training.batch_size}, {}
 
 
 def _default(text: str, field: str) -> str:
@@ -178,8 +224,12 @@ def _default(text: str, field: str) -> str:
 
 
 def _initial(plan: TrainingPlan, model: nn.Module, path: Path) -> dict[str, Tensor]:
-    load = load_denoiser if plan.model == "denoiser" else load_classifier
-    network, _ = load(path)
+    loaders: dict[Model, Callable[[Path], tuple[nn.Module, Any]]] = {
+        "denoiser": load_denoiser,
+        "classifier": load_classifier,
+        "text_to_image": load_picture_book,
+    }
+    network, _ = loaders[plan.model](path)
     state_dict = network.state_dict()
     if {k: v.shape for k, v in state_dict.items()} != {k: v.shape for k, v in model.state_dict().items()}:
         raise ValueError(f"--start-from: {path} holds another network than the plan {plan.name} trains")
@@ -202,23 +252,23 @@ def _test_split(plan: TrainingPlan, folder: Path, training: Dataset) -> Dataset 
 
 
 def _record(
-    args: argparse.Namespace, plan: TrainingPlan, data: Dataset, device: torch.device, result: TrainingResult
+    args: argparse.Namespace,
+    plan: TrainingPlan,
+    source: dict[str, Any],
+    device: torch.device,
+    result: TrainingResult,
 ) -> dict[str, Any]:
-    command = ["dng", "train", args.plan, "--data", str(args.data), "--output", str(args.output)]
+    command = ["dng", "train", args.plan, *(["--data", str(args.data)] if args.data else [])]
+    command += ["--output", str(args.output)]
     if args.start_from:
         command += ["--start-from", str(args.start_from)]
     for option in OPTIONS:
-        if plan.model == "denoiser" or option not in DENOISER_SETTINGS:
+        if plan.model in DENOISERS or option not in DENOISER_SETTINGS:
             value = getattr(plan.training, option)
             command += [f"--{option.replace('_', '-')}", value if isinstance(value, str) else f"{value:.9g}"]
     if plan.model == "denoiser":
         command += ["--prediction", plan.network.get("prediction", "epsilon")]
     command += ["--numbers", args.numbers, "--threads", str(torch.get_num_threads())]
-    source: dict[str, Any] = {"name": data.name, "images": len(data.images), "digest": data.digest()}
-    if plan.dataset == "mnist":
-        source["md5"] = MNIST_MD5
-    if data.note:
-        source["note"] = data.note
     return {
         "command": shlex.join([*command, "--device", device.type]),
         "seed": plan.training.seed,

@@ -1,4 +1,4 @@
-"""Training of the shipped models: a label-conditional DDPM and a classifier.
+"""Training of the shipped models: a denoiser by its squared error, a classifier, and the loop that they share.
 
 Every step draws its batch, timesteps, noise and dropped labels from a generator seeded by (seed, step). A run that was
 stopped and resumed from its checkpoint therefore gives the same weights as an unbroken one.
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..files import write_whole
 from ..schedules import DDPMSchedule
 from .mnist import images_digest, to_model_range
-from .networks import Classifier, UNet, UNetConfig
+from .networks import Classifier, Prediction, UNet, UNetConfig
 from .weight_files import read_safetensors
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -56,7 +56,7 @@ class TrainingConfig:
         nearest timestep, so that most training is spent where images take shape.
     weighting: weights of a denoiser's squared error of epsilon or v. "simple" weighs all timesteps alike; "min_snr"
         weighs the error of x_0 by min(SNR, 5) (Hang et al. 2023).
-    null_label_share: the share of a denoiser's labels that is replaced by the null label.
+    null_label_share: the share of a denoiser's labels that is replaced by the null label, and of captions by none.
     checkpoint_every, checkpoint_minutes: steps, and minutes, after which a checkpoint is written; 0 for never. The
         last step always writes one.
     precision: "bfloat16" computes forward passes in mixed precision (weights, their average and the loss stay in
@@ -125,6 +125,32 @@ class TrainingResult:
     seconds: float
 
 
+class DenoisingError:
+    """The squared error of what a denoiser predicts, weighted and averaged over a batch, on the linear chain."""
+
+    def __init__(self, prediction: Prediction, config: TrainingConfig, device: torch.device) -> None:
+        self.prediction, self.config = prediction, config
+        self.schedule = DDPMSchedule.named("linear")
+        self.alpha_bars = self.schedule.alpha_bars.to(device=device, dtype=torch.float32)
+        snr = self.alpha_bars / (1 - self.alpha_bars)
+        least = snr.clamp(max=MIN_SNR) / (snr if prediction == "epsilon" else snr + 1)
+        self.weights = least if config.weighting == "min_snr" else torch.ones_like(snr)
+
+    def __call__(self, x0: Tensor, predict: Callable[[Tensor, Tensor], Tensor], generator: torch.Generator) -> Tensor:
+        """The loss of clean images x0, (n, channels, height, width), whose timesteps and noise it draws.
+
+        ``predict`` gives the prediction for the states x_t and their timesteps, (n,).
+        """
+        spread = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
+        timestep = _timesteps(spread, self.schedule, self.config).to(x0.device)
+        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        alpha = self.alpha_bars[timestep][:, None, None, None].sqrt()
+        spread_of_noise = (1 - alpha**2).sqrt()
+        target = noise if self.prediction == "epsilon" else alpha * noise - spread_of_noise * x0
+        error = predict(alpha * x0 + spread_of_noise * noise, timestep) - target
+        return (self.weights[timestep] * error.square().mean(dim=(1, 2, 3))).mean()
+
+
 def train_denoiser(
     images: Tensor,
     labels: Tensor,
@@ -142,31 +168,20 @@ def train_denoiser(
     Returns the exponential moving average of the weights.
     """
     torch.manual_seed(config.seed)
-    schedule = DDPMSchedule.named("linear")
-    alpha_bars = schedule.alpha_bars.to(device=device, dtype=torch.float32)
-    snr = alpha_bars / (1 - alpha_bars)
-    least = snr.clamp(max=MIN_SNR) / (snr if network.prediction == "epsilon" else snr + 1)
-    weights = least if config.weighting == "min_snr" else torch.ones_like(snr)
     model = UNet(network)
+    error = DenoisingError(network.prediction, config, device)
     identity = f"denoiser {network.to_dict()} on {images_digest(images, labels)}"
     images = images.to(device)
 
     def loss(model: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
-        x0 = to_model_range(images[index.to(device)])
-        spread = (torch.arange(len(index)) + torch.rand(len(index), generator=generator)) / len(index)
-        timestep = _timesteps(spread, schedule, config)
-        noise = torch.randn(x0.shape, generator=generator)
-        dropped = torch.rand(len(index), generator=generator) < config.null_label_share
-        label = labels[index].masked_fill(dropped, network.num_classes) if network.num_classes else None
-        timestep, noise = timestep.to(device), noise.to(device)
-        label = None if label is None else label.to(device)
-        alpha = alpha_bars[timestep][:, None, None, None].sqrt()
-        spread_of_noise = (1 - alpha**2).sqrt()
-        target = noise if network.prediction == "epsilon" else alpha * noise - spread_of_noise * x0
-        error = model(alpha * x0 + spread_of_noise * noise, timestep, label) - target
-        return (weights[timestep] * error.square().mean(dim=(1, 2, 3))).mean()
+        def predict(x_t: Tensor, timestep: Tensor) -> Tensor:
+            dropped = torch.rand(len(index), generator=generator) < config.null_label_share
+            label = labels[index].masked_fill(dropped, network.num_classes) if network.num_classes else None
+            return model(x_t, timestep, None if label is None else label.to(device))
 
-    return _optimise(model, loss, len(images), config, checkpoint, device, identity, initial)
+        return error(to_model_range(images[index.to(device)]), predict, generator)
+
+    return optimise(model, loss, len(images), config, checkpoint, device, identity, initial)
 
 
 def train_classifier(
@@ -197,7 +212,7 @@ def train_classifier(
         batch = batch + (size * torch.randn(batch.shape, generator=generator)).to(device)
         return F.cross_entropy(model(batch), labels[index], label_smoothing=0.05)
 
-    return _optimise(model, loss, len(images), config, checkpoint, device, identity, initial)
+    return optimise(model, loss, len(images), config, checkpoint, device, identity, initial)
 
 
 @torch.no_grad()
@@ -250,7 +265,7 @@ def _timesteps(spread: Tensor, schedule: DDPMSchedule, config: TrainingConfig) -
     return schedule.timestep((config.log_sigma_mean + config.log_sigma_spread * normal).exp())
 
 
-def _optimise(
+def optimise(
     model: nn.Module,
     loss: LossFunction,
     count: int,
@@ -259,10 +274,13 @@ def _optimise(
     device: torch.device,
     identity: str,
     initial: Mapping[str, Tensor] | None,
+    endless: bool = False,
 ) -> TrainingResult:
     """Train ``model`` on ``count`` images to the end of ``config.epochs``, starting at the checkpoint if there is one.
 
-    A checkpoint made before the learning rate falls can also start a longer or shorter run.
+    A checkpoint made before the learning rate falls can also start a longer or shorter run. Each epoch shuffles the
+    indices 0 .. ``count`` - 1. An ``endless`` row of images is taken in its order instead, and each only once: then
+    ``count`` is just how many make an epoch.
     """
     if config.batch_size > count:
         raise ValueError(f"batch_size {config.batch_size} is above the number of images, {count}")
@@ -295,10 +313,12 @@ def _optimise(
     with tqdm(total=total * size, initial=start * size, **bar) as progress:
         for step in range(start, total):
             epoch, position = divmod(step, per_epoch)
-            if epoch != order_epoch:
+            if epoch != order_epoch and not endless:
                 shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
                 order, order_epoch = torch.randperm(count, generator=shuffle), epoch
-            index = order[position * config.batch_size : (position + 1) * config.batch_size]
+            index = order[position * size : (position + 1) * size]
+            if endless:
+                index = torch.arange(step * size, (step + 1) * size)
             generator = torch.Generator().manual_seed((config.seed + 1) * 1_000_000_007 + step)
 
             for group in optimiser.param_groups:
@@ -372,10 +392,15 @@ def _load_checkpoint(
     for key, value in average.items():
         value.copy_(tensors[f"average.{key}"])
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = optimiser.param_groups[0]["params"]
     for name, value in tensors.items():
         if name.startswith("optimiser."):
             _, i, key = name.split(".")
-            state.setdefault(int(i), {})[key] = value
+            # In the layout of its parameter: another one would round differently from here on.
+            like = parameters[int(i)]
+            state.setdefault(int(i), {})[key] = (
+                torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+            )
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
     step, total = int(metadata["step"]), int(metadata["of"])
     return step, float(metadata["seconds"]), tensors["losses"].tolist(), total

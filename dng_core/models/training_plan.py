@@ -1,4 +1,4 @@
-"""What `dng train` trains: a plan in a TOML file, or one of the two plans of the shipped MNIST models."""
+"""What `dng train` trains: a plan in a TOML file, or one of the plans of the shipped models."""
 
 import tomllib
 from collections.abc import Mapping
@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 from .datasets import DATASETS, Dataset
 from .networks import UNetConfig
+from .picture_book.networks import CrossUNetConfig
 from .training import TrainingConfig
 
 PLAN_FILES = Path(__file__).parent / "plans"
-Model = Literal["denoiser", "classifier"]
+Model = Literal["denoiser", "classifier", "text_to_image"]
 Labels = Literal["conditional", "none"]
+SCENES = "scenes"  # the data of the picture book, which are drawn, not read
 SHIPPED_NETWORK = {
     "base_channels": 64,
     "channel_multipliers": (1, 1),
@@ -21,10 +23,20 @@ SHIPPED_NETWORK = {
     "patch_size": 2,
     "prediction": "v",
 }
+DENOISERS: tuple[Model, ...] = ("denoiser", "text_to_image")
 DENOISER_SETTINGS = ("timesteps", "log_sigma_mean", "log_sigma_spread", "weighting", "null_label_share")
 DEFAULTS: dict[Model, TrainingConfig] = {
     "denoiser": TrainingConfig(epochs=8.0, schedule="constant", timesteps="log_normal"),
     "classifier": TrainingConfig(epochs=4.0, learning_rate=2e-3, ema_decay=0.99),
+    "text_to_image": TrainingConfig(
+        epochs=8.0,
+        batch_size=32,
+        null_label_share=0.1,
+        schedule="constant",
+        timesteps="log_normal",
+        log_sigma_mean=1.0,  # more elements than MNIST's, so that images take shape at more noise
+        log_sigma_spread=1.5,
+    ),
 }
 
 
@@ -38,7 +50,9 @@ class TrainingPlan:
     labels: "conditional" trains a denoiser on all classes with their labels (and the null label), "none" trains it
         without labels.
     only: the one class that a denoiser without labels is trained on; "" for all.
-    network: fields of :class:`UNetConfig` that differ from its defaults; for a classifier, ``width`` alone.
+    dataset: a data set on the disk, or "scenes" for the picture book's, an endless row.
+    network: fields of :class:`UNetConfig` that differ from its defaults, or of :class:`CrossUNetConfig` for a
+        text-to-image model; for a classifier, ``width`` alone.
     size: the side to which a folder's images are cropped and scaled; 0 takes that of the first image.
     """
 
@@ -52,7 +66,8 @@ class TrainingPlan:
     training: TrainingConfig = DEFAULTS["denoiser"]
 
     def __post_init__(self) -> None:
-        for name, known in (("model", tuple(DEFAULTS)), ("dataset", DATASETS), ("labels", ("conditional", "none"))):
+        datasets = (SCENES,) if self.model == "text_to_image" else DATASETS
+        for name, known in (("model", tuple(DEFAULTS)), ("dataset", datasets), ("labels", ("conditional", "none"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if not isinstance(self.name, str) or not isinstance(self.size, int) or self.size < 0:
@@ -81,7 +96,7 @@ class TrainingPlan:
     def with_training(self, **changes: Any) -> "TrainingPlan":
         """The plan with some training settings changed; None leaves a setting as it is."""
         given = {name: value for name, value in changes.items() if value is not None}
-        if (unused := given.keys() & set(DENOISER_SETTINGS)) and self.model != "denoiser":
+        if (unused := given.keys() & set(DENOISER_SETTINGS)) and self.model not in DENOISERS:
             raise ValueError(f"{', '.join(sorted(unused))}: these are settings of a denoiser, not of a {self.model}")
         return replace(self, training=replace(self.training, **given))
 
@@ -93,12 +108,15 @@ class TrainingPlan:
     def _network_fields(self) -> set[str]:
         if self.model == "classifier":
             return {"width"}
+        if self.model == "text_to_image":
+            return {f.name for f in fields(CrossUNetConfig)}
         return {f.name for f in fields(UNetConfig)} - {"image_size", "in_channels", "num_classes"}
 
 
 PLANS = {
     "denoiser": TrainingPlan("mnist_denoiser", "denoiser", network=SHIPPED_NETWORK),
     "classifier": TrainingPlan("mnist_classifier", "classifier", training=DEFAULTS["classifier"]),
+    "picture_book": TrainingPlan("picture_book", "text_to_image", SCENES, training=DEFAULTS["text_to_image"]),
 }
 
 

@@ -85,14 +85,14 @@ def save_denoiser(
     ``numbers``: "float16" halves the file, at a relative error of 5e-4. Both formats are loaded as float32. ValueError
     for weights too large for the format.
     """
-    _save(path, state_dict, "denoiser", info, numbers)
+    write_weights(path, state_dict, "denoiser", info, numbers)
 
 
 def save_classifier(
     path: Path, state_dict: Mapping[str, Tensor], info: ClassifierInfo, numbers: Numbers = "float32"
 ) -> None:
     """Write a classifier's weights, as :func:`save_denoiser` does for a denoiser."""
-    _save(path, state_dict, "classifier", info, numbers)
+    write_weights(path, state_dict, "classifier", info, numbers)
 
 
 def load_denoiser(path: Path) -> tuple[UNet, DenoiserInfo]:
@@ -103,10 +103,10 @@ def load_denoiser(path: Path) -> tuple[UNet, DenoiserInfo]:
     FileNotFoundError: if there is no such file.
     ValueError: if it is damaged, holds something else, or its tensors don't fit the network it names.
     """
-    state_dict, raw = _load(path, "denoiser")
-    with _reading(path):
-        network = UNetConfig(**_tuples(raw.pop("network")))
-        info = DenoiserInfo(network=network, **_tuples(raw))
+    state_dict, raw = read_weights(path, "denoiser")
+    with reading(path):
+        network = UNetConfig(**tuples(raw.pop("network")))
+        info = DenoiserInfo(network=network, **tuples(raw))
         _check_range(info)
     if len(info.class_names) != network.num_classes:
         raise ValueError(f"{path} names {len(info.class_names)} classes, its network has {network.num_classes}")
@@ -115,9 +115,9 @@ def load_denoiser(path: Path) -> tuple[UNet, DenoiserInfo]:
 
 def load_classifier(path: Path) -> tuple[Classifier, ClassifierInfo]:
     """Read a classifier, as :func:`load_denoiser` does a denoiser."""
-    state_dict, raw = _load(path, "classifier")
-    with _reading(path):
-        info = ClassifierInfo(**_tuples(raw))
+    state_dict, raw = read_weights(path, "classifier")
+    with reading(path):
+        info = ClassifierInfo(**tuples(raw))
         _check_range(info)
     return filled(path, lambda: Classifier(info.in_channels, len(info.class_names), info.width), state_dict), info
 
@@ -126,7 +126,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Turn any error from an unreadable description into one message that names the file."""
     try:
         yield
@@ -137,9 +137,8 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _save(
-    path: Path, state_dict: Mapping[str, Tensor], kind: str, info: DenoiserInfo | ClassifierInfo, numbers: Numbers
-) -> None:
+def write_weights(path: Path, state_dict: Mapping[str, Tensor], kind: str, info: Any, numbers: Numbers) -> None:
+    """Write weights of a ``kind`` with their description, a dataclass; as :func:`save_denoiser`."""
     dtype: torch.dtype = getattr(torch, numbers)
     tensors = {
         k: (v.to(dtype) if v.is_floating_point() else v).detach().cpu().contiguous().clone()
@@ -150,7 +149,8 @@ def _save(
     write_whole(path, save(tensors, metadata={"kind": kind, "info": json.dumps(asdict(info))}))
 
 
-def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights of a ``kind`` and their description, which the caller reads within :func:`reading`."""
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}: {RETRAIN}")
     if (expected := recorded_digest(path)) and expected != file_digest(path):
@@ -161,7 +161,7 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): {RETRAIN}") from error
     if metadata.get("kind") != kind:
         raise ValueError(f"{path} holds {metadata.get('kind', 'something that DNG did not write')}, not a {kind}")
-    with _reading(path):
+    with reading(path):
         return tensors, dict(parse_json(metadata["info"]))
 
 
@@ -184,7 +184,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def _tuples(raw: dict[str, Any]) -> dict[str, Any]:
+def tuples(raw: dict[str, Any]) -> dict[str, Any]:
+    """A description from JSON, with its lists as tuples."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from dng_core.cli import train as train_command
 from dng_core.models import training
 from dng_core.models.networks import UNet
+from dng_core.models.picture_book.weights import load_picture_book
 from dng_core.models.training_plan import PLAN_FILES, read_plan
 from dng_core.models.weight_files import DenoiserInfo, load_classifier, load_denoiser, save_denoiser
 
@@ -285,10 +286,52 @@ def test_a_fraction_is_not_taken_for_a_whole_number(tmp_path, line):
         read_plan(str(path))
 
 
+SCENES_PLAN = """
+model = "text_to_image"
+dataset = "scenes"
+[network]
+model_channels = 32
+channel_mult = [1]
+num_res_blocks = [0]
+transformer_depth = []
+transformer_depth_output = [0]
+[training]
+epochs = 0.00008
+batch_size = 4
+"""
+
+
+def test_a_picture_book_is_trained_without_data(tmp_path, capsys):
+    path = tmp_path / "book.toml"
+    path.write_text(SCENES_PLAN)
+    options = ("--output", tmp_path / "out", "--numbers", "float16", "--null-label-share", 0.2)
+    assert dng_train(path, *options) == 0
+    _, info = load_picture_book(tmp_path / "out" / "book.safetensors")
+    assert info.unet.model_channels == 32
+    record = json.loads((tmp_path / "out" / "book.json").read_text())
+    assert record["data"] == {"name": "scenes", "images": 8}
+    assert "--data" not in record["command"] and "--null-label-share 0.2" in record["command"]
+    assert dng_train(path, *options, "--data", tmp_path) == 1
+    assert "draws its own scenes: leave out --data" in capsys.readouterr().err
+
+
+def test_other_plans_need_data(tmp_path, capsys):
+    assert dng_train("classifier", "--output", tmp_path / "out") == 1
+    assert "trains on mnist: give its folder as --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("dataset", "model"), [("scenes", "denoiser"), ("mnist", "text_to_image")])
+def test_scenes_are_for_text_to_image_models(tmp_path, capsys, dataset, model):
+    path = tmp_path / "book.toml"
+    path.write_text(f'model = "{model}"\ndataset = "{dataset}"')
+    assert dng_train(path, "--output", tmp_path / "out") == 1
+    assert "dataset must be one of" in capsys.readouterr().err
+
+
 def test_an_unknown_plan_says_what_there_is(tmp_path, capsys):
     assert dng_train("painter", "--data", tmp_path, "--output", tmp_path / "out") == 1
     assert (
-        "give one of denoiser, classifier, cifar10_classifier, cifar10_denoiser, or a TOML file"
+        "give one of denoiser, classifier, picture_book, cifar10_classifier, cifar10_denoiser, or a TOML file"
         in capsys.readouterr().err
     )
 

@@ -1,0 +1,48 @@
+"""Training of the picture book on an endless row of scenes, which are drawn as they are needed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..mnist import to_model_range
+from ..training import DenoisingError, TrainingConfig, TrainingResult, optimise
+from .networks import CrossUNetConfig, PictureBook, TextConfig, fold
+from .pictures import pages
+from .words import LENGTH, TOKENS, tokens
+
+EPOCH = 100_000  # scenes that count as an epoch; a choice
+TEXT = TextConfig(TOKENS, LENGTH)
+
+
+def train_picture_book(
+    unet: CrossUNetConfig,
+    config: TrainingConfig,
+    checkpoint: Path,
+    device: torch.device,
+    initial: Mapping[str, Tensor] | None = None,
+    epoch: int = EPOCH,
+) -> TrainingResult:
+    """Train text encoder and U-Net by the squared error of v; ``null_label_share`` of the captions are left out.
+
+    The i-th scene of a step is number step * batch_size + i of the seed ``config.seed``, so that no scene is seen
+    twice, and a resumed run sees the same. ``initial``: weights to start from, in place of random ones.
+    """
+    torch.manual_seed(config.seed)
+    model = PictureBook(TEXT, unet).to(memory_format=torch.channels_last)  # four times as fast on a CPU
+    error = DenoisingError("v", config, device)
+    identity = f"picture book {TEXT} {unet} on scenes"
+    nothing = torch.tensor(tokens([]))
+
+    def loss(model: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
+        pictures, words, _ = pages(index.tolist(), config.seed)
+
+        def predict(x_t: Tensor, timestep: Tensor) -> Tensor:
+            dropped = torch.rand(len(words), generator=generator) < config.null_label_share
+            said = torch.where(dropped[:, None], nothing, words).to(device)
+            return model(x_t.contiguous(memory_format=torch.channels_last), timestep, said)
+
+        return error(fold(to_model_range(pictures)).to(device), predict, generator)
+
+    return optimise(model, loss, epoch, config, checkpoint, device, identity, initial, endless=True)

@@ -1,0 +1,162 @@
+"""The picture book's scenes, captions and words, and the training of its model."""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from dng_core.models.picture_book import scenes
+from dng_core.models.picture_book.drawing import DRAWN, draw
+from dng_core.models.picture_book.networks import CrossUNetConfig, PictureBook, fold, unfold
+from dng_core.models.picture_book.pictures import page, pages
+from dng_core.models.picture_book.scenes import (
+    COLOURS,
+    PLACES,
+    THINGS,
+    TIMES,
+    Scene,
+    Thing,
+    caption,
+    random_scene,
+    share,
+)
+from dng_core.models.picture_book.training import TEXT, train_picture_book
+from dng_core.models.picture_book.weights import PictureBookInfo, load_picture_book, save_picture_book
+from dng_core.models.picture_book.words import END, LENGTH, MOST_WORDS, START, WORDS, split, tokens
+from dng_core.models.training import TrainingConfig
+
+from .small_training import same
+from .test_training import Stopped, stop_after
+
+SMALL = CrossUNetConfig(model_channels=32, channel_mult=(1, 1), num_res_blocks=(0, 0), transformer_depth=(),
+                        transformer_depth_output=(0, 0))  # fmt: skip
+CONFIG = TrainingConfig(epochs=1.0, batch_size=4, checkpoint_every=2, warmup_steps=2)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def many() -> list[Scene]:
+    return [random_scene(np.random.default_rng((1, i))) for i in range(20_000)]
+
+
+def test_a_number_names_a_page():
+    first, again, other = page(3, 0), page(3, 0), page(3, 1)
+    assert first[0] == again[0] and first[2] == again[2] and np.array_equal(first[1], again[1])
+    assert not np.array_equal(first[1], other[1])
+    pictures, words, labels = pages([3], 0)
+    assert np.array_equal(pictures[0].permute(1, 2, 0).numpy(), first[1])
+    assert words[0].tolist() == tokens(split(first[2]))
+    place, time, *there = labels[0].tolist()
+    assert (PLACES[place], TIMES[time]) == (first[0].place, first[0].time)
+    assert {name for name, is_there in zip(THINGS, there, strict=True) if is_there} == set(first[0].names)
+
+
+def test_things_are_as_frequent_as_their_shares_say(many):
+    """Within five standard errors, for every thing in every place at every time."""
+    seen = Counter((scene.place, scene.time) for scene in many)
+    shown = Counter((scene.place, scene.time, name) for scene in many for name in scene.names)
+    for (place, time), count in seen.items():
+        for name in THINGS:
+            p = share(name, place, time)
+            error = (p * (1 - p) / count) ** 0.5
+            assert abs(shown[place, time, name] / count - p) <= 5 * error + 1e-9, (place, time, name)
+    assert share("sun", "park", "night") == share("boat", "desert", "day") == 0
+
+
+def test_at_most_three_things_share_sky_and_ground(many):
+    for group in (scenes.SKY, scenes.GROUND):
+        assert max(sum(name in group for name in scene.names) for scene in many) == 3
+
+
+def test_captions_name_each_thing_as_often_as_said(many):
+    generator = np.random.default_rng(0)
+    there = named = coloured = could = empty = 0
+    for scene in many:
+        words = split(caption(scene, generator))
+        empty += not words
+        there += len(scene.things)
+        named += sum(name in words for name in scene.names)
+        for thing in scene.things:
+            if thing.colour and thing.name in words:
+                could += 1
+                coloured += words[words.index(thing.name) - 1] == thing.colour
+    mentioned = (1 - scenes.SAYS_NOTHING) * scenes.NAMES_THING
+    assert named / there == pytest.approx(mentioned, abs=0.01)
+    assert coloured / could == pytest.approx(scenes.NAMES_COLOUR, abs=0.02)
+    assert scenes.SAYS_NOTHING < empty / len(many) < 0.1
+
+
+def test_captions_say_nothing_that_is_not_there(many):
+    generator = np.random.default_rng(1)
+    for scene in many[:2000]:
+        words = set(split(caption(scene, generator)))
+        assert words & set(THINGS) <= set(scene.names)
+        assert words & set(PLACES) <= {scene.place}
+        assert words & set(TIMES) <= {scene.time}
+        assert words & set(COLOURS) <= {thing.colour for thing in scene.things}
+
+
+def test_the_longest_caption_fits():
+    colours = [Thing(name, "red") for name in ("balloon", "house", "car", "tent")]
+    scene = Scene("mountains", "evening", (*colours, Thing("sun"), Thing("bird"), Thing("rainbow")))
+    said = [split(caption(scene, np.random.default_rng(i))) for i in range(3000)]
+    assert max(map(len, said)) <= MOST_WORDS
+    assert all(len(tokens(words)) == LENGTH for words in said)
+
+
+def test_words_are_tokens_and_unknown_ones_are_named():
+    assert split("A Park, by DAY: (red) ball!") == ["a", "park", "by", "day", "red", "ball"]
+    found = tokens(["park", "tree"])
+    assert found[0] == START and found[3] == END and len(set(WORDS)) == len(WORDS)
+    with pytest.raises(ValueError, match=r"does not know 'dragon', 'purple'; it knows the words a, the.*park.*tent"):
+        tokens(split("a dragon and a purple dragon in a park"))
+    with pytest.raises(ValueError, match=f"has 31 words; the picture book reads at most {MOST_WORDS}"):
+        tokens(["tree"] * 31)
+
+
+@pytest.mark.parametrize("name", THINGS)
+def test_every_thing_is_drawn_at_least_eight_pixels_wide_and_high(name):
+    """The same scene with and without the thing, from the same generator: only the thing differs."""
+    assert name == "rainbow" or name in DRAWN
+    time = "night" if name == "moon" else "day"
+    thing = Thing(name, "red" if name in scenes.COLOURED else "")
+    with_it, without = (
+        draw(Scene("park", time, things), np.random.default_rng(5)).astype(int) for things in ((thing,), ())
+    )
+    changed = np.abs(with_it - without).max(axis=2) > 40
+    rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+    assert np.ptp(rows) >= 8 and np.ptp(columns) >= 8
+
+
+def test_folding_is_exact_and_undone():
+    pictures = torch.randn(2, 3, 64, 64)
+    assert fold(pictures).shape == (2, 48, 16, 16)
+    assert torch.equal(unfold(fold(pictures)), pictures)
+
+
+def test_a_resumed_training_has_the_weights_of_an_unbroken_one(tmp_path, monkeypatch):
+    whole = train_picture_book(SMALL, CONFIG, tmp_path / "whole", CPU, epoch=24)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            train_picture_book(SMALL, CONFIG, tmp_path / "broken", CPU, epoch=24)
+    resumed = train_picture_book(SMALL, CONFIG, tmp_path / "broken", CPU, epoch=24)
+    assert same(whole.state_dict, resumed.state_dict)
+    assert (whole.loss, whole.steps) == (resumed.loss, 6)
+
+
+def test_weights_come_back_as_they_were(tmp_path):
+    model = PictureBook(TEXT, SMALL)
+    save_picture_book(tmp_path / "w.safetensors", model.state_dict(), PictureBookInfo(TEXT, SMALL))
+    loaded, info = load_picture_book(tmp_path / "w.safetensors")
+    assert info == PictureBookInfo(TEXT, SMALL)
+    assert same(loaded.state_dict(), model.state_dict())
+
+
+def test_weights_with_other_words_are_refused(tmp_path):
+    info = PictureBookInfo(TEXT, SMALL, words=("a", "dragon"))
+    save_picture_book(tmp_path / "w.safetensors", PictureBook(TEXT, SMALL).state_dict(), info)
+    with pytest.raises(ValueError, match=re.escape("other words than this version of DNG has (a, dragon)")):
+        load_picture_book(tmp_path / "w.safetensors")
