@@ -16,11 +16,20 @@ from torch import Tensor, nn
 from ..files import read_json, write_json
 from ..models.datasets import Dataset, load_dataset
 from ..models.devices import devices
-from ..models.mnist import MNIST_MD5
+from ..models.mnist import MNIST_MD5, to_model_range
 from ..models.networks import PREDICTIONS, Classifier, UNet
+from ..models.picture_book.judge import Judge, judge_accuracy
 from ..models.picture_book.networks import CrossUNetConfig, PictureBook
-from ..models.picture_book.training import TEXT, train_picture_book
-from ..models.picture_book.weights import PictureBookInfo, load_picture_book, save_picture_book
+from ..models.picture_book.pictures import pages
+from ..models.picture_book.training import TEXT, train_judge, train_picture_book
+from ..models.picture_book.weights import (
+    JudgeInfo,
+    PictureBookInfo,
+    load_judge,
+    load_picture_book,
+    save_judge,
+    save_picture_book,
+)
 from ..models.training import (
     CHOICES,
     TrainingResult,
@@ -51,8 +60,9 @@ from ..models.weight_files import (
 )
 
 CLASSIFIER_WIDTH = 32  # a choice
+TEST_SCENES = 4000  # on which a judge is tested; a choice
 OPTIONS = {  # fields of TrainingConfig and what they are
-    "epochs": "passes over the training images; for the picture book, times 100,000 new scenes",
+    "epochs": "passes over the training images; of scenes, times 100,000 new ones",
     "batch_size": "images per step",
     "learning_rate": "peak learning rate",
     "seed": "seed of the weights, batches and noise",
@@ -206,14 +216,25 @@ def _train_on_scenes(
     """Train on the picture book's scenes, as :func:`_train_on_files` on files."""
     if args.data is not None or args.download:
         raise ValueError(f"the plan {plan.name} draws its own scenes: leave out --data and --download")
-    unet = CrossUNetConfig(**plan.network)
-    initial = _initial(plan, PictureBook(TEXT, unet), args.start_from) if args.start_from else None
     args.output.mkdir(parents=True, exist_ok=True)
     files = Files.of(args.output, plan.name)
     files.record.unlink(missing_ok=True)  # that of an earlier run would call the new weights damaged
-    result = train_picture_book(unet, plan.training, files.checkpoint, device, initial)
-    save_picture_book(files.weights, result.state_dict, PictureBookInfo(TEXT, unet), args.numbers)
-    return result, {"name": "scenes", "images": result.steps * plan.training.batch_size}, {}
+    figures: dict[str, float] = {}
+    if plan.model == "text_to_image":
+        unet = CrossUNetConfig(**plan.network)
+        initial = _initial(plan, PictureBook(TEXT, unet), args.start_from) if args.start_from else None
+        result = train_picture_book(unet, plan.training, files.checkpoint, device, initial)
+        save_picture_book(files.weights, result.state_dict, PictureBookInfo(TEXT, unet), args.numbers)
+    else:
+        judge = Judge(**plan.network)
+        initial = _initial(plan, judge, args.start_from) if args.start_from else None
+        result = train_judge(judge.width, plan.training, files.checkpoint, device, initial)
+        save_judge(files.weights, result.state_dict, JudgeInfo(judge.width), args.numbers)
+        pictures, _, labels = pages(range(TEST_SCENES), plan.training.seed + 1)
+        judge.load_state_dict(result.state_dict)
+        accuracy = judge_accuracy(judge.eval(), to_model_range(pictures), labels)
+        figures = {f"accuracy_{name}": share for name, share in accuracy.items()}
+    return result, {"name": "scenes", "images": result.steps * plan.training.batch_size}, figures
 
 
 def _default(text: str, field: str) -> str:
@@ -228,6 +249,7 @@ def _initial(plan: TrainingPlan, model: nn.Module, path: Path) -> dict[str, Tens
         "denoiser": load_denoiser,
         "classifier": load_classifier,
         "text_to_image": load_picture_book,
+        "judge": lambda path: (load_judge(path), None),
     }
     network, _ = loaders[plan.model](path)
     state_dict = network.state_dict()

@@ -12,7 +12,7 @@ from .picture_book.networks import CrossUNetConfig
 from .training import TrainingConfig
 
 PLAN_FILES = Path(__file__).parent / "plans"
-Model = Literal["denoiser", "classifier", "text_to_image"]
+Model = Literal["denoiser", "classifier", "text_to_image", "judge"]
 Labels = Literal["conditional", "none"]
 SCENES = "scenes"  # the data of the picture book, which are drawn, not read
 SHIPPED_NETWORK = {
@@ -23,6 +23,7 @@ SHIPPED_NETWORK = {
     "patch_size": 2,
     "prediction": "v",
 }
+OF_SCENES: tuple[Model, ...] = ("text_to_image", "judge")
 DENOISERS: tuple[Model, ...] = ("denoiser", "text_to_image")
 DENOISER_SETTINGS = ("timesteps", "log_sigma_mean", "log_sigma_spread", "weighting", "null_label_share")
 DEFAULTS: dict[Model, TrainingConfig] = {
@@ -37,6 +38,7 @@ DEFAULTS: dict[Model, TrainingConfig] = {
         log_sigma_mean=1.0,  # more elements than MNIST's, so that images take shape at more noise
         log_sigma_spread=1.5,
     ),
+    "judge": TrainingConfig(epochs=0.8, batch_size=64, learning_rate=2e-3, ema_decay=0.99),
 }
 
 
@@ -52,7 +54,7 @@ class TrainingPlan:
     only: the one class that a denoiser without labels is trained on; "" for all.
     dataset: a data set on the disk, or "scenes" for the picture book's, an endless row.
     network: fields of :class:`UNetConfig` that differ from its defaults, or of :class:`CrossUNetConfig` for a
-        text-to-image model; for a classifier, ``width`` alone.
+        text-to-image model; for a classifier or a judge, ``width`` alone.
     size: the side to which a folder's images are cropped and scaled; 0 takes that of the first image.
     """
 
@@ -66,7 +68,7 @@ class TrainingPlan:
     training: TrainingConfig = DEFAULTS["denoiser"]
 
     def __post_init__(self) -> None:
-        datasets = (SCENES,) if self.model == "text_to_image" else DATASETS
+        datasets = (SCENES,) if self.model in OF_SCENES else DATASETS
         for name, known in (("model", tuple(DEFAULTS)), ("dataset", datasets), ("labels", ("conditional", "none"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
@@ -106,7 +108,7 @@ class TrainingPlan:
         return replace(self, network={**self.network, **given}) if given else self
 
     def _network_fields(self) -> set[str]:
-        if self.model == "classifier":
+        if self.model in ("classifier", "judge"):
             return {"width"}
         if self.model == "text_to_image":
             return {f.name for f in fields(CrossUNetConfig)}
@@ -117,6 +119,7 @@ PLANS = {
     "denoiser": TrainingPlan("mnist_denoiser", "denoiser", network=SHIPPED_NETWORK),
     "classifier": TrainingPlan("mnist_classifier", "classifier", training=DEFAULTS["classifier"]),
     "picture_book": TrainingPlan("picture_book", "text_to_image", SCENES, training=DEFAULTS["text_to_image"]),
+    "picture_book_judge": TrainingPlan("picture_book_judge", "judge", SCENES, training=DEFAULTS["judge"]),
 }
 
 

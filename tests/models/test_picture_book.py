@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from dng_core.models.mnist import to_model_range
 from dng_core.models.picture_book import scenes
 from dng_core.models.picture_book.drawing import DRAWN, draw
+from dng_core.models.picture_book.judge import Judge, Verdict, judge_accuracy
 from dng_core.models.picture_book.networks import CrossUNetConfig, PictureBook, fold, unfold
 from dng_core.models.picture_book.pictures import page, pages
 from dng_core.models.picture_book.scenes import (
@@ -22,8 +24,15 @@ from dng_core.models.picture_book.scenes import (
     random_scene,
     share,
 )
-from dng_core.models.picture_book.training import TEXT, train_picture_book
-from dng_core.models.picture_book.weights import PictureBookInfo, load_picture_book, save_picture_book
+from dng_core.models.picture_book.training import TEXT, train_judge, train_picture_book
+from dng_core.models.picture_book.weights import (
+    JudgeInfo,
+    PictureBookInfo,
+    load_judge,
+    load_picture_book,
+    save_judge,
+    save_picture_book,
+)
 from dng_core.models.picture_book.words import END, LENGTH, MOST_WORDS, START, WORDS, split, tokens
 from dng_core.models.training import TrainingConfig
 
@@ -145,6 +154,39 @@ def test_a_resumed_training_has_the_weights_of_an_unbroken_one(tmp_path, monkeyp
     resumed = train_picture_book(SMALL, CONFIG, tmp_path / "broken", CPU, epoch=24)
     assert same(whole.state_dict, resumed.state_dict)
     assert (whole.loss, whole.steps) == (resumed.loss, 6)
+
+
+def test_a_judge_learns_what_it_is_shown(tmp_path):
+    """A few hundred scenes are enough to tell places better than by chance, and far better than before."""
+    config = TrainingConfig(epochs=1.0, batch_size=16, learning_rate=5e-3, ema_decay=0.9, warmup_steps=5)
+    result = train_judge(8, config, tmp_path / "judge", CPU, epoch=800)
+    pictures, _, labels = pages(range(200), seed=7)
+    accuracy = []
+    for state in (Judge(8).state_dict(), result.state_dict):
+        judge = Judge(8)
+        judge.load_state_dict(state)
+        accuracy.append(judge_accuracy(judge.eval(), to_model_range(pictures), labels))
+    assert accuracy[1]["place"] > 0.6 > accuracy[0]["place"]
+    assert accuracy[1].keys() == {"place", "time", *THINGS}
+
+
+def test_a_verdict_is_asked_by_name():
+    verdict = Verdict(torch.tensor([0, 2]), torch.tensor([2, 0]), torch.eye(2, len(THINGS)).bool())
+    assert verdict.shows("sea").tolist() == [False, True]
+    assert verdict.shows("night").tolist() == [True, False]
+    assert verdict.shows(THINGS[1]).tolist() == [False, True]
+    with pytest.raises(ValueError, match=r"'dragon' is none of park.*night.*tent"):
+        verdict.shows("dragon")
+
+
+def test_a_judge_of_other_things_is_refused(tmp_path):
+    save_judge(tmp_path / "j.safetensors", Judge(4).state_dict(), JudgeInfo(4))
+    assert same(
+        load_judge(tmp_path / "j.safetensors").state_dict(), load_judge(tmp_path / "j.safetensors").state_dict()
+    )
+    save_judge(tmp_path / "j.safetensors", Judge(4).state_dict(), JudgeInfo(4, ("dragon",)))
+    with pytest.raises(ValueError, match=r"tells other things than this version of DNG draws \(dragon\)"):
+        load_judge(tmp_path / "j.safetensors")
 
 
 def test_weights_come_back_as_they_were(tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 from dng_core.cli import train as train_command
 from dng_core.models import training
 from dng_core.models.networks import UNet
-from dng_core.models.picture_book.weights import load_picture_book
+from dng_core.models.picture_book.weights import load_judge, load_picture_book
 from dng_core.models.training_plan import PLAN_FILES, read_plan
 from dng_core.models.weight_files import DenoiserInfo, load_classifier, load_denoiser, save_denoiser
 
@@ -315,6 +315,18 @@ def test_a_picture_book_is_trained_without_data(tmp_path, capsys):
     assert "draws its own scenes: leave out --data" in capsys.readouterr().err
 
 
+def test_a_judge_is_trained_and_tested_on_scenes(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_command, "TEST_SCENES", 20)
+    path = tmp_path / "judge.toml"
+    path.write_text('model = "judge"\ndataset = "scenes"\n[network]\nwidth = 4\n[training]\nepochs = 0.00032')
+    assert dng_train(path, "--batch-size", 16, "--output", tmp_path / "out") == 0
+    assert load_judge(tmp_path / "out" / "judge.safetensors").width == 4
+    record = json.loads((tmp_path / "out" / "judge.json").read_text())
+    assert record["data"] == {"name": "scenes", "images": 32}
+    assert {"accuracy_place", "accuracy_time", "accuracy_cat"} <= record.keys()
+    assert "--timesteps" not in record["command"]
+
+
 def test_other_plans_need_data(tmp_path, capsys):
     assert dng_train("classifier", "--output", tmp_path / "out") == 1
     assert "trains on mnist: give its folder as --data" in capsys.readouterr().err
@@ -330,10 +342,9 @@ def test_scenes_are_for_text_to_image_models(tmp_path, capsys, dataset, model):
 
 def test_an_unknown_plan_says_what_there_is(tmp_path, capsys):
     assert dng_train("painter", "--data", tmp_path, "--output", tmp_path / "out") == 1
-    assert (
-        "give one of denoiser, classifier, picture_book, cifar10_classifier, cifar10_denoiser, or a TOML file"
-        in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "give one of denoiser, classifier, picture_book, picture_book_judge, cifar10_classifier, " in said
+    assert "cifar10_denoiser, or a TOML file" in said
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in PLAN_FILES.glob("*.toml")))

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from ..mnist import to_model_range
 from ..training import DenoisingError, TrainingConfig, TrainingResult, optimise
+from .judge import Judge, judge_loss
 from .networks import CrossUNetConfig, PictureBook, TextConfig, fold
 from .pictures import pages
 from .words import LENGTH, TOKENS, tokens
 
 EPOCH = 100_000  # scenes that count as an epoch; a choice
 TEXT = TextConfig(TOKENS, LENGTH)
+JUDGE_NOISE = 0.2  # of the judge's pictures, at most; pixels are -1 to 1; a choice
 
 
 def train_picture_book(
@@ -46,3 +48,27 @@ def train_picture_book(
         return error(fold(to_model_range(pictures)).to(device), predict, generator)
 
     return optimise(model, loss, epoch, config, checkpoint, device, identity, initial, endless=True)
+
+
+def train_judge(
+    width: int,
+    config: TrainingConfig,
+    checkpoint: Path,
+    device: torch.device,
+    initial: Mapping[str, Tensor] | None = None,
+    epoch: int = EPOCH,
+) -> TrainingResult:
+    """Train the judge on the scenes of ``config.seed``; ``initial`` is as in :func:`train_picture_book`.
+
+    Each picture gets Gaussian noise of a random size, so that noise left in generated pictures decides nothing.
+    """
+    torch.manual_seed(config.seed)
+    model = Judge(width).to(memory_format=torch.channels_last)
+
+    def loss(model: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
+        pictures, _, labels = pages(index.tolist(), config.seed)
+        size = JUDGE_NOISE * torch.rand(len(pictures), 1, 1, 1, generator=generator)
+        noisy = to_model_range(pictures) + size * torch.randn(pictures.shape, generator=generator)
+        return judge_loss(model, noisy.to(device).contiguous(memory_format=torch.channels_last), labels.to(device))
+
+    return optimise(model, loss, epoch, config, checkpoint, device, f"judge {width} on scenes", initial, endless=True)

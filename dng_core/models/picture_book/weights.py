@@ -1,4 +1,4 @@
-"""Weights of the picture book: one safetensors file for the text encoder and the U-Net, which describes both."""
+"""Weights of the picture book, one safetensors file for text encoder and U-Net, and one for the judge."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,11 +7,14 @@ from pathlib import Path
 from torch import Tensor
 
 from ..weight_files import SHIPPED, Numbers, filled, read_weights, reading, tuples, write_weights
+from .judge import Judge
 from .networks import CrossUNetConfig, PictureBook, TextConfig
+from .scenes import PLACES, THINGS, TIMES
 from .words import WORDS
 
-KIND = "picture_book"
+KIND, JUDGE_KIND = "picture_book", "picture_book_judge"
 SHIPPED_PICTURE_BOOK = SHIPPED / "picture_book.safetensors"
+SHIPPED_JUDGE = SHIPPED / "picture_book_judge.safetensors"
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,14 @@ class PictureBookInfo:
     unet: CrossUNetConfig
     schedule: str = "linear"
     words: tuple[str, ...] = WORDS
+
+
+@dataclass(frozen=True)
+class JudgeInfo:
+    """What a judge's file says: the network's width, and what it tells, in the order of its outputs."""
+
+    width: int
+    labels: tuple[str, ...] = (*PLACES, *TIMES, *THINGS)
 
 
 def save_picture_book(
@@ -50,3 +61,22 @@ def load_picture_book(path: Path) -> tuple[PictureBook, PictureBookInfo]:
             f"weights that came with this version, or train them with `dng train picture_book`"
         )
     return filled(path, model, state_dict), info
+
+
+def save_judge(path: Path, state_dict: Mapping[str, Tensor], info: JudgeInfo, numbers: Numbers = "float32") -> None:
+    """Write the weights of a :class:`Judge`."""
+    write_weights(path, state_dict, JUDGE_KIND, info, numbers)
+
+
+def load_judge(path: Path = SHIPPED_JUDGE) -> Judge:
+    """Read a judge, by default the one that comes with the project; errors as :func:`load_picture_book`."""
+    state_dict, raw = read_weights(path, JUDGE_KIND)
+    with reading(path):
+        info = JudgeInfo(**tuples(raw))
+        model = Judge(info.width)
+    if info.labels != JudgeInfo(info.width).labels:
+        raise ValueError(
+            f"{path} tells other things than this version of DNG draws ({', '.join(info.labels)}): take the weights "
+            f"that came with this version, or train them with `dng train picture_book_judge`"
+        )
+    return filled(path, model, state_dict)
