@@ -392,15 +392,10 @@ def _load_checkpoint(
     for key, value in average.items():
         value.copy_(tensors[f"average.{key}"])
     state: dict[int, dict[str, Tensor]] = {}
-    parameters = optimiser.param_groups[0]["params"]
     for name, value in tensors.items():
         if name.startswith("optimiser."):
             _, i, key = name.split(".")
-            # In the layout of its parameter: another one would round differently from here on.
-            like = parameters[int(i)]
-            state.setdefault(int(i), {})[key] = (
-                torch.empty_like(like).copy_(value) if value.shape == like.shape else value
-            )
+            state.setdefault(int(i), {})[key] = value
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
     step, total = int(metadata["step"]), int(metadata["of"])
     return step, float(metadata["seconds"]), tensors["losses"].tolist(), total
