@@ -67,7 +67,8 @@ class Brush:
 def draw(scene: Scene, generator: np.random.Generator) -> np.ndarray:
     """A picture of a scene, uint8 (64, 64, 3); the generator decides places, sizes and shades."""
     horizon = float(generator.uniform(31, 37))
-    image = Image.fromarray(_sky(scene.time, horizon, generator)).resize((FINE * SIZE, FINE * SIZE), Image.NEAREST)
+    small = Image.fromarray(_sky(scene.time, horizon, generator))
+    image = small.resize((FINE * SIZE, FINE * SIZE), Image.Resampling.NEAREST)
     brush = Brush(image, TINTS[scene.time])
     things = {thing.name: thing.colour for thing in scene.things}
     for name in BACKGROUND:
@@ -107,7 +108,7 @@ def _sky(time: str, horizon: float, generator: np.random.Generator) -> np.ndarra
 def _ground(brush: Brush, place: str, horizon: float, generator: np.random.Generator) -> None:
     r, g, b = (float(c) for c in np.array(GROUNDS[place]) + generator.uniform(-8, 8, size=3))
     if place == "mountains":
-        for x, height in zip((8, 54, 31), generator.uniform(14, 24, size=3), strict=True):
+        for x, height in zip((8.0, 54.0, 31.0), generator.uniform(14, 24, size=3), strict=True):
             x += generator.uniform(-5, 5)
             peak, foot = horizon - height, horizon + 1
             shade = float(generator.uniform(-10, 10))

@@ -276,7 +276,7 @@ class CrossUNet(nn.Module):
         stages = []
         for level in reversed(range(len(widths))):
             for i in range(config.num_res_blocks[level] + 1):
-                parts = [ResBlock(channels + skips.pop(), widths[level], width)]
+                parts: list[nn.Module] = [ResBlock(channels + skips.pop(), widths[level], width)]
                 channels = widths[level]
                 parts += transformers(channels, next(up))
                 if level and i == config.num_res_blocks[level]:
