@@ -5,16 +5,28 @@ on a training chain. The denoised estimates are kept in the images' range -1 .. 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..schedules import DDPMSchedule
-from .networks import UNet
+from .networks import Prediction, UNet
 
 
 def denoised(network: UNet, chain: DDPMSchedule, x: Tensor, sigma: float, label: Tensor | None = None) -> Tensor:
-    """The denoised estimate D of VE states x, (n, channels, height, width), clamped to -1 .. 1; ``label``: (n,).
+    """The denoised estimate D of VE states x, (n, channels, height, width), clamped to -1 .. 1; ``label``: (n,)."""
+
+    def predict(x_t: Tensor, timestep: Tensor) -> Tensor:
+        return network(x_t, timestep, label)
+
+    return estimate(predict, network.config.prediction, chain, x, sigma)
+
+
+def estimate(
+    predict: Callable[[Tensor, Tensor], Tensor], prediction: Prediction, chain: DDPMSchedule, x: Tensor, sigma: float
+) -> Tensor:
+    """The denoised estimate D of VE states x by a network on VP states and timesteps, (n,); clamped to -1 .. 1.
 
     D = x - sigma epsilon, or D = (x - sigma sqrt(1 + sigma^2) v) / (1 + sigma^2), by what the network predicts.
 
@@ -22,11 +34,8 @@ def denoised(network: UNet, chain: DDPMSchedule, x: Tensor, sigma: float, label:
     """
     timestep = int(chain.timestep(torch.tensor(sigma, dtype=torch.float64)))
     scale = (1 + sigma**2) ** 0.5
-    predicted = network(x / scale, torch.full((len(x),), timestep, device=x.device), label)
-    if network.config.prediction == "epsilon":
-        clean = x - sigma * predicted
-    else:
-        clean = x / scale**2 - sigma / scale * predicted
+    predicted = predict(x / scale, torch.full((len(x),), timestep, device=x.device))
+    clean = x - sigma * predicted if prediction == "epsilon" else x / scale**2 - sigma / scale * predicted
     return torch.where(predicted.isfinite(), clean, math.nan).clamp(-1, 1)
 
 

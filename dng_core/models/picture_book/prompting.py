@@ -1,0 +1,32 @@
+"""The picture book's predictions under prompts, for samplers that work with denoised estimates."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...schedules import DDPMSchedule
+from ..predictors import estimate
+from .networks import PictureBook
+from .words import split, tokens
+
+
+@torch.no_grad()
+def contexts(book: PictureBook, prompts: Sequence[str]) -> Tensor:
+    """The contexts of prompts, (prompts, tokens, width); ValueError for words that the book does not know."""
+    device = book.text.positions.device
+    return book.text(torch.tensor([tokens(split(prompt)) for prompt in prompts], device=device))
+
+
+@torch.no_grad()
+def denoised(book: PictureBook, chain: DDPMSchedule, x: Tensor, sigma: float, context: Tensor) -> list[Tensor]:
+    """The denoised estimates of VE states x, (n, 48, height, width), under each of k contexts, (k, tokens, width).
+
+    All k are evaluated in one batch of k n. Each estimate is clamped to -1 .. 1, the range of pictures.
+    """
+    k, n = len(context), len(x)
+
+    def predict(x_t: Tensor, timestep: Tensor) -> Tensor:
+        return book.unet(x_t, timestep, context.repeat_interleave(n, dim=0))
+
+    return list(estimate(predict, "v", chain, x.repeat(k, 1, 1, 1), sigma).split(n))
