@@ -1,6 +1,6 @@
 """The node classes of the pack."""
 
-from . import calibrate, compare, concepts, oracle, patch, pixel_models, plot, sampling, trace
+from . import calibrate, compare, concepts, oracle, patch, picture_book, pixel_models, plot, sampling, trace
 
 NODES = [
     *sampling.NODES,
@@ -11,5 +11,6 @@ NODES = [
     *compare.NODES,
     *calibrate.NODES,
     *pixel_models.NODES,
+    *picture_book.NODES,
     *oracle.NODES,
 ]
