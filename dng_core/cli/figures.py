@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..headless.server import Server
 
 ALL = ("all",)
-NETWORK_STEPS = 50  # of the figures on the MNIST network: a choice
+NETWORK_STEPS, BOOK_STEPS = 50, 30  # of the figures on the MNIST network and on the picture book: a choice
 WORKFLOW = Path("workflows", "api", "mnist_class_removal.json")
 
 
@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--denoisers", nargs="+", default=["mnist"], metavar="SOURCE", help="shipped ones or files (default: mnist)"
     )
     networks.add_argument("--data", type=Path, help="MNIST's folder, for the distance and the error of denoising")
+    parser.add_argument("--weights", type=Path, help="of picture-book (default: the shipped ones)")
     oracle = parser.add_argument_group(
         "the figures " + ", ".join(name for name, figure in FIGURES.items() if figure.over_samplers)
     )
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="N",
-        help=f"step counts (most figures: 30; evidence, rules and networks take one: {NETWORK_STEPS})",
+        help=f"step counts (most figures: 30; those on networks take one: {NETWORK_STEPS}, picture-book {BOOK_STEPS})",
     )
     oracle.add_argument("--nodes", nargs="+", metavar="NAME", help="nodes of matrix and off: ksampler, guider, patch")
     oracle.add_argument("--settings", choices=("oracle", "cifar10"), default="oracle", help="default: oracle")
@@ -172,9 +173,16 @@ def calibration(args: argparse.Namespace) -> Iterator[Row]:
         yield from calibration_figure(args.samples, one_step_count(args), args.seed, denoiser)
 
 
+def picture_book(args: argparse.Namespace) -> Iterator[Row]:
+    from ..studies.picture_book.figure import picture_book_figure
+
+    sheet = args.output / f"{args.figure}.png"
+    yield from picture_book_figure(args.weights, sheet, args.samples, one_step_count(args), args.seed)
+
+
 def one_step_count(args: argparse.Namespace) -> int:
     """The step count of a figure on networks; raises HeadlessError for several."""
-    steps: list[int] = args.steps or [NETWORK_STEPS]
+    steps: list[int] = args.steps or [BOOK_STEPS if args.figure == "picture-book" else NETWORK_STEPS]
     if len(steps) > 1:
         raise HeadlessError(f"--steps: the figure {args.figure} takes one step count, not {len(steps)}.")
     return steps[0]
@@ -287,6 +295,9 @@ FIGURES = {
     ),
     "networks": Figure(
         "denoisers by themselves: how clear, even and near to real images their unguided images are", networks
+    ),
+    "picture-book": Figure(
+        "what the picture book draws without guidance, against what was asked and what scenes show", picture_book, 256
     ),
     "matrix": over_samplers(
         "every sampler and scheduler of a real ComfyUI against the oracle's exact answer, through every node",

@@ -137,7 +137,7 @@ def test_comfyui_denoises_as_the_studies_do(graph, book):
     for timestep in (0, 300, 999):
         sigma = chain.sigmas[timestep]
         x = 0.5 + sigma.float() * torch.randn(2, 48, 16, 16, generator=torch.Generator().manual_seed(timestep))
-        ours = denoised(book, chain, x, float(sigma), contexts(book, prompts))
+        ours = denoised(book, chain, x, float(sigma), contexts(book, prompts).split(1))
         for prompt, wanted in zip(prompts, ours, strict=True):
             context = graph.text(prompt)[0][0].expand(2, -1, -1)
             found = graph.model.model.apply_model(x, sigma.float().expand(2), c_crossattn=context)

@@ -19,14 +19,16 @@ def contexts(book: PictureBook, prompts: Sequence[str]) -> Tensor:
 
 
 @torch.no_grad()
-def denoised(book: PictureBook, chain: DDPMSchedule, x: Tensor, sigma: float, context: Tensor) -> list[Tensor]:
-    """The denoised estimates of VE states x, (n, 48, height, width), under each of k contexts, (k, tokens, width).
+def denoised(book: PictureBook, chain: DDPMSchedule, x: Tensor, sigma: float, texts: Sequence[Tensor]) -> list[Tensor]:
+    """The denoised estimates of VE states x, (n, 48, height, width), under each of several texts, in one batch.
 
-    All k are evaluated in one batch of k n. Each estimate is clamped to -1 .. 1, the range of pictures.
+    ``texts``: contexts, (1, tokens, width), or (n, tokens, width) with one for each state. Each estimate is clamped to
+    -1 .. 1, the range of pictures.
     """
-    k, n = len(context), len(x)
+    n = len(x)
+    context = torch.cat([text.expand(n, -1, -1) for text in texts])
 
     def predict(x_t: Tensor, timestep: Tensor) -> Tensor:
-        return book.unet(x_t, timestep, context.repeat_interleave(n, dim=0))
+        return book.unet(x_t, timestep, context)
 
-    return list(estimate(predict, "v", chain, x.repeat(k, 1, 1, 1), sigma).split(n))
+    return list(estimate(predict, "v", chain, x.repeat(len(texts), 1, 1, 1), sigma).split(n))

@@ -95,13 +95,13 @@ def share(thing: str, place: str, time: str) -> float:
     """The exact share of pictures with this place and time that show the thing."""
     for group in (SKY, BACKGROUND, GROUND):
         if thing in group:
-            sets, shares = _sets(group, place, time)
+            sets, shares = possible_sets(group, place, time)
             return float(sum(p for members, p in zip(sets, shares, strict=True) if thing in members))
     raise ValueError(f"{thing!r} is not one of {', '.join(THINGS)}")
 
 
 @cache
-def _sets(group: tuple[str, ...], place: str, time: str) -> tuple[list[tuple[str, ...]], np.ndarray]:
+def possible_sets(group: tuple[str, ...], place: str, time: str) -> tuple[list[tuple[str, ...]], np.ndarray]:
     """The sets of at most MOST things of a group, and their probabilities: independent chances, given that limit."""
     chances = {name: chance(name, place, time) for name in group}
     sets, shares = [], []
@@ -120,7 +120,7 @@ def random_scene(generator: np.random.Generator) -> Scene:
     time = TIMES[_draw(generator, np.array(TIME_SHARES))]
     names: list[str] = []
     for group in (SKY, BACKGROUND, GROUND):
-        sets, shares = _sets(group, place, time)
+        sets, shares = possible_sets(group, place, time)
         names += sets[_draw(generator, shares)]
     colours = generator.integers(len(COLOURS), size=len(names))
     return Scene(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ...schedules import ChainName, DDPMSchedule
 from ..weight_files import SHIPPED, Numbers, filled, read_weights, reading, tuples, write_weights
 from .judge import Judge
 from .networks import CrossUNetConfig, PictureBook, TextConfig
@@ -23,7 +24,7 @@ class PictureBookInfo:
 
     text: TextConfig
     unet: CrossUNetConfig
-    schedule: str = "linear"
+    schedule: ChainName = "linear"
     words: tuple[str, ...] = WORDS
 
 
@@ -54,6 +55,7 @@ def load_picture_book(path: Path) -> tuple[PictureBook, PictureBookInfo]:
     with reading(path):
         text, unet = (tuples(raw.pop(part)) for part in ("text", "unet"))
         info = PictureBookInfo(TextConfig(**text), CrossUNetConfig(**unet), **tuples(raw))
+        DDPMSchedule.named(info.schedule)
         model = PictureBook(info.text, info.unet)
     if info.words != WORDS:
         raise ValueError(
