@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,16 +12,24 @@ from PIL import Image
 
 from dng_core.models.picture_book.judge import Verdict
 from dng_core.models.picture_book.networks import CrossUNetConfig, PictureBook
+from dng_core.models.picture_book.prompting import contexts, denoised
 from dng_core.models.picture_book.scenes import PLACES, THINGS, TIMES, caption, random_scene
 from dng_core.models.picture_book.shares import shares_given
 from dng_core.models.picture_book.training import TEXT
-from dng_core.models.picture_book.weights import PictureBookInfo, save_picture_book
+from dng_core.models.picture_book.weights import PictureBookInfo, load_picture_book, save_picture_book
 from dng_core.models.picture_book.words import split
 from dng_core.oracle import GaussianMixture
 from dng_core.sampling import ddpm_sample
-from dng_core.schedules import karras_sigmas
+from dng_core.schedules import DDPMSchedule, karras_sigmas
+from dng_core.settings import Settings
+from dng_core.studies.picture_book import methods, study
+from dng_core.studies.picture_book.cases import CASES, LABELS, Case
 from dng_core.studies.picture_book.figure import label_rows, picture_book_figure
+from dng_core.studies.picture_book.measures import Seen, measure
+from dng_core.studies.picture_book.methods import METHODS, calibrated, guided
+from dng_core.studies.picture_book.report import write_report
 from dng_core.studies.picture_book.sampling import SAMPLERS, sample
+from dng_core.studies.picture_book.study import Plan, Study
 
 SMALL = CrossUNetConfig(model_channels=32, channel_mult=(1, 1), num_res_blocks=(0, 0), transformer_depth=(),
                         transformer_depth_output=(0, 0))  # fmt: skip
@@ -27,9 +37,14 @@ SMALL = CrossUNetConfig(model_channels=32, channel_mult=(1, 1), num_res_blocks=(
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
+    """All random, for many layers begin at 0, and then no text would matter."""
     torch.manual_seed(0)
+    model = PictureBook(TEXT, SMALL)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) / parameter[0].numel() ** 0.5)
     path = tmp_path_factory.mktemp("book") / "book.safetensors"
-    save_picture_book(path, PictureBook(TEXT, SMALL).state_dict(), PictureBookInfo(TEXT, SMALL))
+    save_picture_book(path, model.state_dict(), PictureBookInfo(TEXT, SMALL))
     return path
 
 
@@ -111,3 +126,153 @@ def test_the_figure_draws_and_judges(weights, tmp_path):
     assert all(0 <= row["expected, %"] <= 100 for row in rows if row["expected, %"] is not None)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 1000
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_cases_are_of_their_kind(case):
+    """Related things are likely though not named, unrelated ones impossible, absurd ones asked for."""
+    expected = case.expected()
+    shares = [expected[name] for name in case.avoid]
+    if case.kind == "related":
+        assert min(shares) > 0.12 and not set(case.avoid) & set(split(case.prompt))
+    elif case.kind == "unrelated":
+        assert max(shares) == 0
+    else:
+        assert min(shares) == 1
+
+
+def test_there_are_as_many_cases_as_the_study_promises():
+    counted = Counter(case.kind for case in CASES)
+    assert counted["related"] >= 12 and counted["unrelated"] == 12 and counted["absurd"] == 6
+    assert any(len(case.avoid) == 2 for case in CASES)
+    assert CASES[0].asked == ("park", "day")
+    assert Case("absurd", "a park with a tree", ("tree",)).asked == ("park",)
+
+
+@pytest.fixture(scope="module")
+def book(weights):
+    return load_picture_book(weights)[0]
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_each_method_combines_the_predictions_as_it_says(book, cfg):
+    """At the first step, from the predictions D_p, D_u and D_n written out; DNG begins at its prior."""
+    chain, case = DDPMSchedule.named("linear"), Case("related", "a park by day", ("flower",))
+    x, sigma = 3 * torch.randn(2, 48, 16, 16, generator=torch.Generator().manual_seed(0)), 3.0
+    texts = contexts(book, ["a park by day", "", "flower", "a park by day, flower"]).split(1)
+    p, u, n, joint = denoised(book, chain, x, sigma, texts)
+    assert min(float((a - b).abs().max()) for a, b in ((p, u), (n, u), (joint, p))) > 1e-3
+    base = p if cfg == 1 else u + cfg * (p - u)
+    reference = p if cfg == 1 else u
+    wanted = {
+        "nothing": (base, 1),
+        "negative prompt": (p if cfg == 1 else n + cfg * (p - n), 1),
+        "constant push": (base - 2 * (n - reference), 2),
+        "DNG": (base - 2 * 0.25 * (n - reference), 2),
+        "DNG, joint": (base - 2 * 0.25 * (joint - p), 2),
+    }
+    for name, (prediction, evaluations) in wanted.items():
+        run = guided(book, chain, case, METHODS[name].at(2.0), cfg, [3.0, 1.0])
+        torch.testing.assert_close(run(x, sigma), prediction, atol=1e-5, rtol=1e-5)
+        assert run.evaluations == evaluations + (cfg != 1)
+    assert METHODS["DNG"].settings.prior == 0.2
+
+
+def test_several_things_are_several_concepts(book):
+    case = Case("related", "a park by day", ("tree", "flower"))
+    run = guided(book, DDPMSchedule.named("linear"), case, METHODS["DNG"], 3.0, [3.0, 1.0])
+    run(torch.zeros(2, 48, 16, 16), 3.0)
+    assert run.guidance.trace().posterior.shape == (1, 2, 2) and run.scales().shape == (1, 2)
+
+
+def test_calibration_takes_what_an_unguided_run_proposes(book, monkeypatch):
+    case, method = Case("related", "a park by day", ("flower",)), METHODS["DNG, calibrated"].at(2.0)
+    chain = DDPMSchedule.named("linear")
+    quiet = calibrated(book, chain, case, method, 3.0, steps=3, images=2, seed=0)
+    assert quiet.settings.prior == 0.01  # this network says nothing of flowers
+    proposed = Settings(prior=0.3, temperature=0.5, guidance_scale=2.0)
+    monkeypatch.setattr(methods, "LEAST_EVIDENCE", -1.0)
+    monkeypatch.setattr(methods, "propose", lambda evidence, goals: SimpleNamespace(settings=proposed))
+    found = calibrated(book, chain, case, method, 3.0, steps=3, images=2, seed=0)
+    assert found.settings == replace(proposed, max_scale=30.0) and found.joint
+
+
+def seen(pictures, things):
+    """Pictures of a park by day that show these things, one list each; features by which they differ."""
+    labels = torch.zeros(len(pictures), len(LABELS), dtype=torch.bool)
+    for i, names in enumerate(things):
+        for name in ("park", "day", *names):
+            labels[i, LABELS.index(name)] = True
+    return Seen(pictures, labels, labels[:, :8].double() + torch.arange(len(labels))[:, None])
+
+
+def test_measures_count_what_is_left_and_what_else_changed():
+    case = Case("related", "a park with a tree", ("flower",))
+    before, after = torch.zeros(4, 3, 64, 64), torch.zeros(4, 3, 64, 64)
+    after[2:] = 0.2
+    without = seen(before, [["tree", "flower"], ["flower"], ["tree"], []])
+    other = seen(before, [["tree"], ["tree"], ["flower"], ["cat"]])
+    found = measure(case, seen(after, [["tree"], ["tree", "flower"], ["tree"], ["cat"]]), without, other)
+    assert (found["left"], found["was"]) == (0.25, 0.5) and found["left_low"] < 0.25 < found["left_high"]
+    assert (found["kept"], found["kept_was"]) == (7 / 8, 6 / 8)
+    assert found["rms"] == pytest.approx(0.1)  # of the last two, which never showed a flower; pixels 0 to 1
+    assert found["relabelled"] == pytest.approx(1 / (2 * len(LABELS)))
+    assert found["balance"] == pytest.approx((abs(3 / 4 - 2 / 3) + abs(1 / 4 - 1 / 3)) / (len(LABELS) - 1))
+    assert found["distance"] > 0
+
+
+def test_what_cannot_be_measured_is_none():
+    case = Case("related", "a park", ("flower",))
+    all_show = seen(torch.zeros(2, 3, 64, 64), [["flower"], ["flower"]])
+    found = measure(case, all_show, all_show, all_show)
+    assert (
+        found["left"] == 1 and (found["rms"], found["relabelled"], found["balance"], found["distance"]) == (None,) * 4
+    )
+
+
+SHORT = Plan(
+    cases=(CASES[0], CASES[-1]), methods=("nothing", "negative prompt", "DNG, joint"), settings=((3.0, "euler", 3),),
+    scales=(1.0, 2.0), images=4, search_images=4, batch=3,
+)  # fmt: skip
+
+
+def test_a_study_is_measured_reported_and_goes_on_where_it_stopped(weights, tmp_path, monkeypatch):
+    told = []
+    rows = Study(SHORT, tmp_path, weights).run(told.append)
+    assert [(row["case"], row["method"]) for row in rows] == [
+        (case.name, method) for case in SHORT.cases for method in SHORT.methods
+    ]
+    for row in rows:
+        assert 0 <= row["left_low"] <= row["left"] <= row["left_high"] <= 1
+        assert row["evaluations"] == {"nothing": 6, "negative prompt": 6, "DNG, joint": 9}[row["method"]]
+        assert (row["rms"] == 0) == (row["method"] == "nothing")
+        assert (row["late_scale"] is None) == (row["method"] != "DNG, joint")
+    markdown_file, page_file = write_report(tmp_path)
+    text, page = markdown_file.read_text(encoding="utf-8"), page_file.read_text(encoding="utf-8")
+    assert text.count("## ") == 4 and all(case.name in text for case in SHORT.cases)
+    assert page.count("<img") == len(rows) and "Related cases in the mean" in page
+    monkeypatch.setattr(study, "sample", None)  # nothing is drawn again
+    assert Study(SHORT, tmp_path, weights).run(told.append) == rows
+
+
+def test_the_scale_is_the_smallest_that_leaves_little(weights, tmp_path, monkeypatch):
+    left = {1.0: 0.3, 2.0: 0.01, 4.0: 0.0}
+    plan = replace(SHORT, methods=("nothing", "DNG"), scales=(4.0, 1.0, 2.0))
+    monkeypatch.setattr(Study, "row", lambda self, point: {"left": left[point.scale], "was": 0.5})
+    assert Study(plan, tmp_path, weights).chosen_scales(lambda line: None) == {"nothing": 0.0, "DNG": 2.0}
+    left |= {2.0: 0.1, 4.0: 0.2}
+    assert Study(plan, tmp_path, weights).chosen_scales(lambda line: None)["DNG"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("DNG", "magic")}, "unknown methods magic: choose from nothing, negative prompt"),
+        ({"images": 2}, "images must be at least 4, not 2"),
+        ({"batch": 0}, "batch must be at least 1, not 0"),
+        ({"settings": ((3.0, "euler", 2),)}, "needs 3 to 1000 steps and a cfg of 0 or more, not 2 and 3"),
+    ],
+)
+def test_a_plan_that_cannot_be_drawn_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Plan(**changes)

@@ -1,0 +1,208 @@
+"""The study: every case by every method, measured; what was measured is kept, so that a stopped run goes on."""
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...files import write_json, write_whole
+from ...methods import MethodSettings
+from ...models.picture_book.weights import SHIPPED_JUDGE, SHIPPED_PICTURE_BOOK, load_judge, load_picture_book
+from ...schedules import DDPMSchedule, ddpm_sigmas
+from ..class_removal import starting_noise
+from .cases import CASES, Case
+from .measures import Seen, measure
+from .methods import METHODS, calibrated, guided
+from .sampling import LATENT, Sampler, pictures_of, sample
+
+LEAST_SHOWN = 0.25  # the scale is chosen on related cases in which so many pictures show the thing without guidance
+MOST_LEFT = 0.02  # "equal removal": the mean over these cases, at most
+CALIBRATION_IMAGES = 64  # of the method "DNG, calibrated"; like the rest, a choice
+KEPT = 4  # points without guidance whose pictures stay in memory, since they serve every method of a case
+STRIP = 8  # pictures of a point that are kept in its folder, side by side
+OTHER_SEED, SEARCH_SEED, CALIBRATION_SEED = 1000, 2000, 3000  # added to the seed of the plan
+
+
+@dataclass(frozen=True)
+class Point:
+    """One case by one method at one setting."""
+
+    case: Case
+    method: str
+    scale: float
+    cfg: float
+    sampler: Sampler
+    steps: int
+    images: int
+    seed: int
+
+    def unguided(self, **changes: Any) -> "Point":
+        """The same without guidance, from which changes are counted."""
+        return replace(self, method="nothing", scale=0.0, **changes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn. The scale of each method is chosen with ``search_images`` of the next seed, at the first setting.
+
+    Parameters
+    ----------
+    settings: (cfg, sampler, steps) in turn; the first is the main one, the others show what depends on it.
+    scales: among which each method's is chosen.
+    """
+
+    cases: tuple[Case, ...] = CASES
+    methods: tuple[str, ...] = tuple(METHODS)
+    settings: tuple[tuple[float, Sampler, int], ...] = ((3.0, "euler_ancestral", 30),)
+    scales: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    images: int = 256
+    search_images: int = 32
+    seed: int = 0
+    batch: int = 64
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.methods if name not in METHODS]:
+            raise ValueError(f"unknown methods {', '.join(unknown)}: choose from {', '.join(METHODS)}")
+        for name, least in (("images", 4), ("search_images", 4), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        for cfg, _, steps in self.settings:
+            if not 3 <= steps <= 1000 or not cfg >= 0:
+                raise ValueError(f"a setting needs 3 to 1000 steps and a cfg of 0 or more, not {steps} and {cfg:g}")
+
+
+class Study:
+    """Draws and measures points. Their rows, and strips of their first pictures, are kept in ``folder``."""
+
+    def __init__(self, plan: Plan, folder: Path, weights: Path | None = None) -> None:
+        self.plan, self.folder = plan, folder
+        path = weights or SHIPPED_PICTURE_BOOK
+        self.book, info = load_picture_book(path)
+        self.judge, self.chain = load_judge(), DDPMSchedule.named(info.schedule)
+        self._weights = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in (path, SHIPPED_JUDGE)]
+        self._unguided: dict[Point, tuple[Seen, dict[str, Any]]] = {}
+        (folder / "rows").mkdir(parents=True, exist_ok=True)
+
+    def run(self, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+        """Choose every method's scale, measure every case at every setting, and return the rows."""
+        scales = self.chosen_scales(tell)
+        rows = []
+        for cfg, sampler, steps in self.plan.settings:
+            for case in self.plan.cases:
+                for method in self.plan.methods:
+                    scale = scales[method]
+                    point = Point(case, method, scale, cfg, sampler, steps, self.plan.images, self.plan.seed)
+                    rows.append(self.row(point))
+                    tell(said(rows[-1]))
+        write_json(self.folder / "results.json", {"scales": scales, "rows": rows})
+        return rows
+
+    def chosen_scales(self, tell: Callable[[str], None]) -> dict[str, float]:
+        """The smallest scale of each method that leaves at most 2 % of the thing; else the one that leaves least.
+
+        It is one scale for all cases, since a user does not know the case: the mean over the related cases counts.
+        """
+        cfg, sampler, steps = self.plan.settings[0]
+        related = [case for case in self.plan.cases if case.kind == "related"]
+        chosen = {}
+        for method in self.plan.methods:
+            if METHODS[method].settings is None or not related:
+                chosen[method] = 0.0
+                continue
+            left = {}
+            for scale in sorted(self.plan.scales):
+                points = [
+                    Point(
+                        case, method, scale, cfg, sampler, steps, self.plan.search_images, self.plan.seed + SEARCH_SEED
+                    )
+                    for case in related
+                ]
+                rows = [self.row(point) for point in points]
+                counted = [row["left"] for row in rows if row["was"] >= LEAST_SHOWN] or [row["left"] for row in rows]
+                left[scale] = sum(counted) / len(counted)
+                tell(f"search: {method} at {scale:g} leaves {100 * left[scale]:.1f} %")
+                if left[scale] <= MOST_LEFT:
+                    break
+            chosen[method] = scale if left[scale] <= MOST_LEFT else min(left, key=lambda s: left[s])
+        return chosen
+
+    def row(self, point: Point) -> dict[str, Any]:
+        """A point and its measures, from the folder if it was measured before."""
+        path = self.folder / "rows" / f"{self._key(point)}.json"
+        if path.is_file():
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        without, _ = self.seen(point.unguided())
+        other, _ = self.seen(point.unguided(seed=point.seed + OTHER_SEED))
+        seen, costs = self.seen(point)
+        write_whole(path.with_suffix(".png"), strip(seen.pictures[:STRIP]))
+        row = asdict(point) | {"key": path.stem} | {"case": point.case.name, "kind": point.case.kind}
+        row |= measure(point.case, seen, without, other) | costs
+        write_json(path, row)
+        return row
+
+    def seen(self, point: Point) -> tuple[Seen, dict[str, Any]]:
+        """A point's pictures as the judge sees them, and what they cost."""
+        if point.method != "nothing":
+            return self._drawn(point)
+        if point not in self._unguided:
+            while len(self._unguided) >= KEPT:
+                self._unguided.pop(next(iter(self._unguided)))
+            self._unguided[point] = self._drawn(point)
+        return self._unguided[point]
+
+    def _drawn(self, point: Point) -> tuple[Seen, dict[str, Any]]:
+        method = METHODS[point.method].at(point.scale)
+        if method.calibrated:
+            images = min(CALIBRATION_IMAGES, point.images)
+            seed = point.seed + CALIBRATION_SEED
+            method = calibrated(self.book, self.chain, point.case, method, point.cfg, point.steps, images, seed)
+        levels, began = ddpm_sigmas(self.chain, point.steps), time.monotonic()
+        parts: list[Tensor] = []
+        scales: list[Tensor] = []
+        evaluations = 0
+        for start in range(0, point.images, self.plan.batch):
+            count = min(self.plan.batch, point.images - start)
+            noise, generator = starting_noise(start, count, point.seed, LATENT)
+            run = guided(self.book, self.chain, point.case, method, point.cfg, levels)
+            parts.append(pictures_of(sample(run, noise, levels, point.sampler, generator)))
+            evaluations += count * run.evaluations
+            if (tracked := run.scales()) is not None:
+                scales.append(tracked)
+        costs = {
+            "late_scale": float(torch.cat(scales, dim=1)[point.steps // 2 :].mean()) if scales else None,
+            "settings": described(method.settings),
+            "evaluations": evaluations / point.images,
+            "seconds": (time.monotonic() - began) / point.images,
+        }
+        return Seen.by(self.judge, torch.cat(parts)), costs
+
+    def _key(self, point: Point) -> str:
+        told = json.dumps([asdict(point), asdict(METHODS[point.method]), self._weights], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:24]
+
+
+def strip(pictures: Tensor) -> bytes:
+    """Pictures, (n, 3, 64, 64) in -1 .. 1, side by side as a PNG file."""
+    row = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(2, 0, 3, 1).flatten(1, 2)
+    file = io.BytesIO()
+    Image.fromarray(row.contiguous().numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+def described(settings: MethodSettings | None) -> dict[str, Any] | None:
+    """The settings as JSON."""
+    return None if settings is None else asdict(settings)
+
+
+def said(row: dict[str, Any]) -> str:
+    """A row in one line."""
+    rms = "" if row["rms"] is None else f", change of the others {row['rms']:.4f}"
+    return f"{row['case']}; {row['method']}: {100 * row['left']:.1f} % left of {100 * row['was']:.1f}{rms}"
