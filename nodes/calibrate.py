@@ -21,7 +21,7 @@ from ..dng_core.calibration import (
 )
 from ..dng_core.calibration_files import ModelCalibration
 from ..dng_core.guidance import Trace
-from ..dng_core.settings import PRESETS, Settings
+from ..dng_core.settings import PRESETS, Rule, Settings
 from .calibrations import CALIBRATION, REMEDY, calibration_input, known, load, model_name, save
 from .guider import NegativeGuider
 from .inputs import (
@@ -44,7 +44,7 @@ SMALLEST_PRIOR = 0.001
 
 def observe(
     model, schedule: Schedule, wanted: Conditionings, latent: dict, negatives: Sequence[list], reference: Reference,
-    rule: str,
+    rule: Rule,
 ) -> list[Evidence]:  # fmt: skip
     """The evidence for each of ``negatives`` in one run without guidance. It raises what KSampler (DNG) raises."""
     settings = Settings(guidance_scale=0, prior=0.5 / len(negatives), rule=rule)

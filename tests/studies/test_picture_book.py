@@ -21,7 +21,6 @@ from dng_core.models.picture_book.words import split
 from dng_core.oracle import GaussianMixture
 from dng_core.sampling import ddpm_sample
 from dng_core.schedules import DDPMSchedule, karras_sigmas
-from dng_core.settings import Settings
 from dng_core.studies.picture_book import methods, study
 from dng_core.studies.picture_book.cases import CASES, LABELS, Case
 from dng_core.studies.picture_book.figure import label_rows, picture_book_figure
@@ -185,16 +184,14 @@ def test_several_things_are_several_concepts(book):
     assert run.guidance.trace().posterior.shape == (1, 2, 2) and run.scales().shape == (1, 2)
 
 
-def test_calibration_takes_what_an_unguided_run_proposes(book, monkeypatch):
+def test_calibration_takes_the_share_that_an_unguided_run_shows(book, monkeypatch):
     case, method = Case("related", "a park by day", ("flower",)), METHODS["DNG, calibrated"].at(2.0)
     chain = DDPMSchedule.named("linear")
-    quiet = calibrated(book, chain, case, method, 3.0, steps=3, images=2, seed=0)
-    assert quiet.settings.prior == 0.01  # this network says nothing of flowers
-    proposed = Settings(prior=0.3, temperature=0.5, guidance_scale=2.0)
-    monkeypatch.setattr(methods, "LEAST_EVIDENCE", -1.0)
-    monkeypatch.setattr(methods, "propose", lambda evidence, goals: SimpleNamespace(settings=proposed))
     found = calibrated(book, chain, case, method, 3.0, steps=3, images=2, seed=0)
-    assert found.settings == replace(proposed, max_scale=30.0) and found.joint
+    assert found == replace(method, settings=replace(method.settings, prior=found.settings.prior))
+    monkeypatch.setattr(methods, "share_of", lambda evidence, calibration: SimpleNamespace(mean=0.0))
+    absent = calibrated(book, chain, case, method, 3.0, steps=3, images=2, seed=0)
+    assert absent.settings.prior == methods.LEAST_PRIOR
 
 
 def seen(pictures, things):

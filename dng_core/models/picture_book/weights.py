@@ -56,13 +56,12 @@ def load_picture_book(path: Path) -> tuple[PictureBook, PictureBookInfo]:
         text, unet = (tuples(raw.pop(part)) for part in ("text", "unet"))
         info = PictureBookInfo(TextConfig(**text), CrossUNetConfig(**unet), **tuples(raw))
         DDPMSchedule.named(info.schedule)
-        model = PictureBook(info.text, info.unet)
     if info.words != WORDS:
         raise ValueError(
             f"{path} was trained with other words than this version of DNG has ({', '.join(info.words)}): take the "
             f"weights that came with this version, or train them with `dng train picture_book`"
         )
-    return filled(path, model, state_dict), info
+    return filled(path, lambda: PictureBook(info.text, info.unet), state_dict), info
 
 
 def save_judge(path: Path, state_dict: Mapping[str, Tensor], info: JudgeInfo, numbers: Numbers = "float32") -> None:
@@ -75,10 +74,9 @@ def load_judge(path: Path = SHIPPED_JUDGE) -> Judge:
     state_dict, raw = read_weights(path, JUDGE_KIND)
     with reading(path):
         info = JudgeInfo(**tuples(raw))
-        model = Judge(info.width)
     if info.labels != JudgeInfo(info.width).labels:
         raise ValueError(
             f"{path} tells other things than this version of DNG draws ({', '.join(info.labels)}): take the weights "
             f"that came with this version, or train them with `dng train picture_book_judge`"
         )
-    return filled(path, model, state_dict)
+    return filled(path, lambda: Judge(info.width), state_dict)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ...baselines import NegativePrompting, SafeLatentDiffusion
-from ...calibration import LEAST_EVIDENCE, SMALLEST_PRIOR, Goals, evidence_of, propose
+from ...calibration import EXACT as EXACT_MODEL
+from ...calibration import evidence_of, share_of
 from ...guidance import Guidance, NegativeGuidance
 from ...methods import MethodSettings, guidance_by
 from ...models.picture_book.networks import PictureBook
@@ -28,7 +29,7 @@ class Method:
     stock: the thing is the negative prompt, D_neg + cfg (D_pos - D_neg), which does nothing at cfg 1.
     joint: the undesired prediction is of the prompt and the thing together, and is compared with the prompt's.
         Otherwise it is of the thing alone, compared with the empty prompt's (at cfg 1 with the prompt's).
-    calibrated: prior, temperature and offset are those that Calibrate proposes after an unguided run of the case.
+    calibrated: the prior is the share that Calibrate measures in an unguided run of the case.
     """
 
     settings: MethodSettings | None = None
@@ -41,6 +42,7 @@ class Method:
         return self if self.settings is None else replace(self, settings=replace(self.settings, guidance_scale=scale))
 
 
+LEAST_PRIOR = 0.001  # the smallest that the nodes take
 EXACT = Settings(max_scale=30.0)  # the cap lets a guidance scale above 1 act at posteriors near 1
 METHODS = {
     "nothing": Method(),
@@ -119,20 +121,13 @@ def guided(
 def calibrated(
     book: PictureBook, chain: DDPMSchedule, case: Case, method: Method, cfg: float, steps: int, images: int, seed: int
 ) -> Method:
-    """The method with the settings that one unguided run proposes, from the evidence for the first thing to avoid.
-
-    Where no picture shows the thing, the settings stay as they are but for the prior, which is the smallest proposed.
-    """
+    """The method with the prior that one unguided run shows: the share of the first thing to avoid."""
     if not isinstance(method.settings, Settings):
         raise ValueError("only DNG's settings can be calibrated")
     levels = ddpm_sigmas(chain, steps)
-    silent = method.at(0.0)
-    run = guided(book, chain, case, silent, cfg, levels)
+    run = guided(book, chain, case, method.at(0.0), cfg, levels)
     noise, generator = starting_noise(0, images, seed, LATENT)
     sample(run, noise, levels, "euler_ancestral", generator)
     assert isinstance(run.guidance, NegativeGuidance)
-    evidence = evidence_of(run.guidance)[0]
-    if float(evidence.peak.max()) < LEAST_EVIDENCE:
-        return replace(method, settings=replace(method.settings, prior=SMALLEST_PRIOR))
-    found = propose(evidence, goals=Goals(guidance_scale=method.settings.guidance_scale)).settings
-    return replace(method, settings=replace(found, max_scale=method.settings.max_scale))
+    share = share_of(evidence_of(run.guidance)[0], EXACT_MODEL).mean
+    return replace(method, settings=replace(method.settings, prior=min(max(share, LEAST_PRIOR), 1 - LEAST_PRIOR)))
