@@ -199,7 +199,7 @@ def strip(pictures: Tensor) -> bytes:
 
 def described(settings: MethodSettings | None) -> dict[str, Any] | None:
     """The settings as JSON."""
-    return None if settings is None else asdict(settings)
+    return None if settings is None else dict(json.loads(json.dumps(asdict(settings))))  # lists, as in a file
 
 
 def said(row: dict[str, Any]) -> str:
