@@ -2,9 +2,11 @@
 
 import argparse
 import errno
+import itertools
 import platform
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,17 @@ from ..studies.class_removal import METHOD_NAMES, image_shape, network
 from ..studies.experiment import METHOD_OF, Experiment, read_experiment
 from ..studies.features import require_inception
 from ..studies.measuring import Measurer
+from ..studies.picture_book.report import write_report
+from ..studies.picture_book.sampling import SAMPLERS
+from ..studies.picture_book.study import Plan, Study
 from ..studies.report.pages import write_reports
 from ..studies.report.results import read_results
 from ..studies.runner import MANIFEST, Runner
 from ..studies.sweep import ENGINES, Workers
 
 LOCK = ".lock"  # the file in an experiment's folder that a process which works there holds
+PICTURE_BOOK = "picture_book"
+BOOK_OPTIONS = ("weights", "cfg", "samplers")
 TunedSettings = dict[tuple[str, str], MethodSettings | None]
 
 
@@ -38,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and quality. Points that are in the output folder already are not drawn again, so a stopped run goes on."
     )
     parser.add_argument(
-        "experiment", help="mnist, cifar10, cifar10_conditional, tiny, or a TOML file (see docs/experiments.md)"
+        "experiment",
+        help="mnist, cifar10, cifar10_conditional, tiny, a TOML file (see docs/experiments.md), or picture_book",
     )
     parser.add_argument("--data", type=Path, help="folder of the data set that distances are measured to")
     parser.add_argument("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data")
@@ -72,11 +80,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ray-address", help="address of a running Ray cluster (default: start one here)")
     parser.add_argument("--fid", action="store_true", help="measure FID too, by torch-fidelity")
     parser.add_argument("--estimate", action="store_true", help="only say how long it would take")
+    parser.add_argument("--weights", type=Path, help="picture_book: of its model (default: the shipped ones)")
+    parser.add_argument("--cfg", type=float, nargs="+", help="picture_book: scales of the prompt (default: 3)")
+    parser.add_argument(
+        "--samplers", nargs="+", choices=SAMPLERS, help="picture_book: samplers (default: euler_ancestral)"
+    )
+    parser.set_defaults(defaults={action.dest: action.default for action in parser._actions})
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the experiment and write its report; returns 1 if anything failed. What was done is kept."""
+    if args.experiment == PICTURE_BOOK:
+        return run_picture_book(args)
     try:
+        refuse(args, BOOK_OPTIONS)
         runner = prepare(args)
         if args.estimate:
             print(runner.estimate())
@@ -105,6 +122,38 @@ def run(args: argparse.Namespace) -> int:
         print(f"dng experiment: {error}", file=sys.stderr)
         return 1
     return 1 if failed else 0
+
+
+def refuse(args: argparse.Namespace, options: Iterable[str]) -> None:
+    """Raise ValueError for an option that this experiment does not have."""
+    for name in options:
+        if getattr(args, name) != args.defaults[name]:
+            raise ValueError(f"--{name.replace('_', '-')}: the experiment {args.experiment} has no such option")
+
+
+def run_picture_book(args: argparse.Namespace) -> int:
+    """Run the study on the picture book and write its report; returns 1, with a message, if that fails."""
+    given = {"images", "search_images", "steps", "batch", "seed", "methods", "output", "experiment", "help"}
+    try:
+        refuse(args, args.defaults.keys() - given - set(BOOK_OPTIONS))
+        changes: dict[str, Any] = {
+            name: getattr(args, name)
+            for name in ("images", "search_images", "batch", "seed")
+            if getattr(args, name) is not None
+        }
+        if args.methods is not None:
+            changes["methods"] = tuple(args.methods.split(","))
+        settings = itertools.product(args.cfg or [3.0], args.samplers or [SAMPLERS[0]])
+        steps = 30 if args.steps is None else args.steps
+        plan = Plan(settings=tuple((cfg, sampler, steps) for cfg, sampler in settings), **changes)
+        folder = args.output or Path("output", PICTURE_BOOK)
+        Study(plan, folder, args.weights).run(print)
+        for path in write_report(folder):
+            print(path)
+    except (OSError, ValueError) as error:
+        print(f"dng experiment: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def prepare(args: argparse.Namespace) -> Runner:

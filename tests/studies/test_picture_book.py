@@ -1,5 +1,8 @@
 """The picture book's studies: samplers, exact shares and the figure of unguided pictures, on random weights."""
 
+import argparse
+import functools
+import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -10,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dng_core.cli import experiment
 from dng_core.models.picture_book.judge import Verdict
 from dng_core.models.picture_book.networks import CrossUNetConfig, PictureBook
 from dng_core.models.picture_book.prompting import contexts, denoised
@@ -165,27 +169,27 @@ def test_each_method_combines_the_predictions_as_it_says(book, cfg):
     reference = p if cfg == 1 else u
     wanted = {
         "nothing": (base, 1),
-        "negative prompt": (p if cfg == 1 else n + cfg * (p - n), 1),
-        "constant push": (base - 2 * (n - reference), 2),
-        "DNG": (base - 2 * 0.25 * (n - reference), 2),
-        "DNG, joint": (base - 2 * 0.25 * (joint - p), 2),
+        "negative_prompt": (p if cfg == 1 else n + cfg * (p - n), 1),
+        "constant_push": (base - 2 * (n - reference), 2),
+        "dng": (base - 2 * 0.25 * (n - reference), 2),
+        "dng_joint": (base - 2 * 0.25 * (joint - p), 2),
     }
     for name, (prediction, evaluations) in wanted.items():
         run = guided(book, chain, case, METHODS[name].at(2.0), cfg, [3.0, 1.0])
         torch.testing.assert_close(run(x, sigma), prediction, atol=1e-5, rtol=1e-5)
         assert run.evaluations == evaluations + (cfg != 1)
-    assert METHODS["DNG"].settings.prior == 0.2
+    assert METHODS["dng"].settings.prior == 0.2
 
 
 def test_several_things_are_several_concepts(book):
     case = Case("related", "a park by day", ("tree", "flower"))
-    run = guided(book, DDPMSchedule.named("linear"), case, METHODS["DNG"], 3.0, [3.0, 1.0])
+    run = guided(book, DDPMSchedule.named("linear"), case, METHODS["dng"], 3.0, [3.0, 1.0])
     run(torch.zeros(2, 48, 16, 16), 3.0)
     assert run.guidance.trace().posterior.shape == (1, 2, 2) and run.scales().shape == (1, 2)
 
 
 def test_calibration_takes_the_share_that_an_unguided_run_shows(book, monkeypatch):
-    case, method = Case("related", "a park by day", ("flower",)), METHODS["DNG, calibrated"].at(2.0)
+    case, method = Case("related", "a park by day", ("flower",)), METHODS["dng_calibrated"].at(2.0)
     chain = DDPMSchedule.named("linear")
     found = calibrated(book, chain, case, method, 3.0, steps=3, images=2, seed=0)
     assert found == replace(method, settings=replace(method.settings, prior=found.settings.prior))
@@ -228,7 +232,7 @@ def test_what_cannot_be_measured_is_none():
 
 
 SHORT = Plan(
-    cases=(CASES[0], CASES[-1]), methods=("nothing", "negative prompt", "DNG, joint"), settings=((3.0, "euler", 3),),
+    cases=(CASES[0], CASES[-1]), methods=("nothing", "negative_prompt", "dng_joint"), settings=((3.0, "euler", 3),),
     scales=(1.0, 2.0), images=4, search_images=4, batch=3,
 )  # fmt: skip
 
@@ -241,9 +245,9 @@ def test_a_study_is_measured_reported_and_goes_on_where_it_stopped(weights, tmp_
     ]
     for row in rows:
         assert 0 <= row["left_low"] <= row["left"] <= row["left_high"] <= 1
-        assert row["evaluations"] == {"nothing": 6, "negative prompt": 6, "DNG, joint": 9}[row["method"]]
+        assert row["evaluations"] == {"nothing": 6, "negative_prompt": 6, "dng_joint": 9}[row["method"]]
         assert (row["rms"] == 0) == (row["method"] == "nothing")
-        assert (row["late_scale"] is None) == (row["method"] != "DNG, joint")
+        assert (row["late_scale"] is None) == (row["method"] != "dng_joint")
     markdown_file, page_file = write_report(tmp_path)
     text, page = markdown_file.read_text(encoding="utf-8"), page_file.read_text(encoding="utf-8")
     assert text.count("## ") == 4 and all(case.name in text for case in SHORT.cases)
@@ -254,17 +258,17 @@ def test_a_study_is_measured_reported_and_goes_on_where_it_stopped(weights, tmp_
 
 def test_the_scale_is_the_smallest_that_leaves_little(weights, tmp_path, monkeypatch):
     left = {1.0: 0.3, 2.0: 0.01, 4.0: 0.0}
-    plan = replace(SHORT, methods=("nothing", "DNG"), scales=(4.0, 1.0, 2.0))
+    plan = replace(SHORT, methods=("nothing", "dng"), scales=(4.0, 1.0, 2.0))
     monkeypatch.setattr(Study, "row", lambda self, point: {"left": left[point.scale], "was": 0.5})
-    assert Study(plan, tmp_path, weights).chosen_scales(lambda line: None) == {"nothing": 0.0, "DNG": 2.0}
+    assert Study(plan, tmp_path, weights).chosen_scales(lambda line: None) == {"nothing": 0.0, "dng": 2.0}
     left |= {2.0: 0.1, 4.0: 0.2}
-    assert Study(plan, tmp_path, weights).chosen_scales(lambda line: None)["DNG"] == 2.0
+    assert Study(plan, tmp_path, weights).chosen_scales(lambda line: None)["dng"] == 2.0
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ("DNG", "magic")}, "unknown methods magic: choose from nothing, negative prompt"),
+        ({"methods": ("dng", "magic")}, "unknown methods magic: choose from nothing, negative_prompt"),
         ({"images": 2}, "images must be at least 4, not 2"),
         ({"batch": 0}, "batch must be at least 1, not 0"),
         ({"settings": ((3.0, "euler", 2),)}, "needs 3 to 1000 steps and a cfg of 0 or more, not 2 and 3"),
@@ -273,3 +277,47 @@ def test_the_scale_is_the_smallest_that_leaves_little(weights, tmp_path, monkeyp
 def test_a_plan_that_cannot_be_drawn_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Plan(**changes)
+
+
+def dng_experiment(*arguments):
+    parser = argparse.ArgumentParser()
+    experiment.add_arguments(parser)
+    return experiment.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_the_command_runs_the_study(weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Plan, "__init__", functools.partialmethod(Plan.__init__, cases=CASES[:1]))
+    options = [
+        "--methods",
+        "nothing,negative_prompt",
+        "--images",
+        4,
+        "--steps",
+        3,
+        "--samplers",
+        "euler",
+        "--cfg",
+        1,
+        3,
+    ]
+    assert dng_experiment("picture_book", "--weights", weights, "--output", tmp_path, *options) == 0
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert [(row["cfg"], row["method"]) for row in rows] == [
+        (cfg, method) for cfg in (1.0, 3.0) for method in ("nothing", "negative_prompt")
+    ]
+    assert rows[1]["rms"] == 0 < rows[3]["rms"]  # a stock negative prompt does nothing at cfg 1
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["picture_book", "--classes", "3"], "--classes: the experiment picture_book has no such option"),
+        (["picture_book", "--methods", "magic"], "unknown methods magic"),
+        (["picture_book", "--weights", "gone.safetensors"], "no weights at gone.safetensors"),
+        (["tiny", "--cfg", "3"], "--cfg: the experiment tiny has no such option"),
+    ],
+)
+def test_bad_options_are_answered(options, message, tmp_path, capsys):
+    assert dng_experiment(*options, "--output", tmp_path / "out") == 1
+    assert message in capsys.readouterr().err

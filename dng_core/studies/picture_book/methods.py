@@ -46,12 +46,12 @@ LEAST_PRIOR = 0.001  # the smallest that the nodes take
 EXACT = Settings(max_scale=30.0)  # the cap lets a guidance scale above 1 act at posteriors near 1
 METHODS = {
     "nothing": Method(),
-    "negative prompt": Method(stock=True),
-    "constant push": Method(NegativePrompting()),
-    "Safe Latent Diffusion": Method(SafeLatentDiffusion()),
-    "DNG": Method(EXACT),
-    "DNG, joint": Method(EXACT, joint=True),
-    "DNG, calibrated": Method(EXACT, joint=True, calibrated=True),
+    "negative_prompt": Method(stock=True),
+    "constant_push": Method(NegativePrompting()),
+    "safe_latent_diffusion": Method(SafeLatentDiffusion()),
+    "dng": Method(EXACT),
+    "dng_joint": Method(EXACT, joint=True),
+    "dng_calibrated": Method(EXACT, joint=True, calibrated=True),
 }
 
 

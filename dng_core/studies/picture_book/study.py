@@ -25,7 +25,7 @@ from .sampling import LATENT, Sampler, pictures_of, sample
 
 LEAST_SHOWN = 0.25  # the scale is chosen on related cases in which so many pictures show the thing without guidance
 MOST_LEFT = 0.02  # "equal removal": the mean over these cases, at most
-CALIBRATION_IMAGES = 64  # of the method "DNG, calibrated"; like the rest, a choice
+CALIBRATION_IMAGES = 64  # of the method "dng_calibrated"; like the rest, a choice
 KEPT = 4  # points without guidance whose pictures stay in memory, since they serve every method of a case
 STRIP = 8  # pictures of a point that are kept in its folder, side by side
 OTHER_SEED, SEARCH_SEED, CALIBRATION_SEED = 1000, 2000, 3000  # added to the seed of the plan
