@@ -219,6 +219,7 @@ class LoadPictureBook(io.ComfyNode):
             node_id="DNGLoadPictureBook",
             display_name="Load Picture Book (DNG)",
             category=CATEGORY,
+            is_experimental=True,
             description="Loads a small text-to-image model that comes with DNG. It draws scenes of 64x64 pixels from "
             "prompts of a few words, in seconds on any machine.",
             search_aliases=["picture book", "text to image", "small model", "checkpoint", "toy model", "dng"],
