@@ -40,10 +40,10 @@ WITHOUT_ROOT = """() => {
   for (const [name, value] of [["rootGraph", undefined], ["graph", app.graph]])
     Object.defineProperty(app, name, { value, configurable: true });
   Object.defineProperty(app.graph, "rootGraph", { value: undefined, configurable: true });
-  send({ ...message, posterior: values, scale: values });
+  send({ ...message, posterior: values, scale: values, looked: [[true]] });
   const drawn = Object.keys(node.properties.dng_chart ?? {}).filter((key) => ["posterior", "scale"].includes(key));
   Object.defineProperty(app, "graph", { value: undefined, configurable: true });
-  send({ ...message, posterior: values, scale: values });
+  send({ ...message, posterior: values, scale: values, looked: [[true]] });
   for (const name of ["graph", "rootGraph"]) delete app[name];
   delete app.graph.rootGraph;
   return drawn;

@@ -21,7 +21,7 @@ def test_custom_and_no_preset_at_all_take_the_inputs(bench, inputs):
         assert (concept.settings.prior, concept.settings.guidance_scale) == (0.3, 7.0)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"calibrated"}))  # test_calibrate.py has this one
 def test_a_preset_takes_the_place_of_the_inputs_but_not_of_the_reference(bench, inputs, name):
     values = bench.inputs(reference="positive", prior=0.3) | {"preset": name}
     (concept,) = inputs.concepts_from(bench.cond("0"), values)
