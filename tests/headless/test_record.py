@@ -71,9 +71,9 @@ def test_a_damaged_or_planted_record_deletes_nothing(tmp_path: Path, result: Run
 
 
 def test_a_long_title_in_another_script_keeps_its_results(tmp_path: Path, result: RunResult) -> None:
-    prompt = {**PROMPT, "1": {**PROMPT["1"], "_meta": {"title": "避免这些东西" * 40}}}
+    prompt = {**PROMPT, "1": {**PROMPT["1"], "_meta": {"title": "\u907f\u514d\u8fd9\u4e9b\u4e1c\u897f" * 40}}}
     saved = save_run(tmp_path, Path("w.json"), prompt, SERVER, result)
-    assert saved[2].name.startswith("避免这些东西") and saved[2].suffix == ".md"
+    assert saved[2].name.startswith("\u907f\u514d\u8fd9\u4e9b\u4e1c\u897f") and saved[2].suffix == ".md"
     assert all(path.is_file() for path in saved)
 
 
@@ -112,8 +112,8 @@ def test_a_save_that_fails_midway_leaves_no_record_and_no_part_of_a_file(
         ("..", "output"),
         ("a:b|c.png", "a_b_c.png"),
         ("a" * 300 + ".png", "a" * 200 + ".png"),
-        ("避" * 100 + ".png", "避" * 66 + ".png"),
-        ("避" * 100 + "." + "免" * 100, "避" * 66),
+        ("\u907f" * 100 + ".png", "\u907f" * 66 + ".png"),
+        ("\u907f" * 100 + "." + "\u514d" * 100, "\u907f" * 66),
     ],
 )
 def test_what_a_server_calls_a_file_never_leads_out_of_the_folder(name: str, safe: str) -> None:
