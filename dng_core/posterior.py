@@ -242,9 +242,8 @@ def probe(start: PathPoint, said: Call, call: Call, guided: Tensor | None, chain
     """The rule that takes the predictions of both ends of a jump, and the divergence from a probe's predictions.
 
     Where the next predictions are missing (the run ends, the concept stops applying, or its difference is held),
-    Algorithm 2 stands in, less
-    the part of the divergence that the step's noise does not cancel. Where no probe was made yet, Algorithm 2 stands
-    in alone.
+    Algorithm 2 stands in, less the part of the divergence that the step's noise does not cancel. Where no probe was
+    made yet, Algorithm 2 stands in alone.
     """
     if call.negative is not None and call.gap is not None:
         gap = ((call.gap if said.gap is None else said.gap) + call.gap) / 2

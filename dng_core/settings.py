@@ -112,7 +112,7 @@ PRESETS: dict[str, Settings] = {
     # The cap never acts: 5 * 0.8 / 0.2 is 20.
     "CIFAR-10": Settings(guidance_scale=5, prior=0.01, temperature=0.2, offset=2e-4, p_max=0.8, max_scale=20),
     # Temperature and drift come from the model's calibration, the prior from the concept's. The scale lies between 2
-    # and 4, which leave 2 and 0 of 13 threes among 128 images of the MNIST network.
+    # and 4, which left 2 and 0 of 13 threes among 128 images of the MNIST network in a trial.
     "calibrated": Settings(guidance_scale=3),
     # A place to start, not measured: it lies between the paper's five prompts below. Its offset in nats is what 0.004
     # per step adds up to over 20 evenly spaced steps, and its cap is lower.

@@ -14,14 +14,12 @@ from ..dng_core.calibration import (
     Evidence,
     calibrate,
     explained,
-    outlook,
-    share_explained,
-    share_of,
     track,
 )
 from ..dng_core.calibration_files import ModelCalibration
-from ..dng_core.guidance import Trace
+from ..dng_core.guidance import Trace, dynamic_scales
 from ..dng_core.settings import PRESETS, Rule, Settings
+from ..dng_core.shares import outlook, share_explained, share_of
 from .calibrations import CALIBRATION, REMEDY, calibration_input, known, load, model_name, save
 from .guider import NegativeGuider
 from .inputs import (
@@ -69,13 +67,11 @@ def check_size(latent: dict, steps: int) -> None:
 
 
 def trace_of(evidence: Sequence[Evidence], settings: Sequence[Settings]) -> Trace:
-    """What the settings would have tracked along a recorded run, with the scales that they would have set."""
-    posterior = torch.stack([track(e, s) for e, s in zip(evidence, settings, strict=True)], dim=1)
-    scales = [
-        (s.guidance_scale * posterior[:, i] / (1 - posterior[:, i])).clamp(max=s.max_scale)
-        for i, s in enumerate(settings)
-    ]
-    return Trace(torch.tensor(evidence[0].sigmas), posterior.float(), torch.stack(scales, dim=1).float())
+    """What the settings would have tracked along a recorded run, each alone, and the scales that they would set."""
+    courses = [track(e, s) for e, s in zip(evidence, settings, strict=True)]
+    scales = [dynamic_scales([course.log()], [s])[0] for course, s in zip(courses, settings, strict=True)]
+    posterior, scale = (torch.stack(values, dim=1).float() for values in (courses, scales))
+    return Trace(torch.tensor(evidence[0].sigmas), posterior, scale)
 
 
 def _sampler_input() -> io.Input:

@@ -33,7 +33,7 @@ def model_name(model) -> str:
     """
     inner = model.model
     if isinstance(inner, PixelModel):
-        return f"pixel model {inner.info.name}, {inner.info.network.prediction}"
+        return inner.info.full_name
     parameters = sum(parameter.numel() for parameter in inner.diffusion_model.parameters())
     return f"{type(inner).__name__}, {inner.model_type.name}, {parameters} parameters"
 

@@ -289,9 +289,15 @@ class KSamplerAdvancedDNG(io.ComfyNode):
         cls, model, add_noise, noise_seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image,
         start_at_step, end_at_step, return_with_leftover_noise, unconditional=None, previous_trace=None, **values,
     ) -> io.NodeOutput:  # fmt: skip
-        check_values(cls, steps=steps, cfg=cfg, add_noise=add_noise)
-        check_values(cls, start_at_step=start_at_step, end_at_step=end_at_step)
-        check_values(cls, return_with_leftover_noise=return_with_leftover_noise)
+        check_values(
+            cls,
+            add_noise=add_noise,
+            steps=steps,
+            cfg=cfg,
+            start_at_step=start_at_step,
+            end_at_step=end_at_step,
+            return_with_leftover_noise=return_with_leftover_noise,
+        )
         schedule = Schedule(
             noise_seed,
             steps,

@@ -1,6 +1,6 @@
 """The two predictions that guidance compares, from one label-conditional network or from a pair of networks.
 
-Both are :data:`~dng_core.sampling.Predictor` functions, (state, sigma) -> (reference, [undesired]), for networks
+All are :data:`~dng_core.sampling.Predictor` functions, (state, sigma) -> (reference, [undesired]), for networks
 on a training chain. The denoised estimates are kept in the images' range -1 .. 1, as DDPM does.
 """
 
@@ -62,6 +62,19 @@ class LabelConditional:
         labels[len(x) :] = self.label
         reference, undesired = denoised(self.network, self.chain, torch.cat([x, x]), sigma, labels).chunk(2)
         return reference, [undesired]
+
+
+class EveryLabel:
+    """The reference, and the predictions under every class of one label-conditional network, one after the other."""
+
+    def __init__(self, network: UNet, chain: DDPMSchedule) -> None:
+        self.network, self.chain = network, chain
+
+    def __call__(self, x: Tensor, sigma: float) -> tuple[Tensor, list[Tensor]]:
+        classes = self.network.config.num_classes
+        labels = (torch.full((len(x),), label, device=x.device) for label in (classes, *range(classes)))
+        reference, *undesired = (denoised(self.network, self.chain, x, sigma, label) for label in labels)
+        return reference, undesired
 
 
 class NetworkPair:

@@ -40,6 +40,11 @@ class DenoiserInfo:
     data_range: tuple[float, float]
     class_names: tuple[str, ...]
 
+    @property
+    def full_name(self) -> str:
+        """What its calibration calls it."""
+        return f"pixel model {self.name}, {self.network.prediction}"
+
 
 @dataclass(frozen=True)
 class ClassifierInfo:

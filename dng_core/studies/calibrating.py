@@ -6,17 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import EXACT, FIT, Calibration, Evidence, calibrate, evidence_of, share_of, track
+from ..calibration import EXACT, FIT, Calibration, Evidence, calibrate, evidence_of, track
 from ..calibration_files import ModelCalibration
 from ..guidance import NegativeGuidance
 from ..models.checkpoints import open_denoiser
 from ..models.networks import UNet
-from ..models.predictors import denoised
-from ..models.weight_files import DenoiserInfo, load_classifier, shipped_classifiers
+from ..models.predictors import EveryLabel
+from ..models.weight_files import load_classifier, shipped_classifiers
 from ..posterior import Chain
 from ..sampling import ddpm_sample
 from ..schedules import DDPMSchedule, ddpm_sigmas
 from ..settings import Settings
+from ..shares import share_of
 from .class_removal import chain_name, image_shape, starting_noise
 
 BATCH = 64  # images drawn at once: a choice
@@ -45,15 +46,7 @@ def record(
         size = min(BATCH, images - start)
         noise, generator = starting_noise(start, size, seed, image_shape(network))
         guidance = NegativeGuidance([Settings(prior=0.5 / classes, guidance_scale=0.0)] * classes, Chain(levels))
-
-        def predict(x: Tensor, sigma: float) -> tuple[Tensor, list[Tensor]]:
-            reference, *undesired = (
-                denoised(network, chain, x, sigma, torch.full((len(x),), label))
-                for label in (classes, *range(classes))
-            )
-            return reference, undesired
-
-        drawn.append(ddpm_sample(predict, noise, levels, guidance, generator))
+        drawn.append(ddpm_sample(EveryLabel(network, chain), noise, levels, guidance, generator))
         found.append(evidence_of(guidance))
         progress(size)
     joined = [
@@ -66,15 +59,10 @@ def record(
 def calibrated_denoiser(
     source: str, images: int, steps: int, seed: int, progress: Callable[[int], object]
 ) -> ModelCalibration:
-    """The calibration of a denoiser, named as ComfyUI's pixel models are. It raises what :func:`record` raises."""
+    """The calibration of a denoiser. It raises what :func:`record` raises."""
     network, info = open_denoiser(source)
     evidence, _ = record(network, DDPMSchedule.named(chain_name(info)), images, steps, seed, progress)
-    return ModelCalibration(calibrate(evidence), pixel_model_name(info), image_shape(network))
-
-
-def pixel_model_name(info: DenoiserInfo) -> str:
-    """How a denoiser is called in its calibration."""
-    return f"pixel model {info.name}, {info.network.prediction}"
+    return ModelCalibration(calibrate(evidence), info.full_name, image_shape(network))
 
 
 def calibration_figure(images: int, steps: int, seed: int, source: str = "mnist") -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..calibration import evidence_of
 from ..guidance import NegativeGuidance
 from ..models.networks import Classifier, UNet
-from ..models.predictors import LabelConditional, denoised
+from ..models.predictors import EveryLabel, LabelConditional
 from ..models.weight_files import load_classifier, load_denoiser, shipped_classifiers, shipped_denoisers
 from ..posterior import Chain
 from ..sampling import Predictor, ddpm_sample
@@ -60,12 +60,7 @@ def rules_figure(images: int, steps: int, seed: int) -> Iterator[dict[str, Any]]
     concept = Settings(prior=1 / null - 1e-3, guidance_scale=0.0)
     rules: tuple[Rule, ...] = ("algorithm_2", "step_noise")
     posteriors: dict[Rule, list[Tensor]] = {rule: [] for rule in rules}
-    shown = []
-
-    def predict(x: Tensor, sigma: float) -> tuple[Tensor, list[Tensor]]:
-        labels = (torch.full((len(x),), label, device=x.device) for label in (null, *range(len(names))))
-        reference, *undesired = (denoised(network, chain, x, sigma, label) for label in labels)
-        return reference, undesired
+    shown, predict = [], EveryLabel(network, chain)
 
     for start in range(0, images, BATCH):
         noise, generator = starting_noise(start, min(BATCH, images - start), seed, image_shape(network))

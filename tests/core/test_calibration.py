@@ -19,9 +19,6 @@ from dng_core.calibration import (
     calibrate,
     evidence_of,
     explained,
-    outlook,
-    share_explained,
-    share_of,
     track,
 )
 from dng_core.calibration_files import ModelCalibration, load_calibration, save_calibration
@@ -32,6 +29,7 @@ from dng_core.posterior import drift_evidence
 from dng_core.sampling import ddpm_sample
 from dng_core.schedules import karras_sigmas
 from dng_core.settings import Settings
+from dng_core.shares import outlook, share_explained, share_of
 
 MIXTURE = GaussianMixture.random(8, (1, 4, 4))
 SKEWED = replace(MIXTURE, weights=torch.tensor([0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05], dtype=torch.float64))

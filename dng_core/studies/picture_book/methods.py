@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...baselines import NegativePrompting, SafeLatentDiffusion
 from ...calibration import EXACT as EXACT_MODEL
-from ...calibration import evidence_of, share_of
+from ...calibration import evidence_of
 from ...guidance import Guidance, NegativeGuidance
 from ...methods import MethodSettings, guidance_by
 from ...models.picture_book.networks import PictureBook
@@ -14,6 +14,7 @@ from ...models.picture_book.prompting import contexts, denoised
 from ...posterior import Chain
 from ...schedules import DDPMSchedule, IntegratedOffset, ddpm_sigmas
 from ...settings import Settings
+from ...shares import share_of
 from ..class_removal import starting_noise
 from .cases import Case
 from .sampling import LATENT, sample
