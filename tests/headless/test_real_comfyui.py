@@ -108,7 +108,7 @@ def test_every_node_of_the_pack_is_known_to_comfyui(comfyui_server: Server, pack
 
 
 def test_the_installed_comfyui_imports_all_its_nodes(comfyui_server: Server) -> None:
-    """An older release may have nodes of its own (`nodes_glsl.py`) that need packages which this one does not bring."""
+    """An older release may have nodes (`nodes_glsl.py`) that need packages which the installed one does not bring."""
     assert comfyui_server.log is not None
     assert "IMPORT FAILED" not in comfyui_server.log.read_text()
 
