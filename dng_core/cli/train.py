@@ -60,6 +60,7 @@ from ..models.weight_files import (
 )
 
 CLASSIFIER_WIDTH = 32  # a choice
+LEAST_FITTING = 0.5  # of the numbers of a network, to be taken from one of another shape; a choice
 TEST_SCENES = 4000  # on which a judge is tested; a choice
 OPTIONS = {  # fields of TrainingConfig and what they are
     "epochs": "passes over the training images; of scenes, times 100,000 new ones",
@@ -158,6 +159,7 @@ def train(args: argparse.Namespace) -> None:
     precision, why = chosen_precision(plan.training.precision, device)
     plan = plan.with_training(precision=precision)
     print(f"precision {precision}: {why}; threads: {torch.get_num_threads()}")
+    torch.manual_seed(plan.training.seed)
     trained = _train_on_scenes if plan.dataset == SCENES else _train_on_files
     result, source, figures = trained(args, plan, device)
     files = Files.of(args.output, plan.name)
@@ -245,6 +247,7 @@ def _default(text: str, field: str) -> str:
 
 
 def _initial(plan: TrainingPlan, model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The weights of ``path``. A tensor of another shape than the model's, or a missing one, is the model's own."""
     loaders: dict[Model, Callable[[Path], tuple[nn.Module, Any]]] = {
         "denoiser": load_denoiser,
         "classifier": load_classifier,
@@ -252,14 +255,17 @@ def _initial(plan: TrainingPlan, model: nn.Module, path: Path) -> dict[str, Tens
         "judge": lambda path: (load_judge(path), None),
     }
     network, _ = loaders[plan.model](path)
-    state_dict = network.state_dict()
-    if {k: v.shape for k, v in state_dict.items()} != {k: v.shape for k, v in model.state_dict().items()}:
+    own = model.state_dict()
+    fitting = {k: v for k, v in network.state_dict().items() if k in own and v.shape == own[k].shape}
+    if sum(v.numel() for v in fitting.values()) < LEAST_FITTING * sum(v.numel() for v in own.values()):
         raise ValueError(f"--start-from: {path} holds another network than the plan {plan.name} trains")
+    if afresh := [name for name in own if name not in fitting]:
+        print(f"{path} is of a network of another shape: {len(afresh)} of {len(own)} tensors start afresh")
     if isinstance(network, UNet) and isinstance(model, UNet):
         was, wanted = network.config.prediction, model.config.prediction
         if was != wanted:
             print(f"{path} predicts {was}; from here on it is trained to predict {wanted}")
-    return state_dict
+    return own | fitting
 
 
 def _test_split(plan: TrainingPlan, folder: Path, training: Dataset) -> Dataset | None:

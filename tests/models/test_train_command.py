@@ -124,6 +124,26 @@ def test_weights_of_another_network_are_no_start(mnist_like, tmp_path, capsys):
     assert "holds another network" in capsys.readouterr().err
 
 
+def test_a_wider_network_takes_what_fits_and_draws_the_rest_from_the_seed(tmp_path, capsys):
+    """With a learning rate too small to move anything, so that the weights are those of the start."""
+    plan = tmp_path / "book.toml"
+    text = 'model = "text_to_image"\ndataset = "scenes"\n[network]\nchannel_mult = {}\n[training]\nepochs = 0.00008\n'
+    plan.write_text(text.format([1, 1, 2]) + "batch_size = 4\nlearning_rate = 1e-30\n")
+    assert dng_train(plan, "--output", tmp_path / "narrow") == 0
+    plan.write_text(plan.read_text().replace("[1, 1, 2]", "[2, 1, 2]"))
+    start = tmp_path / "narrow" / "book.safetensors"
+    assert dng_train(plan, "--output", tmp_path / "wide", "--start-from", start) == 0
+    assert "a network of another shape: 11 of 250 tensors" in capsys.readouterr().out
+    assert dng_train(plan, "--output", tmp_path / "again", "--start-from", start) == 0
+    narrow, wide, again = (
+        load_picture_book(tmp_path / name / "book.safetensors")[0].state_dict() for name in ("narrow", "wide", "again")
+    )
+    assert same(wide, again)
+    fitting = {name: value for name, value in narrow.items() if name in wide and value.shape == wide[name].shape}
+    assert all(torch.allclose(value, wide[name], atol=1e-20) for name, value in fitting.items())
+    assert wide["unet.out.2.weight"].shape[1] == 2 * narrow["unet.out.2.weight"].shape[1]
+
+
 def test_command_trains_a_classifier_and_records_its_accuracy(mnist_like, tmp_path):
     output = tmp_path / "out"
     assert dng_train("classifier", "--data", mnist_like, "--output", output, "--epochs", 1, "--device", "cpu") == 1

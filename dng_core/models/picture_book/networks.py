@@ -52,7 +52,7 @@ class CrossUNetConfig:
 
     in_channels: int = 3 * FOLD**2
     model_channels: int = 64
-    channel_mult: tuple[int, ...] = (1, 1, 2)
+    channel_mult: tuple[int, ...] = (2, 1, 2)  # twice the width where v is made, whose noise alone fills 48 channels
     num_res_blocks: tuple[int, ...] = (0, 1, 1)
     transformer_depth: tuple[int, ...] = (0, 1)
     transformer_depth_output: tuple[int, ...] = (0, 1, 0, 1, 0)
