@@ -1,6 +1,8 @@
-"""The methods that DNG is compared with: negative prompting and Safe Latent Diffusion.
+"""The methods that DNG is compared with. None of them tracks a posterior.
 
-Both push with a constant scale, whatever the image shows, and track no posterior.
+Negative prompting and Safe Latent Diffusion push with a constant scale, whatever the image shows. Contrastive CFG
+pushes less the farther the two predictions are apart. Perp-Neg pushes across the direction of the prompt, and so needs
+its prediction: it is a function (:func:`perp_neg`), and no :class:`BaselineGuidance`.
 """
 
 import math
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from .economy import Economy
 from .guidance import Guidance, Negatives, Probed, combine
+from .kernels import per_image
 from .settings import check, check_numbers
 
 
@@ -61,7 +64,45 @@ class SafeLatentDiffusion:
         check(self, "momentum_decay", 0 <= self.momentum_decay < 1, "at least 0 and less than 1")
 
 
-Baseline = NegativePrompting | SafeLatentDiffusion
+@dataclass(frozen=True)
+class ContrastiveCFG:
+    """The settings of Contrastive CFG's negative term (Chang et al., arXiv 2411.17077).
+
+    Parameters
+    ----------
+    guidance_scale: lambda_0, at least 0; 0 switches guidance off. The authors' code takes that of the prompt.
+    tau: at least 0: how fast the push fades with the squared distance of the two noise predictions; 0 is negative
+        prompting. The default is that of the authors' code, for Stable Diffusion 1.5.
+    """
+
+    method: ClassVar[str] = "contrastive_cfg"
+    guidance_scale: float = 1.0
+    tau: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check(self, "guidance_scale", 0 <= self.guidance_scale < math.inf, "at least 0 and finite")
+        check(self, "tau", 0 <= self.tau < math.inf, "at least 0 and finite")
+
+
+@dataclass(frozen=True)
+class PerpNeg:
+    """The settings of :func:`perp_neg`.
+
+    Parameters
+    ----------
+    guidance_scale: at least 0: how many times the part across the prompt's direction is taken away.
+    """
+
+    method: ClassVar[str] = "perp_neg"
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check(self, "guidance_scale", 0 <= self.guidance_scale < math.inf, "at least 0 and finite")
+
+
+Baseline = NegativePrompting | SafeLatentDiffusion | ContrastiveCFG
 
 
 def safe_latent_direction(
@@ -85,6 +126,42 @@ def safe_latent_direction(
     mask = (settings.warmup_scale * d.abs()).clamp(max=1) * (d < settings.threshold)
     g = -mask * d + settings.momentum_scale * momentum
     return -sigma * g, settings.momentum_decay * momentum + (1 - settings.momentum_decay) * g
+
+
+def contrastive_direction(difference: Tensor, sigma: float, tau: float) -> Tensor:
+    """Contrastive CFG's direction: the difference times w = 2 e^(-tau r^2) / (1 + e^(-tau r^2)), for each image.
+
+    With r^2 = |eps(c-) - eps|^2 = |D_neg - D_ref|^2 / sigma^2, summed over an image, the noise prediction becomes
+    eps - lambda_0 w (eps(c-) - eps) (Chang et al., arXiv 2411.17077, as their published code computes it). So the push
+    is that of negative prompting where the predictions agree, and fades where the image is far from the concept. Their
+    method weighs the prompt's term too, unless told to leave it to classifier-free guidance; here it is left so.
+
+    Parameters
+    ----------
+    difference: D_neg - D_ref, (batch, ...).
+    sigma: the VE noise level; without noise, the direction is zero.
+    """
+    if sigma == 0:
+        return torch.zeros_like(difference)
+    r2 = (difference / sigma).flatten(1).square().sum(dim=1)
+    return per_image(2 * torch.sigmoid(-tau * r2), difference) * difference
+
+
+def perp_neg(positive: Tensor, negative: Tensor, unconditional: Tensor, cfg: float, scale: float) -> Tensor:
+    """Perp-Neg (Armandpour et al., arXiv 2304.04968), as ComfyUI's PerpNegGuider combines denoised predictions.
+
+    With p = D_pos - D_u and n = D_neg - D_u, it gives D_u + cfg (p - scale (n - (n.p / |p|^2) p)): the part of n that
+    lies along p does not push. The products are taken for each image. ComfyUI takes them over the whole batch, so that
+    its images depend on one another; for one image at a time the two are the same.
+
+    Parameters
+    ----------
+    positive, negative, unconditional: D_pos, D_neg and D_u, (batch, ...).
+    """
+    p, n = positive - unconditional, negative - unconditional
+    along, length = (n * p).flatten(1).sum(dim=1), p.flatten(1).square().sum(dim=1)
+    share = along / torch.where(length > 0, length, torch.ones_like(length))
+    return unconditional + cfg * (p - scale * (n - per_image(share, p) * p))
 
 
 class BaselineGuidance(Guidance):
@@ -122,6 +199,8 @@ class BaselineGuidance(Guidance):
         settings, momentum = self._settings[i], self._momenta[i]
         if isinstance(settings, NegativePrompting):
             return difference
+        if isinstance(settings, ContrastiveCFG):
+            return contrastive_direction(difference, sigma, settings.tau)
         if momentum is None or momentum.shape != difference.shape:
             momentum = torch.zeros_like(difference)
         direction, self._momenta[i] = safe_latent_direction(difference, sigma, momentum, settings)

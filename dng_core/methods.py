@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .baselines import Baseline, BaselineGuidance, NegativePrompting, SafeLatentDiffusion
+from .baselines import Baseline, BaselineGuidance, ContrastiveCFG, NegativePrompting, SafeLatentDiffusion
 from .economy import Economy
 from .guidance import Guidance, NegativeGuidance
 from .posterior import Chain
@@ -15,6 +15,9 @@ MethodSettings = Settings | Baseline
 METHODS: dict[str, type[MethodSettings]] = {
     settings.method: settings for settings in (Settings, NegativePrompting, SafeLatentDiffusion)
 }
+"""The methods that the nodes offer."""
+STUDIED: dict[str, type[MethodSettings]] = METHODS | {ContrastiveCFG.method: ContrastiveCFG}
+"""The methods that the studies compare: those of the nodes, and baselines of the literature."""
 
 
 def guidance_by(

@@ -12,7 +12,7 @@ from torch import Tensor
 from dng_core.baselines import BaselineGuidance, NegativePrompting, SafeLatentDiffusion, safe_latent_direction
 from dng_core.frames import VE, NoiseFrame
 from dng_core.guidance import Guidance, NegativeGuidance, Trace, combine, dynamic_scales
-from dng_core.methods import METHODS, MethodSettings, guidance_by
+from dng_core.methods import STUDIED, MethodSettings, guidance_by
 from dng_core.posterior import Chain
 from dng_core.settings import RULES, Settings
 
@@ -149,9 +149,10 @@ def test_every_method_is_run_by_its_name_and_the_baselines_track_no_posterior():
         "dng": NegativeGuidance,
         "negative_prompting": BaselineGuidance,
         "safe_latent_diffusion": BaselineGuidance,
+        "contrastive_cfg": BaselineGuidance,
     }
-    assert METHODS.keys() == kinds.keys()
-    for method, settings in METHODS.items():
+    assert STUDIED.keys() == kinds.keys()
+    for method, settings in STUDIED.items():
         _, guidance = guide([settings()], [4.0, 2.0, 1.0], points)
         assert type(guidance) is kinds[method] and settings.method == method
         trace = guidance.trace((points[0][0], 0.5))
@@ -159,43 +160,43 @@ def test_every_method_is_run_by_its_name_and_the_baselines_track_no_posterior():
         assert method == "dng" or guidance.probe(points[0][0], 0.5) is None
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STUDIED)
 def test_a_negative_equal_to_the_reference_changes_nothing(method):
     x, base, reference = tensors(3, 2, 3, 4, dtype=torch.float32)
-    outs, guidance = guide([METHODS[method]()], [4.0, 2.0], [torch.stack([x, base, reference, reference])] * 2)
+    outs, guidance = guide([STUDIED[method]()], [4.0, 2.0], [torch.stack([x, base, reference, reference])] * 2)
     assert all(torch.equal(out, base) for out in outs)
     if method == "dng":
         torch.testing.assert_close(guidance.trace().posterior, torch.full((2, 1, 2), 0.2))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STUDIED)
 def test_what_is_not_finite_in_an_undesired_prediction_does_not_push_and_is_told(method):
     point = tensors(4, 2, 3, 4)
     point[3, 0, 0, :2] = torch.tensor([math.nan, math.inf])
     repaired = torch.where(point.isfinite(), point, point[2])
-    (out,), guidance = guide([METHODS[method]()], [4.0], [point])
-    (wanted,), fine = guide([METHODS[method]()], [4.0], [repaired])
+    (out,), guidance = guide([STUDIED[method]()], [4.0], [point])
+    (wanted,), fine = guide([STUDIED[method]()], [4.0], [repaired])
     assert torch.equal(out, wanted)
     assert guidance.ignored() and not fine.ignored()
 
 
 @pytest.mark.parametrize("shape", [(2, 6), (2, 2, 3), (2, 1, 2, 3), (2, 1, 1, 2, 3)], ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STUDIED)
 def test_any_latent_rank_gives_the_same_result(shape, method):
     points = [tensors(4, 2, 6, seed=s) for s in range(2)]
-    flat, _ = guide([METHODS[method]()], [4.0, 2.0], points)
-    shaped, _ = guide([METHODS[method]()], [4.0, 2.0], [p.reshape(4, *shape) for p in points])
+    flat, _ = guide([STUDIED[method]()], [4.0, 2.0], points)
+    shaped, _ = guide([STUDIED[method]()], [4.0, 2.0], [p.reshape(4, *shape) for p in points])
     for a, b in zip(flat, shaped, strict=True):
         torch.testing.assert_close(b.reshape(2, 6), a)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STUDIED)
 def test_a_batch_of_three_is_three_batches_of_one(method):
     points = [tensors(4, 3, 2, 4, seed=s) * 0.3 for s in range(4)]
     levels = [4.0, 2.0, 1.0, 0.5]
-    together, _ = guide([METHODS[method]()], levels, points)
+    together, _ = guide([STUDIED[method]()], levels, points)
     for i in range(3):
-        alone, _ = guide([METHODS[method]()], levels, [p[:, i : i + 1] for p in points])
+        alone, _ = guide([STUDIED[method]()], levels, [p[:, i : i + 1] for p in points])
         for whole, part in zip(together, alone, strict=True):
             torch.testing.assert_close(part, whole[i : i + 1])
 
@@ -309,6 +310,6 @@ def test_impossible_setups_are_refused():
     with pytest.raises(ValueError, match="priors"):
         NegativeGuidance([Settings(prior=0.5), Settings(prior=0.5)])
     x = torch.zeros(1, 2)
-    for settings in METHODS.values():
+    for settings in STUDIED.values():
         with pytest.raises(ValueError, match="1 concepts were set up but 2"):
             guidance_by([settings()])(x, 1.0, x, x, [x, x])

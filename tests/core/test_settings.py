@@ -6,13 +6,13 @@ import math
 import pytest
 
 from dng_core.baselines import NegativePrompting, SafeLatentDiffusion
-from dng_core.methods import METHODS, MethodSettings
+from dng_core.methods import STUDIED, MethodSettings
 from dng_core.settings import OFFSET_FORMS, PRESETS, RULES, Settings
 
 TABLE_3 = ["Medieval feast", "A dinner table", "An art workshop", "An antique store", "An English breakfast"]
 NUMBERS = [
     (kind, field.name)
-    for kind in METHODS.values()
+    for kind in STUDIED.values()
     for field in dataclasses.fields(kind)
     if field.name != "offset_form"
 ]
