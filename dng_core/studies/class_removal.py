@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..economy import Economy
 from ..kernels import ReverseKernel
-from ..methods import METHODS, MethodSettings, guidance_by
+from ..methods import STUDIED, MethodSettings, guidance_by
 from ..models.checkpoints import CIFAR10_NETWORK, open_denoiser
 from ..models.networks import UNet
 from ..models.predictors import LabelConditional, NetworkPair
@@ -28,7 +28,13 @@ from ..sampling import ddpm_sample
 from ..schedules import ChainName, DDPMSchedule, IntegratedOffset, ddpm_sigmas, karras_sigmas
 
 NONE = "none"
-METHOD_NAMES = {NONE: "none", "negative_prompting": "NP", "safe_latent_diffusion": "SLD", "dng": "DNG"}
+METHOD_NAMES = {
+    NONE: "none",
+    "negative_prompting": "NP",
+    "safe_latent_diffusion": "SLD",
+    "contrastive_cfg": "CCFG",
+    "dng": "DNG",
+}
 TRACED = 8  # a choice: traces are kept of the first 8 images, and of the first 8 that still show the class
 KEY_LENGTH = 24  # hexadecimal digits of a SHA-256: a choice
 VERSION = 2  # part of every key: raise it with each change that alters the images of a point
@@ -100,7 +106,7 @@ class Point:
         settings = None
         if raw["settings"] is not None:
             chosen = dict(raw["settings"])
-            settings = METHODS[chosen.pop("method")](**chosen)
+            settings = STUDIED[chosen.pop("method")](**chosen)
         return cls(**raw | {"settings": settings})
 
 

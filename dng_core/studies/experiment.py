@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration_files import load_calibration
-from ..methods import METHODS, MethodSettings
+from ..methods import STUDIED, MethodSettings
 from ..models.weight_files import calibration_of, shipped_denoisers
 from .class_removal import METHOD_NAMES, Point, Spacing, Variance
 
 PRESETS = Path(__file__).parent / "presets"
 MOST_SEED = 2**40  # a million times this, a batch's seed, is still one that torch takes
-METHOD_OF = {METHOD_NAMES[method]: method for method in METHODS}
+METHOD_OF = {METHOD_NAMES[method]: method for method in STUDIED}
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class MethodPlan:
         return {name: getattr(settings, name) for name in self.search}
 
     def _settings(self, scale: float, others: Mapping[str, Any]) -> MethodSettings:
-        names = {f.name for f in fields(METHODS[self.method])} - {"guidance_scale"}
+        names = {f.name for f in fields(STUDIED[self.method])} - {"guidance_scale"}
         chosen = {**self.fixed, **others}
         if unknown := chosen.keys() - names:
             raise ValueError(f"{METHOD_NAMES[self.method]}: there is no setting {', '.join(sorted(unknown))}")
         if infinite := [key for key, value in chosen.items() if value in (math.inf, -math.inf)]:
             raise ValueError(f"{METHOD_NAMES[self.method]}: {infinite[0]} is infinite: give a large number instead")
-        return METHODS[self.method](guidance_scale=scale, **chosen)
+        return STUDIED[self.method](guidance_scale=scale, **chosen)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ scales = [1.0]
 search_scales = [5.0]
 [methods.SLD.search]
 threshold = [0.04, 0.2]
+[methods.CCFG]
+scales = [1.0]
 [methods.DNG]
 scales = [1.0]
 """

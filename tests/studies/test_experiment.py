@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dng_core.cli import report
-from dng_core.methods import METHODS
+from dng_core.methods import STUDIED
 from dng_core.models.networks import Classifier, UNetConfig
 from dng_core.models.weight_files import ClassifierInfo, save_classifier
 from dng_core.settings import PRESETS as SETTINGS
@@ -28,9 +28,9 @@ def test_the_whole_path_draws_measures_and_reports(files, capsys):
     pytest.importorskip("matplotlib")
     assert dng_experiment(files, "--data", files / "data") == 0
     results = read_results(files / "out")
-    assert {r.method for r in results.results} == {NONE, "NP", "SLD", "DNG"}
+    assert {r.method for r in results.results} == {NONE, "NP", "SLD", "CCFG", "DNG"}
     assert [(r.role, r.method, r.scale) for r in results.of("ant", "sweep")] == [
-        ("sweep", "NP", 0.0), ("sweep", "NP", 2.0), ("sweep", "SLD", 1.0), ("sweep", "DNG", 1.0)
+        ("sweep", "NP", 0.0), ("sweep", "NP", 2.0), ("sweep", "SLD", 1.0), ("sweep", "CCFG", 1.0), ("sweep", "DNG", 1.0)
     ]  # fmt: skip
     off = results.of("ant", "sweep")[0]
     assert (off.change is not None and off.change.images == 0) or off.change.kept == 1.0
@@ -38,12 +38,12 @@ def test_the_whole_path_draws_measures_and_reports(files, capsys):
 
     with (files / "out" / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 7 and {row["role"] for row in rows} == {"baseline", "search", "sweep"}
+    assert len(rows) == 8 and {row["role"] for row in rows} == {"baseline", "search", "sweep"}
     page = (files / "out" / "report.html").read_text()
     assert "data:image/png;base64," in page and "http" not in page and 'src="plots' not in page
     assert "JPEG images" in page  # results on lossy data say so
     text = (files / "out" / "report.md").read_text()
-    assert "| removed | left, none | left, NP | left, SLD | left, DNG |" in text
+    assert "| removed | left, none | left, NP | left, SLD | left, CCFG | left, DNG |" in text
     assert all((files / "out" / line.split("(")[1][:-1]).is_file() for line in text.split("\n") if line[:2] == "![")
     assert {p.suffix for p in (files / "out" / "plots").iterdir()} == {".png", ".svg"}
 
@@ -95,7 +95,7 @@ def results_by_hand(*points: tuple[str, str, float, float, float]) -> Results:
     for removed, method, *values in points:
         names = ("forbidden_share", "kl_renormalised", "frechet_without")
         measured = {name: {"value": value} for name, value in zip(names, values, strict=True)}
-        settings = METHODS[METHOD_OF[method]]()
+        settings = STUDIED[METHOD_OF[method]]()
         drawn = Point("d", "", "", 0, settings, steps=1, images=4, batch=4, seed=0)
         made.append(Result("sweep", removed, 0, drawn, measured, (), None))
     return Results(Path(), {"experiment": {"target_share": 0.01}}, tuple(made), 0)
@@ -179,7 +179,7 @@ def test_a_report_leaves_out_what_is_not_measured_for_a_class_yet(files):
 @pytest.mark.parametrize("name", sorted(p.stem for p in PRESETS.glob("*.toml")))
 def test_presets_are_valid_and_have_all_methods(name):
     preset = read_experiment(name)
-    assert [plan.method for plan in preset.methods] == ["negative_prompting", "safe_latent_diffusion", "dng"]
+    assert {plan.method for plan in preset.methods} == STUDIED.keys()
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar10_conditional"])
@@ -196,6 +196,6 @@ def test_the_presets_set_dng_as_the_authors_did_on_cifar_10(name):
 
 def test_an_estimate_draws_nothing_into_the_folder(files, capsys):
     assert dng_experiment(files, "--estimate") == 0
-    assert "7 points" in capsys.readouterr().out
+    assert "8 points" in capsys.readouterr().out
     assert not (files / "out").exists()
     assert sweep.Workers(jobs=3).count() == 3

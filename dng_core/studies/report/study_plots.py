@@ -15,8 +15,8 @@ from ..class_removal import Drawn
 from ..metrics import forbidden_share, wilson_interval
 from .results import Result, Results
 
-COLOURS = {"none": "#7f7f7f", "NP": "#e69f00", "SLD": "#009e73", "DNG": "#0072b2"}  # Okabe and Ito
-MARKERS = {"none": "X", "NP": "s", "SLD": "^", "DNG": "o"}
+COLOURS = {"none": "#7f7f7f", "NP": "#e69f00", "SLD": "#009e73", "CCFG": "#cc79a7", "DNG": "#0072b2"}  # Okabe and Ito
+MARKERS = {"none": "X", "NP": "s", "SLD": "^", "CCFG": "D", "DNG": "o"}
 AXES = {
     "kl_renormalised": "KL(uniform \u2016 other classes), nats",
     "frechet_without": "Fréchet distance, classifier features",
