@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``dng experiment``."""
     parser.description = (
         "Remove classes by no guidance, negative prompting, Safe Latent Diffusion, Contrastive CFG and DNG; measure "
-        "safety, balance and quality. Points that are in the output folder already are not drawn again, so a stopped run goes on."
+        "safety, balance and quality. Points that are in the output folder already are not drawn again, so a stopped "
+        "run goes on."
     )
     parser.add_argument(
         "experiment",

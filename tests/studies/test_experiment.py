@@ -30,7 +30,8 @@ def test_the_whole_path_draws_measures_and_reports(files, capsys):
     results = read_results(files / "out")
     assert {r.method for r in results.results} == {NONE, "NP", "SLD", "CCFG", "DNG"}
     assert [(r.role, r.method, r.scale) for r in results.of("ant", "sweep")] == [
-        ("sweep", "NP", 0.0), ("sweep", "NP", 2.0), ("sweep", "SLD", 1.0), ("sweep", "CCFG", 1.0), ("sweep", "DNG", 1.0)
+        ("sweep", "NP", 0.0), ("sweep", "NP", 2.0), ("sweep", "SLD", 1.0), ("sweep", "CCFG", 1.0),
+        ("sweep", "DNG", 1.0),
     ]  # fmt: skip
     off = results.of("ant", "sweep")[0]
     assert (off.change is not None and off.change.images == 0) or off.change.kept == 1.0
