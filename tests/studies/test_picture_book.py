@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dng_core.baselines import perp_neg
 from dng_core.cli import experiment
 from dng_core.models.picture_book.judge import Verdict
 from dng_core.models.picture_book.networks import CrossUNetConfig, PictureBook
@@ -167,10 +168,14 @@ def test_each_method_combines_the_predictions_as_it_says(book, cfg):
     assert min(float((a - b).abs().max()) for a, b in ((p, u), (n, u), (joint, p))) > 1e-3
     base = p if cfg == 1 else u + cfg * (p - u)
     reference = p if cfg == 1 else u
+    far = 0.2 * ((n - reference) / sigma).flatten(1).square().sum(dim=1).reshape(-1, 1, 1, 1)
+    faded = 2 * torch.exp(-far) / (1 + torch.exp(-far))
     wanted = {
         "nothing": (base, 1),
         "negative_prompt": (p if cfg == 1 else n + cfg * (p - n), 1),
         "constant_push": (base - 2 * (n - reference), 2),
+        "contrastive_cfg": (base - 2 * faded * (n - reference), 2),
+        "perp_neg": (perp_neg(p, n, u, cfg, 2.0), 3 - (cfg != 1)),
         "dng": (base - 2 * 0.25 * (n - reference), 2),
         "dng_joint": (base - 2 * 0.25 * (joint - p), 2),
     }
@@ -185,7 +190,8 @@ def test_several_things_are_several_concepts(book):
     case = Case("related", "a park by day", ("tree", "flower"))
     run = guided(book, DDPMSchedule.named("linear"), case, METHODS["dng"], 3.0, [3.0, 1.0])
     run(torch.zeros(2, 48, 16, 16), 3.0)
-    assert run.guidance.trace().posterior.shape == (1, 2, 2) and run.scales().shape == (1, 2)
+    assert run.trace().posterior.shape == (1, 2, 2)
+    assert len(guided(book, run.chain, case, METHODS["perp_neg"], 3.0, [3.0, 1.0]).things) == 1
 
 
 def test_calibration_takes_the_share_that_an_unguided_run_shows(book, monkeypatch):

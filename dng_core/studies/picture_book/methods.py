@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ...baselines import NegativePrompting, SafeLatentDiffusion
+from ...baselines import ContrastiveCFG, NegativePrompting, PerpNeg, SafeLatentDiffusion, perp_neg
 from ...calibration import EXACT as EXACT_MODEL
 from ...calibration import evidence_of
-from ...guidance import Guidance, NegativeGuidance
+from ...guidance import Guidance, NegativeGuidance, Trace
 from ...methods import MethodSettings, guidance_by
 from ...models.picture_book.networks import PictureBook
 from ...models.picture_book.prompting import contexts, denoised
@@ -26,14 +26,15 @@ class Method:
 
     Parameters
     ----------
-    settings: of the guidance beside an empty negative prompt; None for no guidance.
-    stock: the thing is the negative prompt, D_neg + cfg (D_pos - D_neg), which does nothing at cfg 1.
+    settings: of the guidance beside an empty negative prompt; None for no guidance. For Perp-Neg, all things together
+        are the negative prompt, and the empty prompt is evaluated at cfg 1 too.
+    stock: the things are the negative prompt, D_neg + cfg (D_pos - D_neg), which does nothing at cfg 1.
     joint: the undesired prediction is of the prompt and the thing together, and is compared with the prompt's.
         Otherwise it is of the thing alone, compared with the empty prompt's (at cfg 1 with the prompt's).
     calibrated: the prior is the share that Calibrate measures in an unguided run of the case.
     """
 
-    settings: MethodSettings | None = None
+    settings: MethodSettings | PerpNeg | None = None
     stock: bool = False
     joint: bool = False
     calibrated: bool = False
@@ -50,6 +51,8 @@ METHODS = {
     "negative_prompt": Method(stock=True),
     "constant_push": Method(NegativePrompting()),
     "safe_latent_diffusion": Method(SafeLatentDiffusion()),
+    "perp_neg": Method(PerpNeg()),
+    "contrastive_cfg": Method(ContrastiveCFG()),
     "dng": Method(EXACT),
     "dng_joint": Method(EXACT, joint=True),
     "dng_calibrated": Method(EXACT, joint=True, calibrated=True),
@@ -70,7 +73,7 @@ class Guided:
 
     def __post_init__(self) -> None:
         case, things = self.case, list(self.case.avoid)
-        if self.method.stock:
+        if self.method.stock or isinstance(self.method.settings, PerpNeg):
             things = [", ".join(things)]
         elif self.method.joint:
             things = [f"{case.prompt}, {thing}" for thing in things]
@@ -81,6 +84,9 @@ class Guided:
         """The prediction that a sampler uses at VE states."""
         if self.method.stock:
             return self._extrapolated(x, sigma, self.things[0])
+        if isinstance(self.method.settings, PerpNeg):
+            predicted = self._predicted(x, sigma, [self.positive, self.things[0], self.empty])
+            return perp_neg(*predicted, self.cfg, self.method.settings.guidance_scale)
         if self.guidance is None:
             return self._extrapolated(x, sigma, self.empty)
         texts = [self.positive, *self.things, *([self.empty] if self.cfg != 1 else [])]
@@ -92,10 +98,9 @@ class Guided:
             reference = positive if self.method.joint else unconditional
         return self.guidance(x, sigma, base, reference, others)
 
-    def scales(self) -> Tensor | None:
-        """The mean guidance scale over the concepts at each step so far, (steps, n); None where nothing is tracked."""
-        trace = self.guidance.trace() if self.guidance else None
-        return trace.scale.mean(dim=1) if trace else None
+    def trace(self) -> Trace | None:
+        """What guidance did so far; None where nothing is tracked."""
+        return self.guidance.trace() if self.guidance else None
 
     def _extrapolated(self, x: Tensor, sigma: float, start: Tensor) -> Tensor:
         """Classifier-free guidance from the prediction of ``start``."""
@@ -113,9 +118,9 @@ def guided(
     book: PictureBook, chain: DDPMSchedule, case: Case, method: Method, cfg: float, levels: list[float]
 ) -> Guided:
     """The prediction of a new run over noise levels."""
-    guidance = None
-    if method.settings is not None:
-        guidance = guidance_by([method.settings] * len(case.avoid), Chain(levels, IntegratedOffset(chain)))
+    guidance, settings = None, method.settings
+    if settings is not None and not isinstance(settings, PerpNeg):
+        guidance = guidance_by([settings] * len(case.avoid), Chain(levels, IntegratedOffset(chain)))
     return Guided(book, chain, case, method, cfg, guidance)
 
 

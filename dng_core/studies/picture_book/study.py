@@ -3,17 +3,22 @@
 import hashlib
 import io
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
+from ...baselines import PerpNeg
 from ...files import write_json, write_whole
+from ...guidance import Trace
 from ...methods import MethodSettings
 from ...models.picture_book.weights import SHIPPED_JUDGE, SHIPPED_PICTURE_BOOK, load_judge, load_picture_book
 from ...schedules import DDPMSchedule, ddpm_sigmas
@@ -27,8 +32,12 @@ LEAST_SHOWN = 0.25  # the scale is chosen on related cases in which so many pict
 MOST_LEFT = 0.02  # "equal removal": the mean over these cases, at most
 CALIBRATION_IMAGES = 64  # of the method "dng_calibrated"; like the rest, a choice
 KEPT = 4  # points without guidance whose pictures stay in memory, since they serve every method of a case
-STRIP = 8  # pictures of a point that are kept in its folder, side by side
+STRIP = 8  # pictures of a point that are kept in its folder, side by side, with their traces
+VERSION = 2  # part of every key: raise it with each change of what a row holds
 OTHER_SEED, SEARCH_SEED, CALIBRATION_SEED = 1000, 2000, 3000  # added to the seed of the plan
+Drawn = tuple[Seen, dict[str, Any], dict[str, np.ndarray] | None]
+"""Pictures as the judge sees them, and what they cost. And of the first STRIP pictures, where something is tracked:
+"posterior" and "scale" of the first thing, (steps, pictures), at "sigmas", (steps,)."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +60,20 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is drawn. The scale of each method is chosen with ``search_images`` of the next seed, at the first setting.
+    """What is drawn. The scale of each method is chosen with ``search_images`` of another seed, at the first setting.
 
     Parameters
     ----------
     settings: (cfg, sampler, steps) in turn; the first is the main one, the others show what depends on it.
-    scales: among which each method's is chosen.
+    scales: among which each method's is chosen. A single one is taken as it is, without a search.
+    sweep: draw every scale with all images too, at the first setting.
     """
 
     cases: tuple[Case, ...] = CASES
     methods: tuple[str, ...] = tuple(METHODS)
     settings: tuple[tuple[float, Sampler, int], ...] = ((3.0, "euler_ancestral", 30),)
     scales: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    sweep: bool = False
     images: int = 256
     search_images: int = 32
     seed: int = 0
@@ -71,6 +82,12 @@ class Plan:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.methods if name not in METHODS]:
             raise ValueError(f"unknown methods {', '.join(unknown)}: choose from {', '.join(METHODS)}")
+        if not self.cases or not self.methods or not self.scales:
+            raise ValueError("a study needs at least one case, one method and one scale")
+        if wrong := [scale for scale in self.scales if not 0 <= scale < math.inf]:
+            raise ValueError(f"a scale must be at least 0 and finite, not {wrong[0]:g}")
+        if len(set(self.scales)) > 1 and not any(case.kind == "related" for case in self.cases):
+            raise ValueError("scales are chosen on related cases, and there are none: give a single scale")
         for name, least in (("images", 4), ("search_images", 4), ("batch", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
@@ -88,22 +105,33 @@ class Study:
         self.book, info = load_picture_book(path)
         self.judge, self.chain = load_judge(), DDPMSchedule.named(info.schedule)
         self._weights = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in (path, SHIPPED_JUDGE)]
-        self._unguided: dict[Point, tuple[Seen, dict[str, Any]]] = {}
+        self._unguided: dict[Point, Drawn] = {}
         (folder / "rows").mkdir(parents=True, exist_ok=True)
 
-    def run(self, tell: Callable[[str], None]) -> list[dict[str, Any]]:
-        """Choose every method's scale, measure every case at every setting, and return the rows."""
+    def run(self, tell: Callable[[str], None], about: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Choose every method's scale, measure every case at every setting, and return the rows.
+
+        ``about``: what else results.json should say, as JSON.
+        """
         scales = self.chosen_scales(tell)
-        rows = []
-        for cfg, sampler, steps in self.plan.settings:
-            for case in self.plan.cases:
-                for method in self.plan.methods:
-                    scale = scales[method]
-                    point = Point(case, method, scale, cfg, sampler, steps, self.plan.images, self.plan.seed)
-                    rows.append(self.row(point))
-                    tell(said(rows[-1]))
-        write_json(self.folder / "results.json", {"scales": scales, "rows": rows})
+        points, rows = self.points(scales), []
+        for number, point in enumerate(points, start=1):
+            rows.append(self.row(point))
+            tell(f"[{number}/{len(points)}] {said(rows[-1])}")
+        plan = {name: getattr(self.plan, name) for name in ("scales", "sweep", "images", "search_images", "seed")}
+        write_json(self.folder / "results.json", {"about": plan | (about or {}), "scales": scales, "rows": rows})
         return rows
+
+    def points(self, scales: dict[str, float]) -> list[Point]:
+        """The points to measure: every case by every method at its scale and at every setting, and the sweep's."""
+        plan, points = self.plan, []
+        for i, (cfg, sampler, steps) in enumerate(plan.settings):
+            for case in plan.cases:
+                for method in plan.methods:
+                    swept = plan.scales if plan.sweep and i == 0 and METHODS[method].settings else ()
+                    for scale in sorted({scales[method], *swept}):
+                        points.append(Point(case, method, scale, cfg, sampler, steps, plan.images, plan.seed))
+        return points
 
     def chosen_scales(self, tell: Callable[[str], None]) -> dict[str, float]:
         """The smallest scale of each method that leaves at most 2 % of the thing; else the one that leaves least.
@@ -114,8 +142,11 @@ class Study:
         related = [case for case in self.plan.cases if case.kind == "related"]
         chosen = {}
         for method in self.plan.methods:
-            if METHODS[method].settings is None or not related:
+            if METHODS[method].settings is None:
                 chosen[method] = 0.0
+                continue
+            if len(set(self.plan.scales)) == 1:
+                chosen[method] = self.plan.scales[0]
                 continue
             left = {}
             for scale in sorted(self.plan.scales):
@@ -139,17 +170,20 @@ class Study:
         path = self.folder / "rows" / f"{self._key(point)}.json"
         if path.is_file():
             return dict(json.loads(path.read_text(encoding="utf-8")))
-        without, _ = self.seen(point.unguided())
-        other, _ = self.seen(point.unguided(seed=point.seed + OTHER_SEED))
-        seen, costs = self.seen(point)
+        without, *_ = self.seen(point.unguided())
+        other, *_ = self.seen(point.unguided(seed=point.seed + OTHER_SEED))
+        seen, costs, traced = self.seen(point)
         write_whole(path.with_suffix(".png"), strip(seen.pictures[:STRIP]))
+        if traced is not None:
+            shows = [s.shows_any(point.case.avoid)[:STRIP].numpy() for s in (seen, without)]
+            write_whole(path.with_suffix(".npz"), packed(traced | {"shown": shows[0], "was": shows[1]}))
         row = asdict(point) | {"key": path.stem} | {"case": point.case.name, "kind": point.case.kind}
         row |= measure(point.case, seen, without, other) | costs
         write_json(path, row)
         return row
 
-    def seen(self, point: Point) -> tuple[Seen, dict[str, Any]]:
-        """A point's pictures as the judge sees them, and what they cost."""
+    def seen(self, point: Point) -> Drawn:
+        """A point's pictures as the judge sees them, what they cost, and the traces of the first."""
         if point.method != "nothing":
             return self._drawn(point)
         if point not in self._unguided:
@@ -158,7 +192,7 @@ class Study:
             self._unguided[point] = self._drawn(point)
         return self._unguided[point]
 
-    def _drawn(self, point: Point) -> tuple[Seen, dict[str, Any]]:
+    def _drawn(self, point: Point) -> Drawn:
         method = METHODS[point.method].at(point.scale)
         if method.calibrated:
             images = min(CALIBRATION_IMAGES, point.images)
@@ -166,27 +200,45 @@ class Study:
             method = calibrated(self.book, self.chain, point.case, method, point.cfg, point.steps, images, seed)
         levels, began = ddpm_sigmas(self.chain, point.steps), time.monotonic()
         parts: list[Tensor] = []
-        scales: list[Tensor] = []
+        traces: list[Trace] = []
         evaluations = 0
-        for start in range(0, point.images, self.plan.batch):
-            count = min(self.plan.batch, point.images - start)
-            noise, generator = starting_noise(start, count, point.seed, LATENT)
-            run = guided(self.book, self.chain, point.case, method, point.cfg, levels)
-            parts.append(pictures_of(sample(run, noise, levels, point.sampler, generator)))
-            evaluations += count * run.evaluations
-            if (tracked := run.scales()) is not None:
-                scales.append(tracked)
+        name = f"{point.case.name}; {point.method}"
+        with tqdm(total=point.images, unit="picture", desc=name, leave=False) as bar:
+            for start in range(0, point.images, self.plan.batch):
+                count = min(self.plan.batch, point.images - start)
+                noise, generator = starting_noise(start, count, point.seed, LATENT)
+                run = guided(self.book, self.chain, point.case, method, point.cfg, levels)
+                parts.append(pictures_of(sample(run, noise, levels, point.sampler, generator)))
+                if not bool(parts[-1].isfinite().all()):
+                    raise ValueError(f"{name} at scale {point.scale:g}: pictures are not finite: check the weights")
+                evaluations += count * run.evaluations
+                if (trace := run.trace()) is not None:
+                    traces.append(trace)
+                bar.update(count)
+        scales = torch.cat([trace.scale for trace in traces], dim=2) if traces else None
         costs = {
-            "late_scale": float(torch.cat(scales, dim=1)[point.steps // 2 :].mean()) if scales else None,
+            "late_scale": None if scales is None else float(scales[point.steps // 2 :].mean()),
             "settings": described(method.settings),
             "evaluations": evaluations / point.images,
             "seconds": (time.monotonic() - began) / point.images,
         }
-        return Seen.by(self.judge, torch.cat(parts)), costs
+        traced = None
+        if scales is not None:
+            posterior = torch.cat([trace.posterior for trace in traces], dim=2)
+            first = {"posterior": posterior[:, 0, :STRIP], "scale": scales[:, 0, :STRIP], "sigmas": traces[0].sigmas}
+            traced = {key: values.numpy() for key, values in first.items()}
+        return Seen.by(self.judge, torch.cat(parts)), costs, traced
 
     def _key(self, point: Point) -> str:
-        told = json.dumps([asdict(point), asdict(METHODS[point.method]), self._weights], sort_keys=True)
+        told = json.dumps([VERSION, asdict(point), asdict(METHODS[point.method]), self._weights], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:24]
+
+
+def packed(arrays: dict[str, np.ndarray]) -> bytes:
+    """Arrays as an NPZ file."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    return file.getvalue()
 
 
 def strip(pictures: Tensor) -> bytes:
@@ -197,7 +249,7 @@ def strip(pictures: Tensor) -> bytes:
     return file.getvalue()
 
 
-def described(settings: MethodSettings | None) -> dict[str, Any] | None:
+def described(settings: MethodSettings | PerpNeg | None) -> dict[str, Any] | None:
     """The settings as JSON."""
     return None if settings is None else dict(json.loads(json.dumps(asdict(settings))))  # lists, as in a file
 
