@@ -2,12 +2,14 @@
 
 import argparse
 import errno
+import importlib.util
 import itertools
 import platform
 import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from ..studies.class_removal import METHOD_NAMES, image_shape, network
 from ..studies.experiment import METHOD_OF, Experiment, read_experiment
 from ..studies.features import require_inception
 from ..studies.measuring import Measurer
+from ..studies.picture_book.cases import CASES, KINDS
+from ..studies.picture_book.methods import METHODS as BOOK_METHODS
 from ..studies.picture_book.report import write_report
 from ..studies.picture_book.sampling import SAMPLERS
 from ..studies.picture_book.study import Plan, Study
@@ -34,7 +38,7 @@ from ..studies.sweep import ENGINES, Workers
 
 LOCK = ".lock"  # the file in an experiment's folder that a process which works there holds
 PICTURE_BOOK = "picture_book"
-BOOK_OPTIONS = ("weights", "cfg", "samplers")
+BOOK_OPTIONS = ("weights", "cfg", "samplers", "kinds", "scales", "sweep")
 TunedSettings = dict[tuple[str, str], MethodSettings | None]
 
 
@@ -53,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data")
     parser.add_argument("--output", type=Path, help="folder of the runs and the report (default: output/NAME)")
     parser.add_argument("--classes", help="classes to remove, separated by commas (default: the experiment's)")
-    parser.add_argument("--methods", help=f"some of {','.join(METHOD_OF)} (default: the experiment's)")
+    parser.add_argument(
+        "--methods",
+        help=f"some of {','.join(METHOD_OF)} (default: the experiment's); picture_book: of {','.join(BOOK_METHODS)}",
+    )
     for name, text in (
         ("images", "images per point"),
         ("search-images", "images per point of the search for settings"),
@@ -86,32 +93,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samplers", nargs="+", choices=SAMPLERS, help="picture_book: samplers (default: euler_ancestral)"
     )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="picture_book: kinds of cases (default: all)")
+    parser.add_argument(
+        "--scales", type=float, nargs="+", help="picture_book: guidance scales to choose among; one is taken as it is"
+    )
+    parser.add_argument(
+        "--sweep", action="store_true", help="picture_book: draw every scale with all images, for the Pareto plots"
+    )
     parser.set_defaults(defaults={action.dest: action.default for action in parser._actions})
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the experiment and write its report; returns 1 if anything failed. What was done is kept."""
-    if args.experiment == PICTURE_BOOK:
-        return run_picture_book(args)
     try:
-        refuse(args, BOOK_OPTIONS)
-        runner = prepare(args)
-        if args.estimate:
-            print(runner.estimate())
+        work = prepare_picture_book(args) if args.experiment == PICTURE_BOOK else prepare(args)
+        if args.estimate and isinstance(work, Runner):
+            print(work.estimate())
             return 0
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"dng experiment: {error}", file=sys.stderr)
         return 1
     try:
-        with exclusive(runner.folder / LOCK, wait=False):
-            failed = runner.run()
-            if failed:
-                print(f"dng experiment: {failed} points failed:", *runner.errors, sep="\n  ", file=sys.stderr)
-            for path in write_reports(runner.folder):
-                print(path)
+        with exclusive(work.folder / LOCK, wait=False):
+            if isinstance(work, Runner):
+                failed = work.run()
+                if failed:
+                    print(f"dng experiment: {failed} points failed:", *work.errors, sep="\n  ", file=sys.stderr)
+                paths = write_reports(work.folder)
+            else:
+                failed = 0
+                work.run(partial(print, flush=True), provenance())
+                paths = write_report(work.folder)
+            print(*paths, sep="\n")
     except BlockingIOError:
         print(
-            f"dng experiment: another process works in {runner.folder}: wait for its end, or name another --output",
+            f"dng experiment: another process works in {work.folder}: wait for its end, or name another --output",
             file=sys.stderr,
         )
         return 1
@@ -132,33 +148,45 @@ def refuse(args: argparse.Namespace, options: Iterable[str]) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: the experiment {args.experiment} has no such option")
 
 
-def run_picture_book(args: argparse.Namespace) -> int:
-    """Run the study on the picture book and write its report; returns 1, with a message, if that fails."""
+def prepare_picture_book(args: argparse.Namespace) -> Study:
+    """The study on the picture book that the command line asks for."""
     given = {"images", "search_images", "steps", "batch", "seed", "methods", "output", "experiment", "help"}
-    try:
-        refuse(args, args.defaults.keys() - given - set(BOOK_OPTIONS))
-        changes: dict[str, Any] = {
-            name: getattr(args, name)
-            for name in ("images", "search_images", "batch", "seed")
-            if getattr(args, name) is not None
-        }
-        if args.methods is not None:
-            changes["methods"] = tuple(args.methods.split(","))
-        settings = itertools.product(args.cfg or [3.0], args.samplers or [SAMPLERS[0]])
-        steps = 30 if args.steps is None else args.steps
-        plan = Plan(settings=tuple((cfg, sampler, steps) for cfg, sampler in settings), **changes)
-        folder = args.output or Path("output", PICTURE_BOOK)
-        Study(plan, folder, args.weights).run(print)
-        for path in write_report(folder):
-            print(path)
-    except (OSError, ValueError) as error:
-        print(f"dng experiment: {error}", file=sys.stderr)
-        return 1
-    return 0
+    refuse(args, args.defaults.keys() - given - set(BOOK_OPTIONS))
+    for name in ("matplotlib", "scipy"):
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"the study needs {name}: pip install {name}")
+    changes: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in ("images", "search_images", "batch", "seed")
+        if getattr(args, name) is not None
+    }
+    if args.methods is not None:
+        changes["methods"] = tuple(args.methods.split(","))
+    if args.kinds is not None:
+        changes["cases"] = tuple(case for case in CASES if case.kind in args.kinds)
+    if args.scales is not None:
+        changes["scales"] = tuple(args.scales)
+    pairs = itertools.product(args.cfg or [3.0], args.samplers or [SAMPLERS[0]])
+    steps = 30 if args.steps is None else args.steps
+    plan = Plan(settings=tuple((cfg, sampler, steps) for cfg, sampler in pairs), sweep=args.sweep, **changes)
+    folder = args.output or Path("output", PICTURE_BOOK)
+    if (folder / MANIFEST).exists():
+        raise ValueError(f"{folder} holds another experiment: name another --output")
+    return Study(plan, folder, args.weights)
+
+
+def provenance() -> dict[str, Any]:
+    """By which command, versions and machine results are made."""
+    return {
+        "command": shlex.join(["dng", *sys.argv[1:]]),
+        "versions": {"dng": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": machine(),
+    }
 
 
 def prepare(args: argparse.Namespace) -> Runner:
     """Read everything that the experiment needs, so that errors are reported before anything is drawn."""
+    refuse(args, BOOK_OPTIONS)
     experiment = changed(read_experiment(args.experiment), args)
     classifier_file = shipped_classifiers().get(experiment.classifier, Path(experiment.classifier))
     classifier, info = load_classifier(classifier_file)
@@ -180,12 +208,7 @@ def prepare(args: argparse.Namespace) -> Runner:
             raise ValueError("--fid compares with real images: give --data")
         require_inception()
     measurer = Measurer(classifier, info, real, folder / "fid" if args.fid else None)
-    about: dict[str, Any] = {
-        "command": shlex.join(["dng", *sys.argv[1:]]),
-        "versions": {"dng": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": machine(),
-        "note": note,
-    }
+    about: dict[str, Any] = provenance() | {"note": note}
     settings_of: TunedSettings = {}
     if args.settings_of is not None:
         settings_of, about["settings_of"] = tuned(args.settings_of, experiment, info.class_names)

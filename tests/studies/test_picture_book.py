@@ -15,6 +15,7 @@ from PIL import Image
 
 from dng_core.baselines import perp_neg
 from dng_core.cli import experiment
+from dng_core.headless.lock import exclusive
 from dng_core.models.picture_book.judge import Verdict
 from dng_core.models.picture_book.networks import CrossUNetConfig, PictureBook
 from dng_core.models.picture_book.prompting import contexts, denoised
@@ -26,7 +27,9 @@ from dng_core.models.picture_book.words import split
 from dng_core.oracle import GaussianMixture
 from dng_core.sampling import ddpm_sample
 from dng_core.schedules import DDPMSchedule, karras_sigmas
-from dng_core.studies.picture_book import methods, study
+from dng_core.studies.metrics import wilson_interval
+from dng_core.studies.picture_book import measures, methods, study
+from dng_core.studies.picture_book.averages import averaged
 from dng_core.studies.picture_book.cases import CASES, LABELS, Case
 from dng_core.studies.picture_book.figure import label_rows, picture_book_figure
 from dng_core.studies.picture_book.measures import Seen, measure
@@ -34,9 +37,16 @@ from dng_core.studies.picture_book.methods import METHODS, calibrated, guided
 from dng_core.studies.picture_book.report import write_report
 from dng_core.studies.picture_book.sampling import SAMPLERS, sample
 from dng_core.studies.picture_book.study import Plan, Study
+from dng_core.studies.runner import MANIFEST
 
 SMALL = CrossUNetConfig(model_channels=32, channel_mult=(1, 1), num_res_blocks=(0, 0), transformer_depth=(),
                         transformer_depth_output=(0, 0))  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """A bootstrap of distances takes most of the time of so small a study."""
+    monkeypatch.setattr(measures, "FEATURE_RESAMPLES", 9)
 
 
 @pytest.fixture(scope="module")
@@ -199,9 +209,9 @@ def test_calibration_takes_the_share_that_an_unguided_run_shows(book, monkeypatc
     chain = DDPMSchedule.named("linear")
     found = calibrated(book, chain, case, method, 3.0, steps=3, images=2, seed=0)
     assert found == replace(method, settings=replace(method.settings, prior=found.settings.prior))
-    monkeypatch.setattr(methods, "share_of", lambda evidence, calibration: SimpleNamespace(mean=0.0))
-    absent = calibrated(book, chain, case, method, 3.0, steps=3, images=2, seed=0)
-    assert absent.settings.prior == methods.LEAST_PRIOR
+    for share, prior in ((0.0, methods.LEAST_PRIOR), (1.0, method.settings.p_max)):
+        monkeypatch.setattr(methods, "share_of", lambda *_, mean=share: SimpleNamespace(mean=mean))
+        assert calibrated(book, chain, case, method, 3.0, steps=3, images=2, seed=0).settings.prior == prior
 
 
 def seen(pictures, things):
@@ -256,10 +266,93 @@ def test_a_study_is_measured_reported_and_goes_on_where_it_stopped(weights, tmp_
         assert (row["late_scale"] is None) == (row["method"] != "dng_joint")
     markdown_file, page_file = write_report(tmp_path)
     text, page = markdown_file.read_text(encoding="utf-8"), page_file.read_text(encoding="utf-8")
-    assert text.count("## ") == 4 and all(case.name in text for case in SHORT.cases)
-    assert page.count("<img") == len(rows) and "Related cases in the mean" in page
+    assert text.count("## ") == 5 and all(case.name in text for case in SHORT.cases)
+    plots = [line.split("(")[1][:-1] for line in text.splitlines() if line.startswith("![")]
+    assert plots == [
+        f"plots/{name}-cfg3-euler-3.png" for name in ("pareto-related", "pareto-absurd", "traces-dng_joint")
+    ]
+    for path in plots:
+        with Image.open(tmp_path / path) as plot:
+            assert plot.width > 400
+    assert page.count("<img") == len(rows) + len(plots) and "Related cases in the mean" in page
     monkeypatch.setattr(study, "sample", None)  # nothing is drawn again
     assert Study(SHORT, tmp_path, weights).run(told.append) == rows
+
+
+def test_traces_of_the_first_pictures_are_kept(weights, tmp_path):
+    plan = replace(SHORT, cases=CASES[:1], methods=("dng",), scales=(2.0,))
+    row, *_ = Study(plan, tmp_path, weights).run(lambda line: None)
+    with np.load(tmp_path / "rows" / f"{row['key']}.npz") as arrays:
+        assert arrays["posterior"].shape == arrays["scale"].shape == (3, 4) and arrays["sigmas"].shape == (3,)
+        assert arrays["posterior"][0] == pytest.approx([0.2] * 4)
+        uncapped = 2 * arrays["posterior"] / (1 - arrays["posterior"])
+        np.testing.assert_allclose(arrays["scale"], uncapped.clip(max=METHODS["dng"].settings.max_scale), rtol=1e-4)
+        assert arrays["was"].mean() == row["was"] and arrays["shown"].mean() == row["left"]
+
+
+def test_a_sweep_draws_every_scale_and_the_tables_show_the_chosen_one(weights, tmp_path):
+    plan = replace(SHORT, cases=CASES[:1], methods=("nothing", "constant_push"), sweep=True,
+                   settings=((3.0, "euler", 3), (1.0, "euler", 3)))  # fmt: skip
+    study_ = Study(plan, tmp_path, weights)
+    found = [(p.method, p.scale, p.cfg) for p in study_.points({"nothing": 0.0, "constant_push": 2.0})]
+    assert found == [
+        ("nothing", 0.0, 3.0), ("constant_push", 1.0, 3.0), ("constant_push", 2.0, 3.0),
+        ("nothing", 0.0, 1.0), ("constant_push", 2.0, 1.0),
+    ]  # fmt: skip
+    study_.run(lambda line: None)
+    markdown_file, _ = write_report(tmp_path)
+    assert markdown_file.read_text(encoding="utf-8").count("| constant_push |") == 4  # two settings, mean and case
+
+
+def test_a_single_scale_is_taken_without_a_search(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(Study, "row", None)
+    plan = replace(SHORT, cases=(CASES[14],), scales=(3.0,))
+    assert CASES[14].kind == "unrelated"
+    chosen = Study(plan, tmp_path, weights).chosen_scales(print)
+    assert chosen == {"nothing": 0.0, "negative_prompt": 0.0, "dng_joint": 3.0}
+
+
+def test_a_stopped_study_goes_on(weights, tmp_path, monkeypatch):
+    """What was measured before Ctrl-C is not drawn again; nothing half-written is left."""
+    plan = replace(SHORT, cases=CASES[:1], methods=("nothing", "negative_prompt"))
+    drawn, original = [], study.sample
+
+    def stops(run, *rest):
+        drawn.append(run.method)
+        if len(drawn) == 5:  # of the negative prompt; before it come two seeds without guidance, in two batches each
+            raise KeyboardInterrupt
+        return original(run, *rest)
+
+    monkeypatch.setattr(study, "sample", stops)
+    with pytest.raises(KeyboardInterrupt):
+        Study(plan, tmp_path, weights).run(lambda line: None)
+    kept = sorted(path.name for path in (tmp_path / "rows").iterdir())
+    assert [name.partition(".")[2] for name in kept] == ["json", "png"]
+    before = (tmp_path / "rows" / kept[0]).read_bytes()
+    told = []
+    Study(plan, tmp_path, weights).run(told.append)
+    assert [line[:5] for line in told] == ["[1/2]", "[2/2]"]
+    assert (tmp_path / "rows" / kept[0]).read_bytes() == before
+
+
+def test_means_over_cases_have_intervals():
+    row = {"images": 10, "left": 0.2, "kept": 1.0, "balance": None, "late_scale": None, "evaluations": 3, "seconds": 1}
+    for name in ("rms", "relabelled", "distance"):
+        row |= {name: 1.0, f"{name}_low": 0.5, f"{name}_high": 1.5}
+    other = row | {"left": 0.4, "rms": 3.0, "rms_low": 1.0, "rms_high": 3.0, "distance": None, "distance_low": None}
+    means = averaged([row, other])
+    assert means["left"] == pytest.approx(0.3)
+    assert (means["left_low"], means["left_high"]) == wilson_interval(6, 20)
+    half = math.sqrt(0.5**2 + 1.0**2) / 2
+    assert (means["rms"], means["rms_low"], means["rms_high"]) == pytest.approx((2, 1.5 - half, 1.5 + half))
+    assert (means["distance"], means["distance_low"]) == (1.0, 0.5) and means["balance"] is None
+
+
+def test_every_method_has_a_look_of_its_own():
+    pytest.importorskip("matplotlib")
+    from dng_core.studies.picture_book.plots import LOOKS
+
+    assert LOOKS.keys() == METHODS.keys() and len(set(LOOKS.values())) == len(LOOKS)
 
 
 def test_the_scale_is_the_smallest_that_leaves_little(weights, tmp_path, monkeypatch):
@@ -277,6 +370,9 @@ def test_the_scale_is_the_smallest_that_leaves_little(weights, tmp_path, monkeyp
         ({"methods": ("dng", "magic")}, "unknown methods magic: choose from nothing, negative_prompt"),
         ({"images": 2}, "images must be at least 4, not 2"),
         ({"batch": 0}, "batch must be at least 1, not 0"),
+        ({"cases": ()}, "a study needs at least one case, one method and one scale"),
+        ({"scales": (1.0, -1.0)}, "a scale must be at least 0 and finite, not -1"),
+        ({"cases": CASES[14:16]}, "scales are chosen on related cases, and there are none: give a single scale"),
         ({"settings": ((3.0, "euler", 2),)}, "needs 3 to 1000 steps and a cfg of 0 or more, not 2 and 3"),
     ],
 )
@@ -312,7 +408,30 @@ def test_the_command_runs_the_study(weights, tmp_path, capsys, monkeypatch):
         (cfg, method) for cfg in (1.0, 3.0) for method in ("nothing", "negative_prompt")
     ]
     assert rows[1]["rms"] == 0 < rows[3]["rms"]  # a stock negative prompt does nothing at cfg 1
+    assert "Made by `dng" in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "report.html")
+
+
+def test_the_command_takes_kinds_scales_and_a_sweep(monkeypatch, tmp_path):
+    plans = []
+    monkeypatch.setattr(experiment, "Study", lambda plan, folder, weights: plans.append(plan) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        dng_experiment(
+            "picture_book", "--kinds", "unrelated", "absurd", "--scales", 2, "--sweep", "--output", tmp_path
+        )
+    (plan,) = plans
+    assert [case.kind for case in plan.cases] == ["unrelated"] * 12 + ["absurd"] * 6
+    assert plan.scales == (2.0,) and plan.sweep
+
+
+def test_a_folder_takes_one_study_and_one_process(tmp_path, capsys):
+    (tmp_path / "removal").mkdir()
+    (tmp_path / "removal" / MANIFEST).write_text("{}")
+    assert dng_experiment("picture_book", "--output", tmp_path / "removal") == 1
+    assert "holds another experiment: name another --output" in capsys.readouterr().err
+    with exclusive(tmp_path / "book" / experiment.LOCK):
+        assert dng_experiment("picture_book", "--output", tmp_path / "book") == 1
+    assert "another process works in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -322,6 +441,8 @@ def test_the_command_runs_the_study(weights, tmp_path, capsys, monkeypatch):
         (["picture_book", "--methods", "magic"], "unknown methods magic"),
         (["picture_book", "--weights", "gone.safetensors"], "no weights at gone.safetensors"),
         (["tiny", "--cfg", "3"], "--cfg: the experiment tiny has no such option"),
+        (["tiny", "--kinds", "absurd"], "--kinds: the experiment tiny has no such option"),
+        (["picture_book", "--kinds", "absurd"], "scales are chosen on related cases"),
     ],
 )
 def test_bad_options_are_answered(options, message, tmp_path, capsys):

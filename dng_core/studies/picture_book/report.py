@@ -1,73 +1,33 @@
-"""The study's report: one Markdown and one HTML file from its results."""
+"""The study's report: one Markdown and one HTML file from its results, and plots."""
 
 import base64
 import html
+import io
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
 from typing import Any
+
+import numpy as np
 
 from ...files import write_whole
 from ..report.markdown import table_lines
+from .averages import Row, averaged
 from .cases import KINDS
 
-Row = dict[str, Any]
-Part = tuple[
-    str, list[str], list[list[str]], list[Row]
-]  # title, head and lines of a table, rows whose pictures follow
 MEANINGS = (
-    "left: percent of the pictures that show the thing, with the 95 % interval. kept: percent of what the prompt "
-    "asks for. rms: root mean square of the change of the pictures that never showed the thing, in thousandths of "
-    "a pixel's range. relabelled: percent of their labels that changed. balance: mean difference of the shares of "
-    "all other labels, in points. distance: Fréchet distance, in the judge's features, to pictures without guidance "
-    "that do not show the thing. late scale: mean guidance scale after half of the steps."
+    "left: percent of the pictures that show the thing. kept: percent of what the prompt asks for. rms: root mean "
+    "square of the change of the pictures that never showed the thing, in thousandths of a pixel's range. "
+    "relabelled: percent of their labels that changed. balance: mean difference of the shares of all other labels, in "
+    "points. distance: Fréchet distance, in the judge's features, to pictures without guidance that do not show the "
+    "thing; with few pictures it is far above 0 even for the same distribution, so compare it with that of nothing. "
+    "late scale: mean guidance scale after half of the steps. Brackets hold 95 % intervals for these cases and other "
+    "noise: Wilson's for left, and otherwise basic bootstrap intervals for the value that many pictures would give. A "
+    "distance can therefore lie above its own interval."
 )
 COLUMNS = ("left, %", "kept, %", "rms", "relabelled, %", "balance", "distance", "late scale", "evaluations", "seconds")
-
-
-def write_report(folder: Path) -> list[Path]:
-    """Write report.md and report.html from results.json, and return both paths."""
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    rows, scales = results["rows"], results["scales"]
-    settings = list(dict.fromkeys((row["cfg"], row["sampler"], row["steps"]) for row in rows))
-    parts: list[Part] = []
-    for cfg, sampler, steps in settings:
-        name = f"cfg {cfg:g}, {sampler}, {steps} steps"
-        here = [row for row in rows if (row["cfg"], row["sampler"], row["steps"]) == (cfg, sampler, steps)]
-        for kind in KINDS:
-            of_kind = [row for row in here if row["kind"] == kind]
-            if of_kind:
-                parts.append((f"{kind.capitalize()} cases in the mean, {name}", *summary(of_kind, scales), []))
-        for case in dict.fromkeys(row["case"] for row in here):
-            of_case = [row for row in here if row["case"] == case]
-            first = of_case[0]
-            head = f"{case} ({first['kind']}), {100 * first['was']:.1f} % without guidance, {name}"
-            parts.append((head, *case_table(of_case), of_case))
-    return [
-        _write(folder / "report.md", markdown(parts)),
-        _write(folder / "report.html", page(parts, folder)),
-    ]
-
-
-def summary(rows: Sequence[Row], scales: dict[str, float]) -> tuple[list[str], list[list[str]]]:
-    """Each method's means over the cases, and at which scale."""
-    lines = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method]
-        means = {key: mean_of(row[key] for row in own) for key in own[0] if key in _FORMS}
-        lines.append([method, f"{scales[method]:g}" if scales[method] else "", *cells(means)])
-    return ["method", "scale", *COLUMNS], lines
-
-
-def case_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Each method's measures of one case."""
-    lines = [[row["method"], *cells(row)] for row in rows]
-    for line, row in zip(lines, rows, strict=True):
-        line[1] += f" ({100 * row['left_low']:.1f} to {100 * row['left_high']:.1f})"
-    return ["method", *COLUMNS], lines
-
-
 _FORMS = {  # factor and digits of each column's measure
     "left": (100, 1),
     "kept": (100, 1),
@@ -81,40 +41,150 @@ _FORMS = {  # factor and digits of each column's measure
 }
 
 
-def cells(values: Row) -> list[str]:
-    """A cell for each of COLUMNS; empty for what was not measured."""
+@dataclass(frozen=True)
+class Part:
+    """A section: a table, plots by name (PNG), and rows whose pictures follow."""
+
+    title: str
+    head: Sequence[str] = ()
+    table: Sequence[Sequence[str]] = ()
+    plots: Mapping[str, bytes] = field(default_factory=dict)
+    rows: Sequence[Row] = ()
+
+
+def write_report(folder: Path) -> list[Path]:
+    """Write report.md and report.html, whose paths are returned, and plots/, from results.json."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    made = sections(folder, results["rows"], results["scales"])
+    for part in made:
+        for name, content in part.plots.items():
+            write_whole(folder / "plots" / f"{name}.png", content)
+    about = introduction(results["about"])
     return [
-        "" if values[key] is None else f"{factor * values[key]:.{digits}f}" for key, (factor, digits) in _FORMS.items()
+        _write(folder / "report.md", markdown(about, made)),
+        _write(folder / "report.html", page(about, made, folder)),
     ]
 
 
-def mean_of(values: Iterable[float | None]) -> float | None:
-    """The mean of what was measured."""
-    known = [value for value in values if value is not None]
-    return mean(known) if known else None
+def introduction(about: Mapping[str, Any]) -> list[str]:
+    """The paragraphs above the tables."""
+    made = f"Made by `{about['command']}`, " if "command" in about else ""
+    on = f" on {about['machine']}, torch {about['versions']['torch']}" if "machine" in about else ""
+    scales = ", ".join(f"{scale:g}" for scale in about["scales"])
+    how = (
+        f"Each method's scale is one for all cases: the smallest of {scales} that leaves at most 2 % in the mean over "
+        f"the related cases, or else the one that leaves least, by {about['search_images']} other pictures a case."
+        if len(about["scales"]) > 1
+        else f"Every method's scale is {scales}, as it was given."
+    )
+    begin = f"{made}{about['images']} pictures a case, seed {about['seed']}{on}. "
+    return [begin[0].upper() + begin[1:] + how, MEANINGS]
 
 
-def markdown(parts: Sequence[Part]) -> str:
-    """The report as Markdown."""
-    lines = ["# Picture book: avoid a thing", "", MEANINGS]
-    for title, head, table, _ in parts:
-        lines += ["", f"## {title}", "", *table_lines(head, table)]
+def sections(folder: Path, rows: Sequence[Row], scales: Mapping[str, float]) -> list[Part]:
+    """For every setting: the means over each kind of case, traces of single pictures, and each case by itself."""
+    from .plots import pareto  # needs matplotlib
+
+    parts = []
+    for setting in dict.fromkeys((row["cfg"], row["sampler"], row["steps"]) for row in rows):
+        cfg, sampler, steps = setting
+        name, slug = f"cfg {cfg:g}, {sampler}, {steps} steps", f"cfg{cfg:g}-{sampler}-{steps}"
+        here = [row for row in rows if (row["cfg"], row["sampler"], row["steps"]) == setting]
+        chosen = [row for row in here if row["scale"] == scales[row["method"]]]
+        for kind in KINDS:
+            if of_kind := [row for row in here if row["kind"] == kind]:
+                figure = pareto(of_kind, scales, f"{kind.capitalize()} cases, {name}")
+                plots = {} if figure is None else {f"pareto-{kind}-{slug}": _png(figure)}
+                table = summary([row for row in chosen if row["kind"] == kind], scales)
+                parts.append(Part(f"{kind.capitalize()} cases in the mean, {name}", *table, plots))
+        if traced := trace_plots(folder, chosen, slug):
+            parts.append(Part(f"Posterior and guidance scale of single pictures, {name}", plots=traced))
+        for case in dict.fromkeys(row["case"] for row in chosen):
+            of_case = [row for row in chosen if row["case"] == case]
+            was = f"{100 * of_case[0]['was']:.1f} % without guidance"
+            title = f"{case} ({of_case[0]['kind']}), {was}, {name}"
+            parts.append(Part(title, *case_table(of_case), rows=of_case))
+    return parts
+
+
+def trace_plots(folder: Path, rows: Sequence[Row], slug: str) -> dict[str, bytes]:
+    """A plot for every method that tracks a posterior: a related and an unrelated case, of one prompt if any."""
+    from .plots import traces
+
+    cases = {row["case"]: (row["kind"], row["prompt"]) for row in rows}
+    related, unrelated = ([case for case in cases if cases[case][0] == kind] for kind in ("related", "unrelated"))
+    pairs = sorted(itertools.product(related, unrelated), key=lambda pair: cases[pair[0]][1] != cases[pair[1]][1])
+    pair = pairs[0] if pairs else tuple(cases)[:1]
+    plots = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        shown = {}
+        for row in rows:
+            path = folder / "rows" / f"{row['key']}.npz"
+            if row["method"] == method and row["case"] in pair and path.is_file():
+                with np.load(path) as arrays:
+                    shown[f"{row['case']} ({row['kind']})"] = dict(arrays)
+        if shown:
+            plots[f"traces-{method}-{slug}"] = _png(traces(shown, method))
+    return plots
+
+
+def summary(rows: Sequence[Row], scales: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+    """Each method's means over the cases, and at which scale."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        means = averaged([row for row in rows if row["method"] == method])
+        lines.append([method, f"{scales[method]:g}" if scales[method] else "", *cells(means)])
+    return ["method", "scale", *COLUMNS], lines
+
+
+def case_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Each method's measures of one case."""
+    return ["method", *COLUMNS], [[row["method"], *cells(row)] for row in rows]
+
+
+def cells(values: Row) -> list[str]:
+    """A cell for each of COLUMNS, with the interval where there is one; empty for what was not measured."""
+    made = []
+    for key, (factor, digits) in _FORMS.items():
+        value, low, high = (values.get(name) for name in (key, f"{key}_low", f"{key}_high"))
+        cell = "" if value is None else f"{factor * value:.{digits}f}"
+        if low is not None and high is not None:
+            cell += f" ({factor * low:.{digits}f} to {factor * high:.{digits}f})"
+        made.append(cell)
+    return made
+
+
+def markdown(about: Sequence[str], parts: Sequence[Part]) -> str:
+    """The report as Markdown, plots by their file names."""
+    lines = ["# Picture book: avoid a thing"]
+    for paragraph in about:
+        lines += ["", paragraph]
+    for part in parts:
+        lines += ["", f"## {part.title}"]
+        if part.table:
+            lines += ["", *table_lines(part.head, part.table)]
+        for name in part.plots:
+            lines += ["", f"![{name}](plots/{name}.png)"]
     return "\n".join(lines) + "\n"
 
 
-def page(parts: Sequence[Part], folder: Path) -> str:
-    """The report as one HTML file, with the first pictures of every point."""
-    body = ["<h1>Picture book: avoid a thing</h1>", f"<p>{html.escape(MEANINGS)}</p>"]
-    for title, head, table, rows in parts:
-        body += [f"<h2>{html.escape(title)}</h2>", _html_table(head, table)]
-        for row in rows:
-            content = base64.b64encode((folder / "rows" / f"{row['key']}.png").read_bytes()).decode()
-            picture = f'<img alt="" src="data:image/png;base64,{content}">'
-            body.append(f"<figure>{picture}<figcaption>{html.escape(row['method'])}</figcaption></figure>")
+def page(about: Sequence[str], parts: Sequence[Part], folder: Path) -> str:
+    """The report as one HTML file, with the plots, and the first pictures of every point."""
+    body = ["<h1>Picture book: avoid a thing</h1>", *(f"<p>{html.escape(paragraph)}</p>" for paragraph in about)]
+    for part in parts:
+        body.append(f"<h2>{html.escape(part.title)}</h2>")
+        if part.table:
+            body.append(_html_table(part.head, part.table))
+        for name, content in part.plots.items():
+            body.append(f'<p><img class="plot" alt="{html.escape(name)}" src="{_inline(content)}"></p>')
+        for row in part.rows:
+            strip = _inline((folder / "rows" / f"{row['key']}.png").read_bytes())
+            caption = f"<figcaption>{html.escape(row['method'])}</figcaption>"
+            body.append(f'<figure><img alt="" src="{strip}">{caption}</figure>')
     style = (
-        "body{font:15px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:2px 8px;text-align:right;"
-        "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}figure{margin:4px 0}"
-        "img{width:768px;image-rendering:pixelated}"
+        "body{font:15px sans-serif;margin:2em}table{border-collapse:collapse;font-size:13px}td,th{padding:2px 8px;"
+        "text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
+        "figure{margin:4px 0}figure img{width:768px;image-rendering:pixelated}.plot{max-width:100%}"
     )
     return f"<!doctype html><meta charset=utf-8><title>Picture book</title><style>{style}</style>" + "\n".join(body)
 
@@ -123,6 +193,16 @@ def _html_table(head: Sequence[str], table: Sequence[Sequence[str]]) -> str:
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in table)
     return f"<table><tr>{top}</tr>{rows}</table>"
+
+
+def _inline(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
 
 
 def _write(path: Path, text: str) -> Path:

@@ -177,7 +177,8 @@ class Study:
         if traced is not None:
             shows = [s.shows_any(point.case.avoid)[:STRIP].numpy() for s in (seen, without)]
             write_whole(path.with_suffix(".npz"), packed(traced | {"shown": shows[0], "was": shows[1]}))
-        row = asdict(point) | {"key": path.stem} | {"case": point.case.name, "kind": point.case.kind}
+        row = asdict(point) | {"key": path.stem, "case": point.case.name, "kind": point.case.kind}
+        row["prompt"] = point.case.prompt
         row |= measure(point.case, seen, without, other) | costs
         write_json(path, row)
         return row

@@ -13,6 +13,7 @@ from ...methods import MethodSettings
 from ...plots.class_pictures import image_sheet
 from ..class_removal import Drawn
 from ..metrics import forbidden_share, wilson_interval
+from .fronts import FrontPoint, bars, draw_points
 from .results import Result, Results
 
 COLOURS = {"none": "#7f7f7f", "NP": "#e69f00", "SLD": "#009e73", "CCFG": "#cc79a7", "DNG": "#0072b2"}  # Okabe and Ito
@@ -51,32 +52,21 @@ def _front(axes: Axes, rows: Sequence[Result], measure: str, method: str) -> Non
     points = [(r, x, y) for r, x, y in values if x is not None and y is not None]
     if not points:
         return
-    xs, ys = np.array([100 * x for _, x, _ in points]), np.array([y for _, _, y in points])
-    bars = [_bars(r.interval(name), v, f) for name, f in (("forbidden_share", 100.0), (measure, 1.0))
-            for r, v in ((r, r.value(name)) for r, _, _ in points)]  # fmt: skip
-    across, along = np.array(bars[: len(points)]).T, np.array(bars[len(points) :]).T
-    axes.errorbar(
-        xs, ys, xerr=across, yerr=along, color=COLOURS[method], marker=MARKERS[method], label=method,
-        linestyle="none", elinewidth=0.6, markersize=6,
-    )  # fmt: skip
+    placed = [
+        FrontPoint(
+            100 * x, y, bars(r.interval("forbidden_share"), x, 100.0), bars(r.interval(measure), y, 1.0),
+            f"{r.scale:g}" if r.scale else "",
+        )
+        for r, x, y in points
+    ]  # fmt: skip
+    draw_points(axes, placed, COLOURS[method], MARKERS[method], method)
     for others in dict.fromkeys(_but_scale(r) for r, _, _ in points):
         joined = [(100 * x, y) for r, x, y in points if _but_scale(r) == others]
         axes.plot(*zip(*joined, strict=True), color=COLOURS[method], linewidth=1.4)
-    for result, x, y in points:
-        if result.scale:
-            label = f"{result.scale:g}"
-            axes.annotate(label, (100 * x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
 
 
 def _but_scale(result: Result) -> MethodSettings | None:
     return result.point.settings and replace(result.point.settings, guidance_scale=0.0)
-
-
-def _bars(interval: tuple[float | None, float | None], value: float | None, factor: float) -> tuple[float, float]:
-    low, high = interval
-    if low is None or high is None or value is None:
-        return 0.0, 0.0
-    return max(0.0, factor * (value - low)), max(0.0, factor * (high - value))
 
 
 def histograms(results: Results, removed: str) -> Figure:
@@ -88,7 +78,7 @@ def histograms(results: Results, removed: str) -> Figure:
     width = 0.8 / len(rows)
     for i, row in enumerate(rows):
         shares = [100 * n / row.measures["images"] for n in row.measures["histogram"].values()]
-        spread = [_bars(wilson_interval(n, row.measures["images"]), n / row.measures["images"], 100)
+        spread = [bars(wilson_interval(n, row.measures["images"]), n / row.measures["images"], 100)
                   for n in row.measures["histogram"].values()]  # fmt: skip
         places = np.arange(len(names)) + (i - (len(rows) - 1) / 2) * width
         axes.bar(places, shares, width, color=COLOURS[row.method], label=_title(row),
