@@ -136,6 +136,5 @@ def calibrated(
     sample(run, noise, levels, "euler_ancestral", generator)
     assert isinstance(run.guidance, NegativeGuidance)
     share = share_of(evidence_of(run.guidance)[0], EXACT_MODEL).mean
-    return replace(
-        method, settings=replace(method.settings, prior=min(max(share, LEAST_PRIOR), method.settings.p_max))
-    )
+    prior = min(max(share, LEAST_PRIOR), method.settings.p_max)
+    return replace(method, settings=replace(method.settings, prior=prior))
