@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Remove classes by no guidance, negative prompting, Safe Latent Diffusion, Contrastive CFG and DNG; measure "
         "safety, balance and quality. Points that are in the output folder already are not drawn again, so a stopped "
-        "run goes on."
+        "run goes on. The experiment picture_book compares ways to avoid a thing in a text-to-image model."
     )
     parser.add_argument(
         "experiment",
@@ -95,7 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="picture_book: kinds of cases (default: all)")
     parser.add_argument(
-        "--scales", type=float, nargs="+", help="picture_book: guidance scales to choose among; one is taken as it is"
+        "--scales",
+        type=float,
+        nargs="+",
+        help="picture_book: guidance scales to choose among; a single one is taken as it is (default: "
+        f"{' '.join(f'{scale:g}' for scale in Plan.scales)})",
     )
     parser.add_argument(
         "--sweep", action="store_true", help="picture_book: draw every scale with all images, for the Pareto plots"
@@ -161,7 +165,7 @@ def prepare_picture_book(args: argparse.Namespace) -> Study:
         if getattr(args, name) is not None
     }
     if args.methods is not None:
-        changes["methods"] = tuple(args.methods.split(","))
+        changes["methods"] = tuple(dict.fromkeys(args.methods.split(",")))
     if args.kinds is not None:
         changes["cases"] = tuple(case for case in CASES if case.kind in args.kinds)
     if args.scales is not None:

@@ -373,7 +373,8 @@ def test_the_scale_is_the_smallest_that_leaves_little(weights, tmp_path, monkeyp
         ({"cases": ()}, "a study needs at least one case, one method and one scale"),
         ({"scales": (1.0, -1.0)}, "a scale must be at least 0 and finite, not -1"),
         ({"cases": CASES[14:16]}, "scales are chosen on related cases, and there are none: give a single scale"),
-        ({"settings": ((3.0, "euler", 2),)}, "needs 3 to 1000 steps and a cfg of 0 or more, not 2 and 3"),
+        ({"settings": ((3.0, "euler", 2),)}, "needs 3 to 1000 steps and a finite cfg from 0, not 2 and 3"),
+        ({"settings": ((math.inf, "euler", 3),)}, "needs 3 to 1000 steps and a finite cfg from 0, not 3 and inf"),
     ],
 )
 def test_a_plan_that_cannot_be_drawn_is_refused(changes, message):

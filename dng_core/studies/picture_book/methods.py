@@ -85,8 +85,8 @@ class Guided:
         if self.method.stock:
             return self._extrapolated(x, sigma, self.things[0])
         if isinstance(self.method.settings, PerpNeg):
-            predicted = self._predicted(x, sigma, [self.positive, self.things[0], self.empty])
-            return perp_neg(*predicted, self.cfg, self.method.settings.guidance_scale)
+            positive, negative, empty = self._predicted(x, sigma, [self.positive, self.things[0], self.empty])
+            return perp_neg(positive, negative, empty, self.cfg, self.method.settings.guidance_scale)
         if self.guidance is None:
             return self._extrapolated(x, sigma, self.empty)
         texts = [self.positive, *self.things, *([self.empty] if self.cfg != 1 else [])]

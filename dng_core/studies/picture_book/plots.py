@@ -59,7 +59,7 @@ def pareto(rows: Sequence[Row], scales: Mapping[str, float], title: str) -> Figu
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         axes.grid(alpha=0.25)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    figure.suptitle(f"{title}: down and left is better")
+    figure.suptitle(f"{title}: down and left is better; large markers stand at the chosen scale")
     return figure
 
 

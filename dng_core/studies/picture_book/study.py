@@ -92,8 +92,8 @@ class Plan:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         for cfg, _, steps in self.settings:
-            if not 3 <= steps <= 1000 or not cfg >= 0:
-                raise ValueError(f"a setting needs 3 to 1000 steps and a cfg of 0 or more, not {steps} and {cfg:g}")
+            if not 3 <= steps <= 1000 or not 0 <= cfg < math.inf:
+                raise ValueError(f"a setting needs 3 to 1000 steps and a finite cfg from 0, not {steps} and {cfg:g}")
 
 
 class Study:
