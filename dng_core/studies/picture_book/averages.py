@@ -40,4 +40,4 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 def _together(bounds: Sequence[tuple[float, float]]) -> tuple[float, float]:
     middle = mean((low + high) / 2 for low, high in bounds)
     half = math.sqrt(sum(((high - low) / 2) ** 2 for low, high in bounds)) / len(bounds)
-    return middle - half, middle + half
+    return max(0.0, middle - half), middle + half

@@ -84,9 +84,10 @@ def measure(case: Case, seen: Seen, without: Seen, other: Seen) -> dict[str, Any
 def _with_interval(
     name: str, statistic: Callable[[np.ndarray], float], count: int, resamples: int
 ) -> dict[str, float | None]:
-    """A statistic of ``count`` pictures and its bootstrap interval."""
+    """A statistic of ``count`` pictures, which is never negative, and its bootstrap interval, cut off at 0."""
     value = statistic(np.arange(count)) if count else None
-    low, high = bootstrap_interval(statistic, count, resamples) if count > 1 else (None, None)
+    bounds = bootstrap_interval(statistic, count, resamples) if count > 1 else None
+    low, high = (None, None) if bounds is None else (max(0.0, bound) for bound in bounds)
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 

@@ -71,7 +71,7 @@ def _point(rows: Sequence[Row], scale: float, measure: str, factor: float) -> Fr
     return FrontPoint(100 * left, factor * value, bars(across, left, 100.0), bars(along, value, factor), label)
 
 
-def traces(cases: Mapping[str, Mapping[str, Any]], method: str) -> Figure:
+def traces(cases: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
     """The posterior of the thing and the guidance scale over the steps: a line for each picture, columns for cases.
 
     ``cases``: what is above each column, and the arrays of its NPZ file.
@@ -79,17 +79,17 @@ def traces(cases: Mapping[str, Mapping[str, Any]], method: str) -> Figure:
     figure = Figure(figsize=(4.6 * len(cases) + 0.6, 5.6), layout="constrained")
     rows = (("posterior", "posterior p(thing | x)"), ("scale", "guidance scale λ"))
     grid = figure.subplots(2, len(cases), sharex=True, sharey="row", squeeze=False)
-    for column, (title, arrays) in enumerate(cases.items()):
-        for row, (name, label) in enumerate(rows):
+    for column, (name, arrays) in enumerate(cases.items()):
+        for row, (key, label) in enumerate(rows):
             axes = grid[row, column]
-            for line, still, was in zip(arrays[name].T, arrays["shown"], arrays["was"], strict=True):
+            for line, still, was in zip(arrays[key].T, arrays["shown"], arrays["was"], strict=True):
                 colour = STILL if still else AVOIDED if was else NEVER
                 axes.plot(np.arange(len(line)), line, color=colour, alpha=0.8, linewidth=1.1)
             axes.grid(alpha=0.25)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             if row == 0:
                 axes.set_yscale("log")
-                axes.set_title(title, fontsize=9)
+                axes.set_title(name, fontsize=9)
             else:
                 axes.set_xlabel("step")
             if column == 0:
@@ -97,5 +97,5 @@ def traces(cases: Mapping[str, Mapping[str, Any]], method: str) -> Figure:
     names = {STILL: "still shows it", AVOIDED: "showed it without guidance", NEVER: "never showed it"}
     lines = [Line2D([], [], color=colour, label=name) for colour, name in names.items()]
     figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.suptitle(f"{method}: single pictures")
+    figure.suptitle(title)
     return figure

@@ -97,7 +97,7 @@ def sections(folder: Path, rows: Sequence[Row], scales: Mapping[str, float]) -> 
                 plots = {} if figure is None else {f"pareto-{kind}-{slug}": _png(figure)}
                 table = summary([row for row in chosen if row["kind"] == kind], scales)
                 parts.append(Part(f"{kind.capitalize()} cases in the mean, {name}", *table, plots))
-        if traced := trace_plots(folder, chosen, slug):
+        if traced := trace_plots(folder, chosen, name, slug):
             parts.append(Part(f"Posterior and guidance scale of single pictures, {name}", plots=traced))
         for case in dict.fromkeys(row["case"] for row in chosen):
             of_case = [row for row in chosen if row["case"] == case]
@@ -107,7 +107,7 @@ def sections(folder: Path, rows: Sequence[Row], scales: Mapping[str, float]) -> 
     return parts
 
 
-def trace_plots(folder: Path, rows: Sequence[Row], slug: str) -> dict[str, bytes]:
+def trace_plots(folder: Path, rows: Sequence[Row], setting: str, slug: str) -> dict[str, bytes]:
     """A plot for every method that tracks a posterior: a related and an unrelated case, of one prompt if any."""
     from .plots import traces
 
@@ -117,14 +117,15 @@ def trace_plots(folder: Path, rows: Sequence[Row], slug: str) -> dict[str, bytes
     pair = pairs[0] if pairs else tuple(cases)[:1]
     plots = {}
     for method in dict.fromkeys(row["method"] for row in rows):
-        shown = {}
+        shown, scale = {}, 0.0
         for row in rows:
             path = folder / "rows" / f"{row['key']}.npz"
             if row["method"] == method and row["case"] in pair and path.is_file():
+                scale = row["scale"]
                 with np.load(path) as arrays:
                     shown[f"{row['case']} ({row['kind']})"] = dict(arrays)
         if shown:
-            plots[f"traces-{method}-{slug}"] = _png(traces(shown, method))
+            plots[f"traces-{method}-{slug}"] = _png(traces(shown, f"{method} at scale {scale:g}, {setting}"))
     return plots
 
 
