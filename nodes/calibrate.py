@@ -1,5 +1,7 @@
 """Settings that calibrate themselves: nodes that measure a model, and how often it draws a concept."""
 
+import logging
+import math
 import time
 from collections.abc import Sequence
 
@@ -33,6 +35,7 @@ from .inputs import (
     unconditional_input,
 )
 from .run.concept import Concept, Reference
+from .run.live import current_listener
 from .sampling import Conditionings, Schedule, run_guider
 
 ALTERNATIVES, PRIORS = "alternatives", "priors"
@@ -48,10 +51,34 @@ def observe(
     settings = Settings(guidance_scale=0, prior=0.5 / len(negatives), rule=rule)
     concepts = [Concept(negative, settings, reference) for negative in negatives]
     guider = NegativeGuider(model, wanted.positive, concepts, wanted.unconditional, wanted.cfg, observing=True)
-    run_guider(guider, model, schedule, latent)
+    run_guider(guider, model, schedule, latent, Forecast(schedule.steps))
     if not guider.evidence:
         raise ValueError(f"`steps` is {schedule.steps}, and no jump was tracked; take more steps")
     return guider.evidence
+
+
+class Forecast:
+    """Says in the log and in the running node how long a run of ``steps`` steps will take, after its second step.
+
+    The first step may load the model, so that the second one's time counts.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self._before = steps, 0.0
+
+    def __call__(self, step: int) -> None:
+        now = time.monotonic()
+        if step == 1:
+            text = f"Measuring: about {lasting((self.steps - 2) * (now - self._before))} left"
+            logging.info("Dynamic Negative Guidance: %s", text)
+            if listener := current_listener():
+                listener.server.send_progress_text(text, listener.node)
+        self._before = now
+
+
+def lasting(seconds: float) -> str:
+    """A duration in words, rounded up to seconds or minutes."""
+    return f"{math.ceil(seconds)} s" if seconds < 60 else f"{math.ceil(seconds / 60)} min"
 
 
 def check_size(latent: dict, steps: int) -> None:

@@ -1,7 +1,7 @@
 """KSampler (DNG), KSampler Advanced (DNG) and DNG Guider."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import comfy.sample
@@ -127,8 +127,13 @@ def sample_with_dng(
     return run_guider(guider, model, schedule, latent)
 
 
-def run_guider(guider: NegativeGuider, model, schedule: Schedule, latent: dict):
-    """Do what ``common_ksampler`` does, with ``guider`` in place of its own: (LATENT, the guider's trace)."""
+def run_guider(
+    guider: NegativeGuider, model, schedule: Schedule, latent: dict, on_step: Callable[[int], object] | None = None
+):
+    """Do what ``common_ksampler`` does, with ``guider`` in place of its own: (LATENT, the guider's trace).
+
+    ``on_step`` is told the number of each step, from 0, once it is done.
+    """
     check_latent(latent, "latent_image")
     latent_image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *map(latent.get, RATIOS))
     out = {name: value for name, value in latent.items() if name not in RATIOS}
@@ -139,13 +144,20 @@ def run_guider(guider: NegativeGuider, model, schedule: Schedule, latent: dict):
         noise = torch.zeros(latent_image.size(), dtype=latent_image.dtype, layout=latent_image.layout, device="cpu")
     else:
         noise = comfy.sample.prepare_noise(latent_image, schedule.seed, latent.get("batch_index"))
+    preview = latent_preview.prepare_callback(model, schedule.steps)
+
+    def callback(step: int, *shown: object) -> None:
+        preview(step, *shown)
+        if on_step:
+            on_step(step)
+
     samples = guider.sample(
         noise,
         latent_image,
         comfy.samplers.sampler_object(schedule.sampler_name),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, schedule.steps),
+        callback=callback,
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=schedule.seed,
     )

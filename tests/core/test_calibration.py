@@ -41,7 +41,7 @@ SINKING = ((10.0, 0.0), (0.5, 3.0))
 def recorded(
     steps: int = 200,
     seed: int = 0,
-    concepts: Sequence[int] = EVERY,
+    concepts: Sequence[int | Sequence[int]] = EVERY,
     images: int = 64,
     mixture: GaussianMixture = MIXTURE,
     reference: list[int] | None = None,
@@ -52,7 +52,9 @@ def recorded(
     guidance = NegativeGuidance([settings] * len(concepts))
 
     def predict(x: Tensor, sigma: float) -> tuple[Tensor, list[Tensor]]:
-        return mixture.denoised(x, sigma, reference), [mixture.denoised(x, sigma, [c]) for c in concepts]
+        return mixture.denoised(x, sigma, reference), [
+            mixture.denoised(x, sigma, [c] if isinstance(c, int) else c) for c in concepts
+        ]
 
     noise = torch.randn(images, 1, 4, 4, generator=generator)
     samples = ddpm_sample(predict, noise, karras_sigmas(steps, 0.01, 157.0), guidance, generator)
@@ -133,6 +135,21 @@ def test_alternatives_need_not_be_equally_likely():
     for component in (0, 1):
         share = share_of(evidence[component], found).mean
         assert share == pytest.approx(float((components == component).double().mean()), abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("groups", "refused"),
+    [(((0, 1, 2, 3), (4, 5, 6, 7)), False), (((0, 1, 2, 3), (2, 3, 4, 5)), True), (((0, 1, 2), (0, 1)), True)],
+    ids=["halves", "overlapping", "one within the other"],
+)
+@pytest.mark.parametrize("steps", [30, 100])
+def test_concepts_that_are_no_alternatives_are_refused(groups, refused, steps):
+    evidence, _, _ = recorded(steps, concepts=groups, seed=3)
+    if refused:
+        with pytest.raises(ValueError, match=r"no alternatives.*: \d+ of 64 images show several"):
+            calibrate(evidence)
+    else:
+        assert calibrate(evidence).drift
 
 
 def test_a_share_is_measured_without_labels():

@@ -1,6 +1,7 @@
 """Calibrate Model, Calibrate and Load Calibration on real runs: the oracle, where the answer is known, and MNIST."""
 
 import importlib
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +93,16 @@ def test_the_share_is_measured_and_is_the_prior(bench, calibrate):
     found = calibrate(bench.model(), bench.cond(), bench.cond("0"), bench.latent(256), steps=100)
     assert 0.06 < found.prior < 0.2
     assert "of the images show it" in found.text
+
+
+def test_it_says_beforehand_how_long_it_takes(bench, calibrate, caplog):
+    with caplog.at_level("INFO"):
+        calibrate(bench.model(), bench.cond(), bench.cond("0"), bench.latent(16))
+    assert re.search(r"Measuring: about \d+ s left", caplog.text)
+
+
+def test_a_duration_is_rounded_up(nodes):
+    assert [nodes.lasting(seconds) for seconds in (0.2, 59.0, 61.0, 7200.0)] == ["1 s", "59 s", "2 min", "120 min"]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
