@@ -20,13 +20,15 @@ from ..dng_core.calibration import (
 )
 from ..dng_core.calibration_files import ModelCalibration
 from ..dng_core.guidance import Trace, dynamic_scales
-from ..dng_core.settings import PRESETS, Rule, Settings
+from ..dng_core.settings import CALIBRATED, Rule, Settings
 from ..dng_core.shares import outlook, share_explained, share_of
-from .calibrations import CALIBRATION, REMEDY, calibration_input, known, load, model_name, save
+from .calibrations import REMEDY, known, load, model_name, save
 from .guider import NegativeGuider
 from .inputs import (
+    CALIBRATION,
     CONCEPTS,
     TRACE,
+    calibration_input,
     cfg_input,
     reference_input,
     rule_input,
@@ -168,7 +170,7 @@ class CalibrateModel(io.ComfyNode):
                     tooltip="The name under which the calibration is kept in ComfyUI's user folder, for Load "
                     "Calibration (DNG). If this is empty, nothing is kept.",
                 ),
-                rule_input(),
+                rule_input(advanced=True),
             ],
             outputs=[
                 CALIBRATION.Output(
@@ -242,8 +244,8 @@ class Calibrate(io.ComfyNode):
                     tooltip="The batch to draw: 32 images of the size that you work with. Fewer than 8 are refused.",
                 ),
                 unconditional_input(),
-                reference_input(),
-                rule_input(),
+                reference_input(advanced=True),
+                rule_input(advanced=True),
                 calibration_input(),
             ],
             outputs=[
@@ -275,7 +277,7 @@ class Calibrate(io.ComfyNode):
         found = EXACT if calibration is None else calibration.calibration
         share = share_of(evidence, found)
         prior = round(min(max(share.mean, SMALLEST_PRIOR), 0.999), 3)
-        plain = PRESETS["calibrated"].with_(prior=prior)
+        plain = CALIBRATED.with_(prior=prior)
         settings = found.applied(plain)
         text = share_explained(share, outlook(evidence, settings), settings)
         before, after = trace_of([evidence], [plain]), trace_of([evidence], [settings])

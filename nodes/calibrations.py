@@ -4,26 +4,14 @@ import re
 from pathlib import Path
 
 import folder_paths
-from comfy_api.latest import io
 
 from ..dng_core.calibration_files import ModelCalibration, load_calibration, save_calibration
 from ..dng_core.models.weight_files import shipped_calibrations
 from .pixel_models import PixelModel
 
-CALIBRATION = io.Custom("DNG_CALIBRATION")
 REMEDY = "connect the calibration of this model and size, from Load Calibration (DNG) or Calibrate Model (DNG)"
 NAME = re.compile(r"[\w][\w .+-]{0,99}")
 SHIPPED_PREFIX = "shipped: "
-
-
-def calibration_input() -> io.Input:
-    """The input ``calibration``. It comes after all others, since older graphs know these by their position."""
-    return CALIBRATION.Input(
-        "calibration",
-        optional=True,
-        tooltip="What Calibrate Model (DNG) measured of this model, or Load Calibration (DNG) loaded. Its temperature "
-        "and drift then take the place of temperature and offset.",
-    )
 
 
 def model_name(model) -> str:

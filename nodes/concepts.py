@@ -1,9 +1,9 @@
 """Nodes that say what to avoid."""
 
 from comfy_api.latest import io
+from nodes import CLIPTextEncode
 
-from .calibrations import calibration_input
-from .inputs import CONCEPTS, concepts_from, preset_input, rule_input, settings_inputs
+from .inputs import CONCEPTS, concept_choices, concepts_from, settings_input
 from .run.checks import check_conditioning
 
 
@@ -13,18 +13,16 @@ class DNGConcept(io.ComfyNode):
         return io.Schema(
             node_id="DNGConcept",
             display_name="DNG Concept",
-            category="DNG",
+            category=CLIPTextEncode.CATEGORY,
             description="One more thing to avoid, with settings of its own. Connect it to `more_concepts` of a DNG "
             "sampler, guider or patch. Several of these nodes can be chained through `previous`.",
             search_aliases=["dynamic negative guidance", "dng", "negative prompt", "avoid", "several", "multiple"],
             inputs=[
                 io.Conditioning.Input("negative", tooltip="What the images should not show."),
-                *settings_inputs(),
+                settings_input(concept_choices()),
                 CONCEPTS.Input("previous", optional=True, tooltip="The concepts to which this one is added."),
-                preset_input(),
-                rule_input(),
-                calibration_input(),
             ],
+            accept_all_inputs=True,
             outputs=[
                 CONCEPTS.Output(
                     display_name="concepts", tooltip="Connect this to `more_concepts`, or to the next DNG Concept."
@@ -44,7 +42,7 @@ class JointNegative(io.ComfyNode):
         return io.Schema(
             node_id="DNGJointNegative",
             display_name="Joint Negative (DNG)",
-            category="DNG",
+            category=CLIPTextEncode.CATEGORY,
             description="Encodes a prompt, and encodes the same prompt together with what is to be avoided. This is "
             "what `reference` positive needs: the undesired thing is then avoided in images of this prompt.",
             search_aliases=["dynamic negative guidance", "dng", "clip text encode", "negative prompt", "joint"],

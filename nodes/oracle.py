@@ -172,6 +172,7 @@ class OracleModelNode(io.ComfyNode):
             node_id="DNGOracleModel",
             display_name="Oracle Model (DNG)",
             category="DNG/oracle",
+            is_dev_only=True,
             description="A Gaussian mixture as a MODEL whose predictions are exact, so that samplers can be compared "
             "with the exact answer.",
             search_aliases=["gaussian mixture", "toy model", "oracle", "dng"],
@@ -215,6 +216,7 @@ class OracleCondition(io.ComfyNode):
             node_id="DNGOracleCondition",
             display_name="Oracle Condition (DNG)",
             category="DNG/oracle",
+            is_dev_only=True,
             description="A conditioning for the Oracle Model. It says which components a sample may come from.",
             search_aliases=["gaussian mixture", "oracle", "dng"],
             inputs=[
@@ -273,6 +275,7 @@ class OracleLatentNode(io.ComfyNode):
             node_id="DNGOracleLatent",
             display_name="Empty Oracle Latent (DNG)",
             category="DNG/oracle",
+            is_dev_only=True,
             description="An empty latent of the size that the Oracle Model needs.",
             search_aliases=["gaussian mixture", "oracle", "empty latent", "dng"],
             inputs=[
@@ -296,6 +299,7 @@ class OracleReport(io.ComfyNode):
             node_id="DNGOracleReport",
             display_name="Oracle Report (DNG)",
             category="DNG/oracle",
+            is_dev_only=True,
             description="Counts where samples of the Oracle Model ended: the share of each component, the balance of "
             "those that are not forbidden, and the distance of the samples from the components.",
             search_aliases=["gaussian mixture", "oracle", "dng"],

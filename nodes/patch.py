@@ -7,16 +7,7 @@ import comfy.sampler_helpers
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
-from .calibrations import calibration_input
-from .inputs import (
-    concepts_from,
-    economy_input,
-    more_concepts_input,
-    preset_input,
-    reference_input,
-    rule_input,
-    settings_inputs,
-)
+from .inputs import concepts_from, more_concepts_input, run_choices, settings_input
 from .run.begin import begin_run
 from .run.checks import check_conditioning, check_states, shapes_explained
 from .run.concept import Concept, keys_of
@@ -78,7 +69,7 @@ class DynamicNegativeGuidance(io.ComfyNode):
         return io.Schema(
             node_id="DynamicNegativeGuidance",
             display_name="Dynamic Negative Guidance",
-            category="DNG",
+            category="advanced/guidance",
             description="Patches a model so that every stock sampler avoids `negative`, dynamically. The sampler's "
             "own positive and negative keep their meaning. The patch works at cfg 1 too. Chain several patches to "
             "avoid several things.",
@@ -90,14 +81,10 @@ class DynamicNegativeGuidance(io.ComfyNode):
                     optional=True,
                     tooltip="What the images should not show. If nothing is connected, the model stays unchanged.",
                 ),
-                *settings_inputs(),
-                reference_input(),
+                settings_input(run_choices()),
                 more_concepts_input(),
-                preset_input(),
-                rule_input(),
-                economy_input(),
-                calibration_input(),
             ],
+            accept_all_inputs=True,
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The patched model, for any stock sampler.")],
         )
 

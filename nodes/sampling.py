@@ -10,25 +10,21 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy_api.latest import io
-from nodes import common_ksampler
+from nodes import KSampler, common_ksampler
 from torch import Tensor
 
 from ..dng_core.guidance import Trace
-from .calibrations import calibration_input
 from .checks import check_latent, check_values
 from .guider import NegativeGuider
 from .inputs import (
     TRACE,
     cfg_input,
     concepts_from,
-    economy_input,
     more_concepts_input,
-    preset_input,
-    reference_input,
-    rule_input,
+    run_choices,
     scheduler_input,
     seed_input,
-    settings_inputs,
+    settings_input,
     unconditional_input,
 )
 from .run.checks import check_unconditional, shapes_explained
@@ -181,7 +177,7 @@ def _run_inputs() -> list[io.Input]:
             "sampler_name",
             options=comfy.samplers.KSampler.SAMPLERS,
             tooltip="The sampling algorithm. Ancestral and SDE samplers are tracked best. Deterministic ones remove "
-            "less, unless rule is probe. lcm is refused.",
+            "less, unless rule is probe (among the custom settings). lcm is refused.",
         ),
         scheduler_input(),
         io.Conditioning.Input("positive", tooltip=POSITIVE_TIP),
@@ -196,7 +192,7 @@ def _outputs() -> list[io.Output]:
         TRACE.Output(
             display_name="trace",
             tooltip="The noise level, and the posterior and guidance scale of each image, at every step, and how many "
-            "predictions were spared by economy. It is empty where guidance is off or method is not dng.",
+            "predictions were spared by economy. It is empty where guidance is off, and for the baselines.",
         ),
     ]
 
@@ -207,7 +203,7 @@ class KSamplerDNG(io.ComfyNode):
         return io.Schema(
             node_id="KSamplerDNG",
             display_name="KSampler (DNG)",
-            category="DNG",
+            category=KSampler.CATEGORY,
             description="KSampler with Dynamic Negative Guidance. An image is pushed away from `negative` only while "
             "it is turning into this.",
             search_aliases=["dynamic negative guidance", "dng", "ksampler", "negative prompt", "sampler"],
@@ -223,15 +219,11 @@ class KSamplerDNG(io.ComfyNode):
                     step=0.01,
                     tooltip="The amount of denoising. Lower values keep more of the input latent.",
                 ),
-                *settings_inputs(),
-                reference_input(),
+                settings_input(run_choices()),
                 unconditional_input(),
                 more_concepts_input(),
-                preset_input(),
-                rule_input(),
-                economy_input(),
-                calibration_input(),
             ],
+            accept_all_inputs=True,
             outputs=_outputs(),
         )
 
@@ -252,7 +244,7 @@ class KSamplerAdvancedDNG(io.ComfyNode):
         return io.Schema(
             node_id="KSamplerAdvancedDNG",
             display_name="KSampler Advanced (DNG)",
-            category="DNG",
+            category=KSampler.CATEGORY,
             description="KSampler (Advanced) with Dynamic Negative Guidance. An image is pushed away from `negative` "
             "only while it is turning into this.",
             search_aliases=["dynamic negative guidance", "dng", "ksampler advanced", "negative prompt"],
@@ -278,8 +270,7 @@ class KSamplerAdvancedDNG(io.ComfyNode):
                     advanced=True,
                     tooltip="Whether to keep the noise that is left at the last step.",
                 ),
-                *settings_inputs(),
-                reference_input(),
+                settings_input(run_choices()),
                 unconditional_input(),
                 more_concepts_input(),
                 TRACE.Input(
@@ -288,11 +279,8 @@ class KSamplerAdvancedDNG(io.ComfyNode):
                     tooltip="Connect this where the latent comes from another DNG sampler: it is the trace of that "
                     "sampler. The posterior then goes on from there, instead of starting at the prior again.",
                 ),
-                preset_input(),
-                rule_input(),
-                economy_input(),
-                calibration_input(),
             ],
+            accept_all_inputs=True,
             outputs=_outputs(),
         )
 
@@ -330,7 +318,7 @@ class DNGGuider(io.ComfyNode):
         return io.Schema(
             node_id="DNGGuider",
             display_name="DNG Guider",
-            category="DNG",
+            category=f"{KSampler.CATEGORY}/guiders",
             description="A guider with Dynamic Negative Guidance for SamplerCustomAdvanced. An image is pushed away "
             "from `negative` only while it is turning into this.",
             search_aliases=["dynamic negative guidance", "dng", "cfg guider", "guider"],
@@ -339,15 +327,11 @@ class DNGGuider(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip=POSITIVE_TIP),
                 io.Conditioning.Input("negative", tooltip=NEGATIVE_TIP),
                 cfg_input(),
-                *settings_inputs(),
-                reference_input(),
+                settings_input(run_choices()),
                 unconditional_input(),
                 more_concepts_input(),
-                preset_input(),
-                rule_input(),
-                economy_input(),
-                calibration_input(),
             ],
+            accept_all_inputs=True,
             outputs=[io.Guider.Output(display_name="GUIDER", tooltip="Connect this to SamplerCustomAdvanced.")],
         )
 

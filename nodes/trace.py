@@ -26,7 +26,7 @@ class TraceTable(io.ComfyNode):
         table = (
             trace_table(trace)
             if trace is not None and len(trace.sigmas)
-            else "Nothing was tracked: guidance was off, or its method is not dng."
+            else "Nothing was tracked: guidance was off, or the settings are a baseline's."
         )
         counts = {"evaluated": 0 if trace is None else trace.made, "spared": 0 if trace is None else trace.spared}
         return io.NodeOutput(table, ui={"text": [table], "predictions": [counts]})

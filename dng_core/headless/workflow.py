@@ -63,16 +63,18 @@ def title(prompt: Prompt, node_id: str) -> str:
 def set_inputs(prompt: Prompt, assignments: Iterable[str]) -> None:
     """Apply assignments NODE.INPUT=VALUE in place; NODE is an id, a title or a class that only one node has.
 
+    INPUT may be one of a choice (settings.prior), which need not be there yet where the choice is (settings).
     VALUE is read as JSON if it is valid (numbers, true, "text"), as plain text otherwise. Raises HeadlessError for
     an assignment of another form and for a node or an input that is not there.
     """
     for assignment in assignments:
         target, equals, text = assignment.partition("=")
-        node_name, dot, input_name = target.rpartition(".")
-        if not (equals and dot and node_name and input_name):
+        node_name, input_name = _split(prompt, target)
+        if not (equals and node_name and input_name):
             raise HeadlessError(f"--set {assignment}: the form is NODE.INPUT=VALUE, for example 3.seed=7.")
         inputs = prompt[_find_node(prompt, node_name, assignment)]["inputs"]
-        if input_name not in inputs:
+        choice, _, _ = input_name.rpartition(".")
+        if input_name not in inputs and choice not in inputs:
             raise HeadlessError(
                 f"--set {assignment}: node {node_name} has no input {input_name}.",
                 f"Its inputs are: {', '.join(inputs) or 'none'}.",
@@ -83,6 +85,14 @@ def set_inputs(prompt: Prompt, assignments: Iterable[str]) -> None:
             inputs[input_name] = text
         except RecursionError as error:
             raise HeadlessError(f"--set {target}: the value is nested too deeply.") from error
+
+
+def _split(prompt: Prompt, target: str) -> tuple[str, str]:
+    """The node's name and the input's. Both may hold dots: a title, and an input of a choice (settings.prior)."""
+    names = {*prompt, *(name for node in prompt.values() for name in (given_title(node), node["class_type"]))}
+    dots = [at for at, character in enumerate(target) if character == "."]
+    at = next((at for at in reversed(dots) if target[:at] in names), dots[-1] if dots else 0)
+    return target[:at], target[at + 1 :]
 
 
 def _find_node(prompt: Prompt, name: str, assignment: str) -> str:

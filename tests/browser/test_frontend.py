@@ -112,14 +112,15 @@ def test_a_tooltip_appears_where_the_mouse_rests(frontend: Frontend, definitions
           app.canvas.ds.offset = [100, 100];
           app.canvas.draw(true, true);
           await new Promise((resolve) => setTimeout(resolve, 500));
-          const prior = node.widgets.find((widget) => widget.name === "prior");
+          const prior = node.widgets.find((widget) => widget.name === "settings.prior");
           const { left, top } = app.canvas.canvas.getBoundingClientRect();
           return [left + 100 + node.pos[0] + node.size[0] / 2, top + 100 + node.pos[1] + prior.last_y + 10];
         }"""
     )
     frontend.tab.mouse.move(x - 5, y)
     frontend.tab.mouse.move(x, y, steps=3)
-    said = inputs_of(definitions["KSamplerDNG"])["prior"][1]["tooltip"]
+    (exact, *_) = inputs_of(definitions["KSamplerDNG"])["settings"][1]["options"]
+    said = exact["inputs"]["optional"]["prior"][1]["tooltip"]
     frontend.tab.get_by_text(said).first.wait_for(timeout=60_000)
     frontend.picture("tooltip")
 

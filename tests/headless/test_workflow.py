@@ -90,6 +90,14 @@ def test_an_assignment_that_fits_nothing_is_refused(assignment: str, message: st
         set_inputs(copy.deepcopy(PROMPT), [assignment])
 
 
+def test_an_input_of_a_choice_is_set_and_may_be_new() -> None:
+    prompt: Prompt = {"8": {"class_type": "KSamplerDNG", "inputs": {"settings": "exact"}, "_meta": {"title": "a.b"}}}
+    set_inputs(prompt, ["8.settings=custom", "a.b.settings.prior=0.3", "KSamplerDNG.settings.rule=probe"])
+    assert prompt["8"]["inputs"] == {"settings": "custom", "settings.prior": 0.3, "settings.rule": "probe"}
+    with pytest.raises(HeadlessError, match=r"node 8 has no input other\.prior"):
+        set_inputs(prompt, ["8.other.prior=0.3"])
+
+
 def test_missing_node_classes_are_listed_with_why_a_pack_did_not_load() -> None:
     with pytest.raises(HeadlessError) as caught:
         check_node_types(PROMPT, {"LoadModel": {}}, "  | IMPORT FAILED")

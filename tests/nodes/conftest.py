@@ -48,12 +48,13 @@ class Bench:
         mask[..., :2] = 1.0
         return mask
 
-    def settings(self, **changes: Any) -> Any:
-        return self.node_inputs.settings_from({"prior": 1 / 8} | changes)
+    def settings(self, method: str = "dng", **changes: Any) -> Any:
+        choice, given = ("custom", {"prior": 1 / 8}) if method == "dng" else (method, {})
+        return self.node_inputs.settings_by(choice, given | changes, None)
 
-    def inputs(self, reference: str = "auto", **changes: Any) -> dict[str, Any]:
-        """The settings as a node gets them, one input each."""
-        return dataclasses.asdict(self.settings()) | {"reference": reference} | changes
+    def inputs(self, reference: str = "auto", settings: str = "custom", **changes: Any) -> dict[str, Any]:
+        """The settings as a node gets them."""
+        return {"settings": {"settings": settings, "prior": 1 / 8, "reference": reference} | changes}
 
     def concept(self, components: str | list = "0", reference: str = "auto", **changes: Any) -> Any:
         conditioning = self.cond(components) if isinstance(components, str) else components

@@ -111,6 +111,7 @@ class Drawn:
             "MODEL": self.model, "CONDITIONING": self.conditioning, "LATENT": self.latent, "IMAGE": self.image,
             "CLIP": self.clip, "DNG_TRACE": self.trace, "DNG_CONCEPTS": self.concepts, "DNG_REPORT": self.report,
             "FLOAT": self.number, "INT": self.number, "COMBO": self.combo, "STRING": self.string,
+            "COMFY_DYNAMICCOMBO_V3": self.choice, "DNG_CALIBRATION": lambda *_: None,
         }  # fmt: skip
         return drawers[given.get_io_type()](given, given.id in self.hostile)
 
@@ -130,6 +131,14 @@ class Drawn:
         if given.default in given.options and not self.rarely(3):
             return given.default
         return self.pick([option for option in given.options if option not in ("lcm", "ar_video")])
+
+    def choice(self, given: Any, hostile: bool) -> Any:
+        """As ComfyUI nests it; where the choice is none of its own, the bare name."""
+        if hostile:
+            return "no such choice"
+        option = self.pick(given.options)
+        inputs = [i for i in option.inputs if not i.optional or i.id in self.hostile or self.rarely()]
+        return {given.id: option.key} | {i.id: self.value(i) for i in inputs}
 
     def string(self, given: Any, hostile: bool) -> str:
         if hostile:
@@ -235,9 +244,9 @@ class Drawn:
         return self.case.bench.guidance.Trace(sigmas, posterior, 2 * posterior, torch.full(shape[1:], -2.0))
 
     def concepts(self, given: Any, hostile: bool) -> tuple:
-        inputs = {"method": "negative_prompting"} if hostile and self.rarely() else {}
+        inputs = {"method": "negative_prompting"} if hostile and self.rarely() else {"prior": 0.1}
         return tuple(
-            self.case.bench.concept(self.conditioning(given, hostile), prior=0.1, **inputs)
+            self.case.bench.concept(self.conditioning(given, hostile), **inputs)
             for _ in range(self.draw(st.integers(0, 3)))
         )
 
@@ -332,8 +341,8 @@ def named(message: str, names: list[str]) -> bool:
 @pytest.mark.parametrize("node_id", NODES)
 def test_any_input_ends_in_an_error_that_names_it_or_in_a_finite_result(case, node_id):
     schema = case.nodes[node_id].GET_SCHEMA()
-    offered = [given for given in schema.inputs if given.id != "calibration"]  # test_calibrate.py has what it refuses
-    names = [given.id for given in offered]
+    offered = schema.inputs
+    names = sorted({i.id for given in offered for i in given.get_all()})
     if node_id in ("DNGGuider", "DynamicNegativeGuidance"):
         names += ["latent_image", "sigmas"]
 

@@ -81,7 +81,7 @@ def test_what_a_calibration_says_is_what_a_guided_run_tracks(bench, calibrate_mo
     shown = calibrate(model, bench.cond(), bench.cond("0"), bench.latent(16), calibration=measured)
     concepts = bench.node_inputs.concepts_from(
         bench.cond("0"),
-        {"preset": "calibrated", "prior": shown.prior, "calibration": measured, "reference": "auto"},
+        bench.inputs(settings="calibrated", prior=shown.prior, calibration=measured),
     )
     assert concepts[0].settings.drift == measured.calibration.drift
     _, trace = bench.dng(model, list(concepts), bench.latent(16), steps=20, seed=0)
@@ -137,7 +137,7 @@ def test_a_calibration_of_another_model_or_size_is_refused(bench, calibrate_mode
     with pytest.raises(ValueError, match="latents of 1x8x8, and this one is 1x4x4: connect the calibration"):
         calibrate(bench.model(), bench.cond(), bench.cond("0"), bench.latent(8), calibration=other)
     for wrong, said in ((other, "1x8x8"), (measured, "of the model")):
-        concept = bench.node_inputs.concepts_from(bench.cond("0"), {"calibration": wrong})
+        concept = bench.node_inputs.concepts_from(bench.cond("0"), bench.inputs(calibration=wrong))
         model = bench.model("epsilon" if wrong is other else "v_prediction")
         with pytest.raises(ValueError, match=said):
             bench.dng(model, list(concept))
@@ -164,8 +164,8 @@ def test_bad_input_is_refused_by_its_name(bench, calibrate, calibrate_model, nod
         nodes.LoadCalibration.execute("../../etc/passwd")
     with pytest.raises(FileNotFoundError, match="there is no calibration"):
         nodes.LoadCalibration.execute("gone")
-    with pytest.raises(ValueError, match="preset is calibrated, which needs a calibration"):
-        bench.node_inputs.concepts_from(bench.cond("0"), {"preset": "calibrated"})
+    with pytest.raises(ValueError, match="`settings` is calibrated, which needs a calibration"):
+        bench.node_inputs.concepts_from(bench.cond("0"), bench.inputs(settings="calibrated"))
 
 
 def test_on_mnist_a_calibrated_concept_is_seen(bench, calibrate, pack, nodes):

@@ -9,7 +9,7 @@ import torch
 def more(bench: Any, *components: str, **changes: Any) -> tuple:
     """What DNG Concept nodes chained one after the other give for ``more_concepts``."""
     concepts = None
-    inputs = {name: value for name, value in bench.inputs(**changes).items() if name != "reference"}
+    inputs = bench.inputs(**changes)
     for one in components:
         (concepts,) = bench.concepts.DNGConcept.execute(bench.cond(one), previous=concepts, **inputs).args
     return concepts
@@ -143,7 +143,7 @@ def test_a_concept_node_refuses_what_is_not_finite_or_out_of_range(bench):
     with pytest.raises(ValueError, match="`negative` holds NaN"):
         bench.concepts.DNGConcept.execute(bench.cond("0", torch.full((1, 7, 16), float("nan"))))
     with pytest.raises(ValueError, match="prior must be"):
-        bench.concepts.DNGConcept.execute(bench.cond("0"), prior=1.0)
+        bench.concepts.DNGConcept.execute(bench.cond("0"), **bench.inputs(prior=1.0))
 
 
 # The joint negative

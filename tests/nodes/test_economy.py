@@ -38,10 +38,10 @@ def test_every_sampler_spares_predictions_and_the_trace_counts_them(bench, count
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m"])
 def test_off_is_the_default_bit_for_bit(bench, sampler):
     model, rule = bench.model(), "probe" if sampler == "dpmpp_2m" else "algorithm_2"
-    inputs = bench.inputs(rule=rule)
     common = (model, 1, 12, 1.0, sampler, "karras", bench.cond(), bench.cond("0"), bench.latent(4), 1.0)
     (plain, trace), (off, other) = (
-        bench.sampling.KSamplerDNG.execute(*common, **inputs, **economy).args for economy in ({}, {"economy": "off"})
+        bench.sampling.KSamplerDNG.execute(*common, **bench.inputs(rule=rule, **economy)).args
+        for economy in ({}, {"economy": "off"})
     )
     assert torch.equal(plain["samples"], off["samples"]) and torch.equal(trace.posterior, other.posterior)
 
@@ -74,7 +74,7 @@ def test_what_sleeps_is_not_part_of_the_forward_pass(bench, count):
 def test_each_of_several_concepts_sleeps_on_its_own(bench, count):
     """More concepts take the economy of the node, as they take its reference."""
     model, latent = bench.model(), bench.latent(1)
-    more = bench.concepts.DNGConcept.execute(bench.cond("1"), **inputs_of_a_concept(bench, prior=0.002)).args[0]
+    more = bench.concepts.DNGConcept.execute(bench.cond("1"), **bench.inputs(prior=0.002)).args[0]
     calls = count(model)
     _, trace = bench.sampling.KSamplerDNG.execute(
         model, 1, 20, 1.0, "euler_ancestral", "karras", bench.cond(), bench.cond("0"), latent, 1.0,
@@ -82,10 +82,6 @@ def test_each_of_several_concepts_sleeps_on_its_own(bench, count):
     ).args  # fmt: skip
     assert calls.batches == (1 + trace.looked.sum(dim=1)).tolist()
     assert not torch.equal(trace.looked[:, 0], trace.looked[:, 1])
-
-
-def inputs_of_a_concept(bench: Any, **changes: Any) -> dict[str, Any]:
-    return {name: value for name, value in bench.inputs(**changes).items() if name != "reference"}
 
 
 def test_a_split_run_begins_with_a_look_and_counts_both_parts(bench, count):

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,18 @@ def _definition(schema: Any) -> dict[str, Any]:
     return {
         "display_name": schema.display_name,
         "description": schema.description,
-        "inputs": {i.id: {"name": i.id, "tooltip": i.tooltip} for i in schema.inputs},
+        "inputs": {key: {"name": i.id, "tooltip": i.tooltip} for key, i in _inputs(schema)},
         "outputs": {
             str(n): {"name": o.display_name or o.io_type, "tooltip": o.tooltip} for n, o in enumerate(schema.outputs)
         },
     }
+
+
+def _inputs(schema: Any) -> Iterator[tuple[str, Any]]:
+    """The inputs by their keys in nodeDefs.json. That of a choice's input begins with the choice: settings_prior."""
+    for outer, *nested in (given.get_all() for given in schema.inputs):
+        yield outer.id, outer
+        yield from ((f"{outer.id}_{inner.id}", inner) for inner in nested)
 
 
 def texts(value: Any, path: str = "") -> dict[str, str]:
@@ -113,7 +121,7 @@ def test_every_node_has_a_help_page_that_names_its_inputs_and_outputs(definition
     for node, definition in definitions.items():
         page = (PAGES / f"{node}.md").read_text(encoding="utf-8")
         assert page.startswith(f"# {definition['display_name']}\n"), node
-        for name in definition["inputs"]:
+        for name in (given["name"] for given in definition["inputs"].values()):
             assert f"`{name}`" in page, f"{node}.md does not name its input {name}"
 
 
@@ -132,10 +140,10 @@ def test_pictures_on_help_pages_are_there_and_small():
     assert shown >= 3
 
 
-def test_pages_of_nodes_with_a_preset_give_its_values(definitions):
+def test_pages_of_nodes_with_presets_give_their_values(definitions):
     for node, definition in definitions.items():
         page = (PAGES / f"{node}.md").read_text(encoding="utf-8")
-        for name, s in PRESETS.items() if "preset" in definition["inputs"] else ():
+        for name, s in PRESETS.items() if "settings" in definition["inputs"] else ():
             numbers = (s.guidance_scale, s.prior, s.temperature, s.offset)
             cells = " | ".join([name, *(f"{n:g}" for n in numbers), s.offset_form, f"{s.p_max:g} | {s.max_scale:g}"])
             assert f"| {cells} |" in page, f"{node}.md: {name}"

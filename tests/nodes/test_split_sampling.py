@@ -7,12 +7,13 @@ import torch
 
 
 def advanced(
-    bench: Any, model: Any, latent: dict, start: int, end: int, steps: int = 6, sampler: str = "euler", **changes: Any
-) -> tuple[dict, Any]:
+    bench: Any, model: Any, latent: dict, start: int, end: int, steps: int = 6, sampler: str = "euler",
+    settings: dict | None = None, **wires: Any,
+) -> tuple[dict, Any]:  # fmt: skip
     """KSampler Advanced (DNG) from step ``start`` to step ``end``; noise is added before the first step only."""
     return bench.sampling.KSamplerAdvancedDNG.execute(
         model, "disable" if start else "enable", 1, steps, 1.0, sampler, "karras", bench.cond(), bench.cond("0"),
-        latent, start, end, "enable" if end < steps else "disable", **bench.inputs() | changes,
+        latent, start, end, "enable" if end < steps else "disable", **bench.inputs(**settings or {}), **wires,
     ).args  # fmt: skip
 
 
@@ -93,8 +94,9 @@ def test_an_inpainting_mask_carries_over_too(bench):
 def test_a_node_that_is_off_or_tracks_nothing_or_takes_no_step_hands_the_trace_on(bench):
     model = bench.model()
     first, upper = advanced(bench, model, bench.latent(), 0, 3)
-    assert advanced(bench, model, first, 3, 6, previous_trace=upper, guidance_scale=0.0)[1] is upper
-    assert advanced(bench, model, first, 3, 6, previous_trace=upper, method="negative_prompting")[1] is upper
+    assert advanced(bench, model, first, 3, 6, previous_trace=upper, settings={"guidance_scale": 0.0})[1] is upper
+    baseline = {"settings": "negative_prompting"}
+    assert advanced(bench, model, first, 3, 6, previous_trace=upper, settings=baseline)[1] is upper
     assert advanced(bench, model, first, 6, 6, previous_trace=upper)[1] is upper
 
 

@@ -22,6 +22,7 @@ GRAPHS = sorted(FOLDER.glob("*.json"))
 PROMPTS = sorted((FOLDER / "api").glob("*.json"))
 NOTES = ("MarkdownNote", "Note")
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
 ANY_TYPE = "*"
 TITLE_HEIGHT = 30
 PICTURE_BYTES = 200_000
@@ -47,15 +48,30 @@ def nodes_of(graph: dict[str, Any]) -> list[dict[str, Any]]:
     return [node for node in graph["nodes"] if node["type"] not in NOTES]
 
 
-def widgets(definition: dict[str, Any]) -> Iterator[str]:
-    """The node's widgets in the order in which the front end saves their values."""
-    inputs = {**definition["input"].get("required", {}), **definition["input"].get("optional", {})}
+def inputs_of(declared: dict[str, Any]) -> dict[str, Any]:
+    return {**declared.get("required", {}), **declared.get("optional", {})}
+
+
+def widgets(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """The values of the node's widgets by name. The front end saves them in this order."""
+    values = iter(node.get("widgets_values", []))
+    found = dict(_widgets(inputs_of(definitions[node["type"]]["input"]), values))
+    assert list(values) == []
+    return found
+
+
+def _widgets(inputs: dict[str, Any], values: Iterator[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, (kind, *rest) in inputs.items():
         options = rest[0] if rest else {}
-        if (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput"):
-            yield name
+        if kind == DYNAMIC_COMBO:
+            choice = next(values)
+            yield prefix + name, choice
+            (chosen,) = (option["inputs"] for option in options["options"] if option["key"] == choice)
+            yield from _widgets(inputs_of(chosen), values, f"{prefix}{name}.")
+        elif (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput"):
+            yield prefix + name, next(values)
             if options.get("control_after_generate"):
-                yield "control_after_generate"
+                yield "control_after_generate", next(values)
 
 
 def as_prompt(graph: dict[str, Any], definitions: dict[str, Any]) -> Prompt:
@@ -64,7 +80,7 @@ def as_prompt(graph: dict[str, Any], definitions: dict[str, Any]) -> Prompt:
     prompt = {}
     for node in nodes_of(graph):
         definition = definitions[node["type"]]
-        inputs = dict(zip(widgets(definition), node.get("widgets_values", []), strict=True))
+        inputs = widgets(node, definitions)
         inputs.pop("control_after_generate", None)
         inputs |= {slot["name"]: origins[slot["link"]] for slot in node["inputs"] if slot.get("link") is not None}
         title = node.get("title", definition["display_name"])  # saved only where it is another than the class's
@@ -114,7 +130,7 @@ def test_wires_join_outputs_and_inputs_that_the_nodes_have(path: Path, definitio
         assert link in nodes[origin]["outputs"][output]["links"]
         socket = nodes[target]["inputs"][slot]
         known = definitions[nodes[target]["type"]]["input"]
-        accepted = {**known.get("required", {}), **known.get("optional", {})}[socket["name"]][0]
+        accepted = inputs_of(known)[socket["name"]][0]
         assert accepted in (kind, ANY_TYPE)
         assert socket["link"] == link
     attached = [slot["link"] for node in graph["nodes"] for slot in node["inputs"] if slot.get("link") is not None]
@@ -126,7 +142,7 @@ def test_a_second_run_draws_from_the_same_seed(path: Path, definitions: dict[str
     graph = read(path)
     seeded = 0
     for node in nodes_of(graph):
-        values = dict(zip(widgets(definitions[node["type"]]), node.get("widgets_values", []), strict=True))
+        values = widgets(node, definitions)
         assert values.get("control_after_generate", "fixed") == "fixed", node["id"]
         seeded += "control_after_generate" in values
     assert seeded

@@ -56,7 +56,8 @@ UNGUIDED = OracleRun("stock")
 
 def concept_settings(settings: MethodSettings) -> dict[str, Any]:
     """The inputs of a DNG node that stand for ``settings``."""
-    return {"method": settings.method, **asdict(settings)}
+    choice = "custom" if isinstance(settings, Settings) else settings.method
+    return {"settings": choice, **{f"settings.{name}": value for name, value in asdict(settings).items()}}
 
 
 def oracle_prompt(task: Task, runs: Mapping[str, OracleRun]) -> Prompt:
@@ -86,7 +87,8 @@ def oracle_prompt(task: Task, runs: Mapping[str, OracleRun]) -> Prompt:
 
 def _add_run(prompt: Prompt, task: Task, name: str, run: OracleRun, avoided: list[str]) -> None:
     """The nodes of one run, the last of them called ``name``: its output 0 holds the samples."""
-    settings = concept_settings(run.settings) | {"reference": run.reference} | dict(run.inputs)
+    evaluation = {"reference": run.reference, **run.inputs}
+    settings = concept_settings(run.settings) | {f"settings.{name}": value for name, value in evaluation.items()}
     model, guider = "model", f"{name} guider"
     if run.node == "patch":
         for condition in avoided:
@@ -95,8 +97,7 @@ def _add_run(prompt: Prompt, task: Task, name: str, run: OracleRun, avoided: lis
             model = patch
     elif len(avoided) > 1:
         for condition, previous in zip(avoided[1:], [None, *avoided[1:-1]], strict=True):
-            own = {name: value for name, value in settings.items() if name != "reference"}
-            concept = _node("DNGConcept", negative=[condition, 0], **own)
+            concept = _node("DNGConcept", negative=[condition, 0], **settings)
             if previous:
                 concept["inputs"]["previous"] = [f"{previous} concept", 0]
             prompt[f"{condition} concept"] = concept

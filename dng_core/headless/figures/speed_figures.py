@@ -70,7 +70,8 @@ def speed_prompt(cfg: float, economy: str | None, images: int, steps: int, seed:
         "latent_image": ["latent", 0],
     }  # fmt: skip
     if economy is not None:
-        sampling |= {"economy": economy, "prior": 0.1, "unconditional": ["all", 0]}
+        settings = {"settings": "custom", "settings.economy": economy, "settings.prior": 0.1}
+        sampling |= {**settings, "unconditional": ["all", 0]}
     prompt: Prompt = {
         "model": _node("DNGLoadPixelModel", name="mnist"),
         "all": _node("DNGClassLabel", model=["model", 0], label="none"),

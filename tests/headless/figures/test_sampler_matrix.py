@@ -155,7 +155,10 @@ def test_arguments_choose_a_part_and_name_what_there_is(fake, tmp_path):
     ]
     sampled = fake.prompts[-2]
     assert sampled["model"]["inputs"]["prediction"] == "v_prediction"
-    assert sampled["ksampler"]["inputs"].items() >= {"temperature": 0.5, "guidance_scale": 5, "seed": 3}.items()
+    assert (
+        sampled["ksampler"]["inputs"].items()
+        >= {"settings.temperature": 0.5, "settings.guidance_scale": 5, "seed": 3}.items()
+    )
     given.samplers = ["eulr"]
     with pytest.raises(HeadlessError, match=r"eulr.*euler, lcm"):
         chosen_by(given, *defaults)

@@ -15,8 +15,8 @@ def test_every_way_runs_in_every_turn_and_is_compared_with_the_stock_sampler_at_
         sampler = prompt["sampler"]["inputs"]
         ran.append(sampler)
         own = 2 if sampler["cfg"] == 1 else 4
-        spent = {"off": 1.5, "auto": 1.25}.get(sampler.get("economy"), 1.0) * own
-        table = {"predictions": [{"evaluated": 30 if sampler.get("economy") == "off" else 10, "spared": 0}]}
+        spent = {"off": 1.5, "auto": 1.25}.get(sampler.get("settings.economy"), 1.0) * own
+        table = {"predictions": [{"evaluated": 30 if sampler.get("settings.economy") == "off" else 10, "spared": 0}]}
         return SimpleNamespace(node_seconds={"sampler": spent}, ui={"table": table})
 
     monkeypatch.setattr(speed_figures, "run_workflow", run)
