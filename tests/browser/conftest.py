@@ -27,7 +27,9 @@ ARGUMENTS = (
     "--disable-sync",
     "--no-proxy-server",
 )
-READY = "() => window.app?.isGraphReady && window.LiteGraph?.registered_node_types.KSamplerDNG"
+# Older front ends have no `isGraphReady`.
+READY = """() => (window.app?.isGraphReady ?? window.app?.graph)
+  && window.LiteGraph?.registered_node_types.KSamplerDNG"""
 LOAD = """async ([graph, name]) => {
   await app.loadGraphData(graph, true, true, name);
   await new Promise((resolve) => setTimeout(resolve, 500));
