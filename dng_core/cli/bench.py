@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..economy import Economy
 from ..guidance import NegativeGuidance
-from ..headless.paths import checkout
+from ..headless.figures.speed_prompts import MODELS, SIZES, SMALL, subjects
+from ..headless.paths import PACKAGE_FOLDER, checkout
 from ..models.checkpoints import open_denoiser
 from ..models.devices import devices, machine
 from ..models.networks import UNet
@@ -26,15 +27,18 @@ from ..studies.class_removal import chain_name, image_shape, starting_noise
 from ..studies.report.markdown import line, table_lines
 
 PRODUCT_SIZE = 1024  # a choice: large enough that a product runs near the machine's full speed
+BENCH_NODES = "bench"  # the folder of the nodes that the benchmark of ComfyUI needs, in the checkout
+LEAST_SIZE = 64  # pixels: three times halved after the VAE's 8, sides stay whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``dng bench``."""
     parser.description = (
         "experiment: measure images per second of the label-conditional network under DNG, against a plain float32 "
-        "loop that evaluates the two predictions one after the other at every step. comfyui: measure the seconds of "
-        "KSampler (DNG) for an image of the MNIST model in a real ComfyUI, with economy off and auto, against the "
-        "stock KSampler without and with a negative prompt. They all take turns; medians are printed."
+        "loop that evaluates the two predictions one after the other at every step. comfyui: measure predictions, "
+        "seconds and memory of a real ComfyUI for an image, with KSampler (DNG), economy off and auto, with the stock "
+        "KSampler without and with a negative prompt, and with ComfyUI's own NAG and Perp-Neg where the model takes "
+        "them. They all take turns; medians are printed."
     )
     parser.add_argument("what", nargs="?", choices=("experiment", "comfyui"), default="experiment")
     parser.add_argument("--denoiser", default="mnist", help="a label-conditional network (default: mnist)")
@@ -50,9 +54,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--repeats", type=int, default=15, help="turns of each variant (default: 15)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise in comfyui (default: 0)")
-    parser.add_argument(
-        "--comfyui", type=Path, metavar="FOLDER", help="the ComfyUI to use in comfyui (default: as for `dng run`)"
+    comfyui = parser.add_argument_group("comfyui")
+    comfyui.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=SMALL,
+        metavar="NAME",
+        help=f"{', '.join(MODELS)}; the last two have the shape of Stable Diffusion's networks and random weights, "
+        f"and take hours on a CPU unless steps and turns are few (default: {' '.join(SMALL)})",
+    )
+    comfyui.add_argument(
+        "--size",
+        type=int,
+        help="width and height in pixels that "
+        + " and ".join(f"{name} (default: {of})" for name, of in SIZES.items())
+        + " draw",
+    )
+    comfyui.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    comfyui.add_argument(
+        "--comfyui", type=Path, metavar="FOLDER", help="the ComfyUI to use (default: as for `dng run`)"
     )
 
 
@@ -64,23 +85,40 @@ def run(args: argparse.Namespace) -> int:
 
 
 def in_comfyui(args: argparse.Namespace) -> int:
-    """The nodes in a real ComfyUI."""
-    from ..headless.figures.speed_figures import speed_figure
+    """The nodes in a real ComfyUI, a new one for each model."""
+    from ..headless.figures.speed_figures import measure_speeds
     from ..headless.install import ensure_installed
     from ..headless.locate import find_comfyui
     from ..headless.server import comfyui_server
 
     pack = checkout()
-    if pack is None or min(args.batch, args.steps, args.repeats - 1) < 1:
-        why = "run it in a checkout of the project" if pack is None else "--batch and --steps must be at least 1"
-        print(f"dng bench: {why}, --repeats at least 2", file=sys.stderr)
+    if why := _unfit(args) or ("run it in a checkout of the project" if pack is None else ""):
+        print(f"dng bench: {why}", file=sys.stderr)
         return 1
-    with comfyui_server(find_comfyui(args.comfyui) or ensure_installed(), pack) as server:
-        rows = list(speed_figure(server, args.batch, args.steps, args.repeats, args.seed))
-    print(f"{args.batch} at once, {args.steps} steps of euler_ancestral, on {machine()}, torch {torch.__version__}:\n")
+    location, found = find_comfyui(args.comfyui) or ensure_installed(), []
+    for model in dict.fromkeys(args.models):
+        with comfyui_server(location, pack, further=[PACKAGE_FOLDER.parent / BENCH_NODES]) as server:
+            for subject in subjects(model, args.batch, args.size):
+                found.append(measure_speeds(server, subject, args.batch, args.steps, args.repeats, args.seed))
+    rows = [row for speeds in found for row in speeds.rows]
+    print(
+        f"{args.batch} at once, {args.steps} steps of euler_ancestral, {args.repeats} turns, on {machine()}, torch "
+        f"{torch.__version__}:\n"
+    )
     shown = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
-    print(*table_lines(list(rows[0]), shown), sep="\n")
+    print(*table_lines(list(rows[0]), shown), "", *(why for speeds in found for why in speeds.left_out), sep="\n")
     return 0
+
+
+def _unfit(args: argparse.Namespace) -> str:
+    """Why the options make no benchmark of ComfyUI; "" if they do."""
+    if min(args.batch, args.steps, args.repeats - 1) < 1:
+        return "--batch and --steps must be at least 1, --repeats at least 2"
+    if args.size is not None and not set(SIZES) & set(args.models):
+        return f"--size is of the models {' and '.join(SIZES)}: name one in --models"
+    if args.size is not None and (args.size < LEAST_SIZE or args.size % LEAST_SIZE):
+        return f"--size must be a multiple of {LEAST_SIZE}, not {args.size}"
+    return ""
 
 
 def experiment(args: argparse.Namespace) -> int:

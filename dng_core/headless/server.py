@@ -86,18 +86,20 @@ def comfyui_server(
     port: int | None = None,
     input_folder: Path | None = None,
     all_custom_nodes: bool = False,
+    further: Sequence[Path] = (),
     options: Sequence[str] = (),
 ) -> Iterator[Server]:
     """Start the ComfyUI at `location` on loopback with the node pack `pack`, and stop it at the end, whatever happens.
 
-    The server reads its usual models, and writes into folders that are deleted at the end. It loads other custom nodes
-    only with `all_custom_nodes`. `options` are further options of ComfyUI. Without a GPU it runs on the CPU. Raises
-    HeadlessError where the server does not start, or where the given `port` is taken.
+    The server reads its usual models, and writes into folders that are deleted at the end. It loads the nodes in the
+    folders `further`, and other custom nodes only with `all_custom_nodes`. `options` are further options of ComfyUI.
+    Without a GPU it runs on the CPU. Raises HeadlessError where the server does not start, or where the given `port`
+    is taken.
     """
     started = time.monotonic()
     with scratch_folder("dng-") as folder:
         device = [] if "--cpu" in options or has_accelerator(location) else ["--cpu"]
-        with visible_pack(location, pack, folder, all_custom_nodes) as pack_options:
+        with visible_pack(location, pack, folder, all_custom_nodes, further) as pack_options:
             arguments = [*server_options(folder, input_folder), *pack_options, *device, *options]
             server = start_on_some_port(location, arguments, log or folder / "comfyui.log", port)
             try:
@@ -126,32 +128,36 @@ def server_options(folder: Path, input_folder: Path | None) -> list[str]:
 
 
 @contextlib.contextmanager
-def visible_pack(location: Location, pack: Path | None, folder: Path, all_custom_nodes: bool) -> Iterator[list[str]]:
+def visible_pack(
+    location: Location, pack: Path | None, folder: Path, all_custom_nodes: bool, further: Sequence[Path] = ()
+) -> Iterator[list[str]]:
     """ComfyUI's options that make it load `pack` once, through a link in `folder`, without touching the user's files.
 
     A copy of the pack in the user's custom_nodes is used instead in three cases: every custom node is to be loaded
-    (two copies would clash), the copy leads to the same files, or there is no `pack`.
+    (two copies would clash), the copy leads to the same files, or there is no `pack`. The folders `further` hold other
+    nodes to load, and come through links too.
     """
     own = installed_pack(location)
+    if own is not None and not (all_custom_nodes or pack is None or own.resolve() == pack.resolve()):
+        own = None
+    linked = {} if own is not None or pack is None else {PACK_NAME: pack}
+    linked |= {f"dng-{other.name}": other for other in further}
+    names = [*([own.name] if own is not None else []), *linked]
     options = [] if all_custom_nodes else ["--disable-all-custom-nodes"]
-    if own is not None and (all_custom_nodes or pack is None or own.resolve() == pack.resolve()):
-        yield options if all_custom_nodes else [*options, "--whitelist-custom-nodes", own.name]
-        return
-    if pack is None:
+    if names and not all_custom_nodes:
+        options += ["--whitelist-custom-nodes", *names]
+    if not linked:
         yield options
         return
     custom_nodes = folder / "custom_nodes"
     custom_nodes.mkdir()
     config = folder / "extra_model_paths.yaml"
     config.write_text(json.dumps({"dng": {"custom_nodes": str(custom_nodes)}}), encoding="utf-8")  # JSON is YAML
-    link = custom_nodes / PACK_NAME
-    link_folder(pack, link)
-    if not all_custom_nodes:
-        options += ["--whitelist-custom-nodes", PACK_NAME]
-    try:
+    with contextlib.ExitStack() as links:
+        for name, target in linked.items():
+            link_folder(target, custom_nodes / name)
+            links.callback(unlink_folder, custom_nodes / name)
         yield [*options, "--extra-model-paths-config", str(config)]
-    finally:
-        unlink_folder(link)
 
 
 def installed_pack(location: Location) -> Path | None:

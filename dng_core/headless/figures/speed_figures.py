@@ -1,58 +1,113 @@
-"""How long DNG takes in a real ComfyUI, against the stock KSampler without and with a negative prompt."""
+"""What it takes to avoid something in a real ComfyUI: by DNG, by a negative prompt, and by ComfyUI's other nodes."""
 
 import math
 import random
 import statistics
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
 
 from ..client import run_workflow
+from ..errors import HeadlessError
+from ..memory import begin_peak, peak_bytes
 from ..server import Server
 from ..workflow import Prompt
 from .kept import Row
-
-WAYS = (
-    ("KSampler, no negative", 1.0, None),
-    ("KSampler (DNG), economy off", 1.0, "off"),
-    ("KSampler (DNG), economy auto", 1.0, "auto"),
-    ("KSampler, negative prompt", 5.0, None),
-    ("KSampler (DNG), economy off", 5.0, "off"),
-    ("KSampler (DNG), economy auto", 5.0, "auto"),
-)
-"""Node, cfg and economy; the scale 5 is a choice. Each is compared with the stock KSampler at its own cfg."""
+from .speed_prompts import NEGATIVE_PROMPT, WAYS, Sampling, Subject, Way, speed_prompt
 
 
-def speed_figure(server: Server, images: int, steps: int, repeats: int, seed: int) -> Iterator[Row]:
-    """The shipped MNIST model, the same steps and seeds, in turns of random order, after one untimed turn.
+@dataclass(frozen=True)
+class Run:
+    """What one run took: predictions and seconds (of the sampler's node) of all images, and the server's peak memory.
 
-    The digit 0 is avoided among all digits. Seconds are those of the sampler's node.
+    ``peak``: bytes; None where the system does not tell. ``digest``: of the samples, by which they are known.
     """
-    seconds: list[list[float]] = [[] for _ in WAYS]
-    predictions: list[list[float]] = [[] for _ in WAYS]
-    order = random.Random(seed)
-    for turn in range(repeats + 1):
-        for i in order.sample(range(len(WAYS)), len(WAYS)):
-            _, cfg, economy = WAYS[i]
-            result = run_workflow(server, speed_prompt(cfg, economy, images, steps, seed + turn))
-            if turn:
-                seconds[i].append(result.node_seconds["sampler"] / images)
-                own = steps * (1 if cfg == 1 else 2)
-                counts = result.ui["table"]["predictions"][0] if economy else {"evaluated": 0}
-                predictions[i].append(own + counts["evaluated"])
-    for i, (name, cfg, economy) in enumerate(WAYS):
-        stock = next(j for j, (_, other, of) in enumerate(WAYS) if other == cfg and of is None)
-        ratios = [ours / theirs for ours, theirs in zip(seconds[i], seconds[stock], strict=True)]
+
+    predictions: int
+    seconds: float
+    peak: int | None
+    digest: str
+    finite: bool
+
+
+@dataclass
+class Speeds:
+    """What was measured of a subject: a row for each way, and why other ways have none."""
+
+    rows: list[Row] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def measure_speeds(server: Server, subject: Subject, images: int, steps: int, repeats: int, seed: int) -> Speeds:
+    """All ways with the same steps and seeds, in turns of random order, after one untimed turn.
+
+    A way of other nodes than the stock KSampler and DNG's is left out where they refuse the model, take no notice of
+    it, or break its pictures. Raises HeadlessError where the stock KSampler or DNG fails.
+    """
+    speeds, order = Speeds(), random.Random(seed)
+    ways: list[Way] = []
+    for way in WAYS:
+        if reason := _refusal(server, subject, way, Sampling(seed, steps)):
+            speeds.left_out.append(f"{subject.model}: {way.name} is left out: {reason}")
+        else:
+            ways.append(way)
+    taken: dict[Way, list[Run]] = {way: [] for way in ways}
+    for turn in tqdm(range(1, repeats + 1), desc=f"{subject.model}, avoid {subject.avoided}", disable=None):
+        for way in order.sample(ways, len(ways)):
+            taken[way].append(_run(server, speed_prompt(subject, way, Sampling(seed + turn, steps))))
+    speeds.rows = list(_rows(subject, taken, images))
+    return speeds
+
+
+def _refusal(server: Server, subject: Subject, way: Way, sampling: Sampling) -> str:
+    """Why a way cannot be measured on a subject; "" if it can. It runs once, or twice if its effect is in doubt."""
+    prompt = speed_prompt(subject, way, sampling)
+    if way.without_effect is None:
+        if not _run(server, prompt).finite:
+            raise HeadlessError(f"{subject.model}: {way.name} draws numbers that are not finite.")
+        return ""
+    try:
+        run = _run(server, prompt)
+        node, name, value = way.without_effect
+        prompt[node]["inputs"][name] = value
+        same = run.finite and _run(server, prompt).digest == run.digest
+    except HeadlessError as error:
+        server.check_alive()
+        lines = error.problem.splitlines()
+        return " ".join(dict.fromkeys([lines[0], lines[-1].strip()]))
+    if not run.finite:
+        return "it draws numbers that are not finite"
+    return "the model takes no notice of it" if same else ""
+
+
+def _run(server: Server, prompt: Prompt) -> Run:
+    if server.process is None:
+        raise ValueError("only a server that was started here tells what it takes")
+    begin_peak(server.process.pid)
+    result = run_workflow(server, prompt)
+    peak, report = peak_bytes(server.process.pid), result.ui["report"]["bench"][0]
+    return Run(report["predictions"], result.node_seconds["sampler"], peak, report["digest"], report["finite"])
+
+
+def _rows(subject: Subject, taken: dict[Way, list[Run]], images: int) -> Iterator[Row]:
+    stock = [run.seconds for run in taken[NEGATIVE_PROMPT]]
+    for way, runs in taken.items():
+        ratios = [run.seconds / seconds for run, seconds in zip(runs, stock, strict=True)]
+        peaks = [run.peak for run in runs if run.peak is not None]
         yield {
-            "node": name,
-            "cfg": cfg,
-            "turns": repeats,
-            "predictions an image": statistics.mean(predictions[i]),
-            "seconds an image (median)": statistics.median(seconds[i]),
-            "against stock (median)": "" if economy is None else _interval(ratios),
+            "model": subject.model,
+            "avoided": subject.avoided,
+            "node": way.name,
+            "cfg": way.cfg,
+            "predictions an image": statistics.mean(run.predictions for run in runs) / images,
+            "seconds an image (median)": statistics.median(run.seconds for run in runs) / images,
+            "against a negative prompt (median)": "" if way is NEGATIVE_PROMPT else _interval(ratios),
+            "peak memory, MB": round(statistics.median(peaks) / 1e6) if peaks else "",
         }
 
 
-def _interval(ratios: list[float]) -> str:
+def _interval(ratios: Sequence[float]) -> str:
     """The median with an interval of at least 95 % that assumes nothing of the distribution (of the order)."""
     ordered, count = sorted(ratios), len(ratios)
     below, tail = 0, 2.0**-count
@@ -60,31 +115,3 @@ def _interval(ratios: list[float]) -> str:
         below += 1
         tail += math.comb(count, below) * 2.0**-count
     return f"{statistics.median(ratios):.2f} x ({ordered[below]:.2f} .. {ordered[-1 - below]:.2f})"
-
-
-def speed_prompt(cfg: float, economy: str | None, images: int, steps: int, seed: int) -> Prompt:
-    """One run on the MNIST model; the sampler's node is "sampler", the trace's table "table"."""
-    sampling: dict[str, Any] = {
-        "seed": seed, "steps": steps, "cfg": cfg, "sampler_name": "euler_ancestral", "scheduler": "normal",
-        "denoise": 1.0, "model": ["model", 0], "positive": ["all", 0], "negative": ["undesired", 0],
-        "latent_image": ["latent", 0],
-    }  # fmt: skip
-    if economy is not None:
-        settings = {"settings": "custom", "settings.economy": economy, "settings.prior": 0.1}
-        sampling |= {**settings, "unconditional": ["all", 0]}
-    prompt: Prompt = {
-        "model": _node("DNGLoadPixelModel", name="mnist"),
-        "all": _node("DNGClassLabel", model=["model", 0], label="none"),
-        "undesired": _node("DNGClassLabel", model=["model", 0], label="0"),
-        "latent": _node("DNGEmptyPixelLatent", model=["model", 0], batch_size=images),
-        "sampler": _node("KSampler" if economy is None else "KSamplerDNG", **sampling),
-        "picture": _node("DNGPixelLatentToImage", samples=["sampler", 0], upscale=1),
-        "preview": _node("PreviewImage", images=["picture", 0]),
-    }
-    if economy is not None:
-        prompt["table"] = _node("DNGTraceTable", trace=["sampler", 1])
-    return prompt
-
-
-def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs}
