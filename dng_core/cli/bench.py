@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..economy import Economy
 from ..guidance import NegativeGuidance
 from ..headless.figures.speed_prompts import MODELS, SIZES, SMALL, subjects
-from ..headless.paths import PACKAGE_FOLDER, checkout
+from ..headless.paths import checkout
 from ..models.checkpoints import open_denoiser
 from ..models.devices import devices, machine
 from ..models.networks import UNet
@@ -80,33 +80,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns 1, with a message, if it cannot be measured."""
     batch, steps = (1, 30) if args.what == "comfyui" else (64, 1000)
-    args.batch, args.steps = args.batch or batch, args.steps or steps
+    args.batch = batch if args.batch is None else args.batch
+    args.steps = steps if args.steps is None else args.steps
     return in_comfyui(args) if args.what == "comfyui" else experiment(args)
 
 
 def in_comfyui(args: argparse.Namespace) -> int:
-    """The nodes in a real ComfyUI, a new one for each model."""
+    """The nodes in a real ComfyUI, a new one for each model. Rows are printed as they are measured."""
     from ..headless.figures.speed_figures import measure_speeds
     from ..headless.install import ensure_installed
     from ..headless.locate import find_comfyui
     from ..headless.server import comfyui_server
 
     pack = checkout()
-    if why := _unfit(args) or ("run it in a checkout of the project" if pack is None else ""):
+    if why := _unfit(args):
         print(f"dng bench: {why}", file=sys.stderr)
         return 1
-    location, found = find_comfyui(args.comfyui) or ensure_installed(), []
-    for model in dict.fromkeys(args.models):
-        with comfyui_server(location, pack, further=[PACKAGE_FOLDER.parent / BENCH_NODES]) as server:
-            for subject in subjects(model, args.batch, args.size):
-                found.append(measure_speeds(server, subject, args.batch, args.steps, args.repeats, args.seed))
-    rows = [row for speeds in found for row in speeds.rows]
+    if pack is None or not (pack / BENCH_NODES).is_dir():
+        print("dng bench: run it in a clone of the project's repository", file=sys.stderr)
+        return 1
+    location = find_comfyui(args.comfyui) or ensure_installed()
     print(
         f"{args.batch} at once, {args.steps} steps of euler_ancestral, {args.repeats} turns, on {machine()}, torch "
         f"{torch.__version__}:\n"
     )
-    shown = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
-    print(*table_lines(list(rows[0]), shown), "", *(why for speeds in found for why in speeds.left_out), sep="\n")
+    head: list[str] = []
+    left_out: list[str] = []
+    for model in dict.fromkeys(args.models):
+        with comfyui_server(location, pack, further=[pack / BENCH_NODES]) as server:
+            for subject in subjects(model, args.batch, args.size):
+                speeds = measure_speeds(server, subject, args.batch, args.steps, args.repeats, args.seed)
+                shown = [
+                    [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()]
+                    for row in speeds.rows
+                ]
+                lines = map(line, shown) if head else table_lines(head := list(speeds.rows[0]), shown)
+                print(*lines, sep="\n", flush=True)
+                left_out += speeds.left_out
+    print("", *left_out, sep="\n")
     return 0
 
 

@@ -1,10 +1,18 @@
-"""The throughput benchmark compares variants that predict the same."""
+"""The benchmarks: variants that predict the same, and what is asked of a ComfyUI."""
 
 import argparse
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from dng_core.cli import bench as bench_command
+from dng_core.headless import locate
+from dng_core.headless import server as headless_server
+from dng_core.headless.figures import speed_figures
+from dng_core.headless.figures.speed_figures import Speeds
 from dng_core.models.networks import UNet, UNetConfig
 from dng_core.models.weight_files import DenoiserInfo, save_denoiser
 from dng_core.schedules import DDPMSchedule
@@ -64,3 +72,55 @@ def test_operations_are_those_of_every_convolution_and_product():
     )
     expected += 2 * 2 * 64 * 64 * 64  # the two products of attention: 64 pixels, 64 channels
     assert bench_command.flops_of_a_prediction(network) == expected
+
+
+def dng_bench(*options: object) -> int:
+    parser = argparse.ArgumentParser()
+    bench_command.add_arguments(parser)
+    return bench_command.run(parser.parse_args([str(option) for option in options]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch", 0], "--batch and --steps must be at least 1"),
+        (["--repeats", 1], "--repeats at least 2"),
+        (["--size", 512], "--size is of the models sd15 and sdxl: name one in --models"),
+        (["--models", "sd15", "--size", 0], "--size must be a multiple of 64, not 0"),
+        (["--models", "sd15", "--size", 500], "--size must be a multiple of 64, not 500"),
+    ],
+)
+def test_options_that_make_no_benchmark_of_comfyui_are_refused(capsys, options, message):
+    assert dng_bench("comfyui", *options) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_every_model_has_a_comfyui_of_its_own_and_one_table_shows_them_all(capsys, monkeypatch):
+    started: list[list[str]] = []
+
+    def server(location: object, pack: Path, further: list[Path]) -> Any:
+        started.append([folder.name for folder in further])
+        return nullcontext(f"server {len(started)}")
+
+    def measure(server: str, subject: Any, *numbers: int) -> Speeds:
+        assert numbers == (2, 30, 15, 0)
+        row = {"model": subject.model, "avoided": subject.avoided, "where": server, "ratio": 4 / 3}
+        return Speeds([row], [f"{subject.model}: no such node"] if subject.model == "mnist" else [])
+
+    monkeypatch.setattr(locate, "find_comfyui", lambda folder: "location")
+    monkeypatch.setattr(headless_server, "comfyui_server", server)
+    monkeypatch.setattr(speed_figures, "measure_speeds", measure)
+    assert dng_bench("comfyui", "--batch", 2) == 0
+    assert started == [["bench"]] * 2
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("2 at once, 30 steps of euler_ancestral, 15 turns, on ")
+    assert rest == [
+        "",
+        "| model | avoided | where | ratio |",
+        "| --- | --- | --- | --- |",
+        "| mnist | 0 | server 1 | 1.333 |",
+        "| picture-book | flower (related) | server 2 | 1.333 |",
+        "| picture-book | boat (unrelated) | server 2 | 1.333 |",
+        "",
+        "mnist: no such node",
+    ]
