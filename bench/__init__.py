@@ -1,14 +1,16 @@
 """Nodes that only `dng bench comfyui` loads: they count predictions, and make networks of known shapes at random."""
 
+from typing import Any
 
-async def comfy_entrypoint():
+
+async def comfy_entrypoint() -> Any:
     """The nodes as ComfyUI loads them. Imported lazily, as those of the pack are."""
     from comfy_api.latest import ComfyExtension
 
     from .nodes import NODES
 
     class BenchExtension(ComfyExtension):
-        async def get_node_list(self):
+        async def get_node_list(self) -> list[type]:
             return NODES
 
     return BenchExtension()

@@ -159,15 +159,12 @@ def randomize(network: torch.nn.Module) -> None:
     ComfyUI leaves the weights of a new network as the memory was. Biases become 0 and gains 1.
     """
     generator = torch.Generator(next(network.parameters()).device).manual_seed(0)
-    for weight in network.parameters():
+    for name, weight in network.named_parameters():
         if weight.ndim > 1:
             bound = (3 / weight[0].numel()) ** 0.5
             weight.uniform_(-bound, bound, generator=generator)
-    for module in network.modules():
-        if getattr(module, "bias", None) is not None:
-            module.bias.zero_()
-        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)) and module.weight is not None:
-            module.weight.fill_(1)
+        else:  # one-dimensional weights are the gains of normalisations
+            weight.fill_(name.endswith("weight"))
 
 
 NODES = [CountPredictions, ReportRun, RandomNetwork, RandomText]

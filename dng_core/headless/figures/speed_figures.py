@@ -49,11 +49,11 @@ def measure_speeds(server: Server, subject: Subject, images: int, steps: int, re
     ways: list[Way] = []
     for way in WAYS:
         if reason := _refusal(server, subject, way, Sampling(seed, steps)):
-            speeds.left_out.append(f"{subject.model}: {way.name} is left out: {reason}")
+            speeds.left_out.append(f"{subject.name}: {way.name} is left out: {reason}")
         else:
             ways.append(way)
     taken: dict[Way, list[Run]] = {way: [] for way in ways}
-    for turn in tqdm(range(1, repeats + 1), desc=f"{subject.model}, avoid {subject.avoided}", disable=None):
+    for turn in tqdm(range(1, repeats + 1), desc=subject.name, disable=None):
         for way in order.sample(ways, len(ways)):
             taken[way].append(_run(server, speed_prompt(subject, way, Sampling(seed + turn, steps))))
     speeds.rows = list(_rows(subject, taken, images))
@@ -65,7 +65,7 @@ def _refusal(server: Server, subject: Subject, way: Way, sampling: Sampling) -> 
     prompt = speed_prompt(subject, way, sampling)
     if way.without_effect is None:
         if not _run(server, prompt).finite:
-            raise HeadlessError(f"{subject.model}: {way.name} draws numbers that are not finite.")
+            raise HeadlessError(f"{subject.name}: {way.name} draws numbers that are not finite.")
         return ""
     try:
         run = _run(server, prompt)

@@ -19,13 +19,17 @@ class Subject:
     """What is drawn, and what is avoided.
 
     ``nodes``: "model" (output 0 is the MODEL), "positive", "undesired", "empty" and "latent". ``settings``: inputs of
-    KSampler (DNG) beside those of a KSampler.
+    the choice *custom* of KSampler (DNG).
     """
 
     model: str
     avoided: str
     nodes: Prompt
     settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, avoid {self.avoided}"
 
 
 def subjects(model: str, images: int, size: int | None = None) -> list[Subject]:
@@ -108,7 +112,8 @@ def _dng(economy: str) -> Callable[[Subject, Sampling, float], Prompt]:
     """KSampler (DNG). Its own inputs are named here and in ``Subject.settings`` alone."""
 
     def nodes(subject: Subject, sampling: Sampling, cfg: float) -> Prompt:
-        own = {"unconditional": ["empty", 0], "economy": economy, **subject.settings}
+        settings = {f"settings.{name}": value for name, value in {"economy": economy, **subject.settings}.items()}
+        own = {"unconditional": ["empty", 0], "settings": "custom", **settings}
         return {"sampler": _ksampler("KSamplerDNG", sampling, cfg, **own)}
 
     return nodes
