@@ -53,7 +53,7 @@ def _digits(images: int) -> Subject:
 
 
 def _picture(thing: str, kind: str, images: int) -> Subject:
-    """Two cases of the picture book's study: a park by day often shows a flower, and never a boat."""
+    """A case of the picture book's study: parks by day show flowers though nobody asks for them, and never a boat."""
     nodes = {
         "model": _node("DNGLoadPictureBook"),
         "positive": _node("CLIPTextEncode", clip=["model", 1], text="a park by day"),
