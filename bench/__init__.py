@@ -10,7 +10,7 @@ async def comfy_entrypoint() -> Any:
     from .nodes import NODES
 
     class BenchExtension(ComfyExtension):
-        async def get_node_list(self) -> list[type]:
-            return NODES
+        async def get_node_list(self) -> list[Any]:
+            return list(NODES)
 
     return BenchExtension()

@@ -167,4 +167,4 @@ def randomize(network: torch.nn.Module) -> None:
             weight.fill_(name.endswith("weight"))
 
 
-NODES = [CountPredictions, ReportRun, RandomNetwork, RandomText]
+NODES: list[type[io.ComfyNode]] = [CountPredictions, ReportRun, RandomNetwork, RandomText]

@@ -81,3 +81,17 @@ def test_everything_a_server_writes_goes_into_its_own_folder(tmp_path: Path) -> 
     folders = {kind: options[options.index(f"--{kind}-directory") + 1] for kind in ("input", "output", "temp", "user")}
     assert folders.pop("input") == str(pictures)
     assert all(Path(folder).is_dir() and "scratch" in folder for folder in folders.values())
+
+
+def test_further_nodes_come_through_links_beside_the_pack(comfyui_folder: Location, tmp_path: Path) -> None:
+    bench = ROOT / "bench"
+    with visible_pack(comfyui_folder, ROOT, tmp_path, all_custom_nodes=False, further=[bench]) as options:
+        assert options[1:4] == ["--whitelist-custom-nodes", PACK_NAME, "dng-bench"]
+        links = list((tmp_path / "custom_nodes").iterdir())
+        assert {link.resolve() for link in links} == {ROOT, bench}
+    assert not any(link.exists() for link in links)
+    (comfyui_folder.path / "custom_nodes" / "linked").symlink_to(ROOT, target_is_directory=True)
+    (tmp_path / "again").mkdir()
+    with visible_pack(comfyui_folder, ROOT, tmp_path / "again", all_custom_nodes=False, further=[bench]) as options:
+        assert options[1:4] == ["--whitelist-custom-nodes", "linked", "dng-bench"]
+    assert (bench / "__init__.py").is_file()
