@@ -77,7 +77,7 @@ def traces(cases: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
     ``cases``: what is above each column, and the arrays of its NPZ file.
     """
     figure = Figure(figsize=(4.6 * len(cases) + 0.6, 5.6), layout="constrained")
-    rows = (("posterior", "posterior p(thing | x)"), ("scale", "guidance scale λ"))
+    rows = (("posterior", "posterior p(thing | x)"), ("scale", "guidance scale (lambda)"))
     grid = figure.subplots(2, len(cases), sharex=True, sharey="row", squeeze=False)
     for column, (name, arrays) in enumerate(cases.items()):
         for row, (key, label) in enumerate(rows):
