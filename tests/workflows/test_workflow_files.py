@@ -178,8 +178,20 @@ def test_a_graph_is_explained_by_groups_and_a_note(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [*GRAPHS, *PROMPTS], ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_files_name_no_path_of_a_machine_and_no_address(path: Path) -> None:
-    assert [text for text in strings(read(path)) if MACHINE_PATH.search(text)] == []
+def test_files_name_no_path_of_a_machine_and_no_address_but_a_models(path: Path) -> None:
+    models = {model["url"] for node in read(path).get("nodes", []) for model in node["properties"].get("models", [])}
+    assert [text for text in strings(read(path)) if text not in models and MACHINE_PATH.search(text)] == []
+
+
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
+def test_a_checkpoints_loader_says_where_its_file_can_be_had(path: Path) -> None:
+    """As the templates of ComfyUI do, so that its dialog on missing models can offer the download."""
+    for node in read(path)["nodes"]:
+        if node["type"] == "CheckpointLoaderSimple":
+            (model,) = node["properties"]["models"]
+            assert [model["name"]] == node["widgets_values"]
+            assert model["directory"] == "checkpoints"
+            assert model["url"].startswith("https://") and model["name"] in model["url"]
 
 
 def test_comfyuis_template_browser_lists_every_graph_with_its_picture(comfyui_server: Server) -> None:
