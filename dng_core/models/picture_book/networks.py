@@ -2,7 +2,8 @@
 
 The U-Net is that of latent diffusion (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion
 Models"), with the parameter names and the arithmetic of Stable Diffusion's, so that ComfyUI's own U-Net takes its
-weights as they are. Its latent holds a picture's pixels, folded: 4 x 4 of them become 48 channels.
+weights as they are (but for the last convolution's, where ``channel_mult`` begins with another number than 1). Its
+latent holds a picture's pixels, folded: 4 x 4 of them become 48 channels.
 """
 
 import math
