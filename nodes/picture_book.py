@@ -63,7 +63,7 @@ class PictureBookConfig(comfy.supported_models_base.BASE):
         self.set_inference_dtype(torch.float32, None)
 
 
-def fit_last_layer(unet: nn.Module, config: CrossUNetConfig) -> None:
+def fit_last_layer(unet: Any, config: CrossUNetConfig) -> None:
     """Let the last convolution of ComfyUI's U-Net read as many channels as the block before it has.
 
     ComfyUI makes it for ``model_channels``, which is right where ``channel_mult`` begins with 1.
