@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from dng_core.calibration_files import load_calibration
 from dng_core.cli import report
 from dng_core.methods import STUDIED
 from dng_core.models.networks import Classifier, UNetConfig
-from dng_core.models.weight_files import ClassifierInfo, save_classifier
+from dng_core.models.weight_files import ClassifierInfo, calibration_of, save_classifier, shipped_denoisers
+from dng_core.settings import CALIBRATED, Settings
 from dng_core.settings import PRESETS as SETTINGS
 from dng_core.studies import class_removal, runner, sweep
 from dng_core.studies.class_removal import NONE, Point
@@ -178,9 +180,18 @@ def test_a_report_leaves_out_what_is_not_measured_for_a_class_yet(files):
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in PRESETS.glob("*.toml")))
-def test_presets_are_valid_and_have_all_methods(name):
+def test_presets_are_valid_and_have_all_methods_or_are_of_calibrated_dng_alone(name):
     preset = read_experiment(name)
-    assert {plan.method for plan in preset.methods} == STUDIED.keys()
+    alone = {Settings.method} if name == "mnist_calibrated" else STUDIED.keys()
+    assert {plan.method for plan in preset.methods} == alone
+
+
+def test_the_calibrated_preset_takes_what_was_measured_of_its_network_and_the_presets_scale():
+    (plan,) = read_experiment("mnist_calibrated").methods
+    measured = load_calibration(calibration_of(shipped_denoisers()["mnist"])).calibration
+    (settings,) = plan.sweep({})
+    assert (settings.temperature, settings.drift) == (measured.temperature, measured.drift)
+    assert settings.guidance_scale == CALIBRATED.guidance_scale and settings.prior == 0.1
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar10_conditional"])
