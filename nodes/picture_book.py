@@ -24,14 +24,7 @@ from comfy_api.latest import io
 from torch import Tensor, nn
 
 from ..dng_core.models.picture_book.drawing import SIZE
-from ..dng_core.models.picture_book.networks import (
-    FOLD,
-    CrossUNetConfig,
-    PictureBook,
-    TextEncoder,
-    fold,
-    unfold,
-)
+from ..dng_core.models.picture_book.networks import FOLD, PictureBook, TextEncoder, fold, unfold
 from ..dng_core.models.picture_book.weights import SHIPPED_PICTURE_BOOK, PictureBookInfo, load_picture_book
 from ..dng_core.models.picture_book.words import EMPTY, END, START, split, tokens
 from .pixel_models import CATEGORY, SAMPLING_SETTINGS
@@ -63,15 +56,14 @@ class PictureBookConfig(comfy.supported_models_base.BASE):
         self.set_inference_dtype(torch.float32, None)
 
 
-def fit_last_layer(unet: Any, config: CrossUNetConfig) -> None:
+def fit_last_layer(unet: Any) -> None:
     """Let the last convolution of ComfyUI's U-Net read as many channels as the block before it has.
 
     ComfyUI makes it for ``model_channels``, which is right where ``channel_mult`` begins with 1.
     """
-    last = unet.out[2]
-    width = config.model_channels * config.channel_mult[0]
+    norm, _, last = unet.out
     placed = {"dtype": last.weight.dtype, "device": last.weight.device}
-    unet.out[2] = type(last)(width, last.out_channels, 3, padding=1, **placed)
+    unet.out[2] = type(last)(norm.num_channels, last.out_channels, 3, padding=1, **placed)
 
 
 class PictureBookModel(comfy.model_base.BaseModel):
@@ -82,7 +74,7 @@ class PictureBookModel(comfy.model_base.BaseModel):
 
     def __init__(self, book: PictureBook, info: PictureBookInfo) -> None:
         super().__init__(PictureBookConfig(info), comfy.model_base.ModelType.V_PREDICTION)
-        fit_last_layer(self.diffusion_model, info.unet)
+        fit_last_layer(self.diffusion_model)
         self.diffusion_model.load_state_dict(book.unet.state_dict())
         self.context_dim = info.unet.context_dim
 

@@ -44,7 +44,7 @@ def test_comfyuis_own_unet_takes_the_weights_and_predicts_the_same(nodes, config
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     ours, theirs = randomised(CrossUNet(config)), UNetModel(**config.comfyui())
-    nodes.fit_last_layer(theirs, config)
+    nodes.fit_last_layer(theirs)
     theirs.load_state_dict(ours.state_dict())
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, config.in_channels, 16, 16, generator=generator)
