@@ -161,7 +161,8 @@ def perp_neg(positive: Tensor, negative: Tensor, unconditional: Tensor, cfg: flo
     p, n = positive - unconditional, negative - unconditional
     along, length = (n * p).flatten(1).sum(dim=1), p.flatten(1).square().sum(dim=1)
     share = along / torch.where(length > 0, length, torch.ones_like(length))
-    return unconditional + cfg * (p - scale * (n - per_image(share, p) * p))
+    across = n - per_image(share, p) * p
+    return combine(unconditional + cfg * p, [across], [n.new_full((len(n),), cfg * scale)])
 
 
 class BaselineGuidance(Guidance):
