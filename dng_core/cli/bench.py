@@ -27,7 +27,7 @@ from ..studies.class_removal import chain_name, image_shape, starting_noise
 from ..studies.report.markdown import line, table_lines
 
 PRODUCT_SIZE = 1024  # a choice: large enough that a product runs near the machine's full speed
-BENCH_NODES = "bench"  # the folder of the nodes that the benchmark of ComfyUI needs, in the checkout
+BENCH_NODES = "nodes/bench"  # the folder of the nodes that the benchmark of ComfyUI needs, in the checkout
 LEAST_SIZE = 64  # pixels: three times halved after the VAE's 8, sides stay whole
 
 

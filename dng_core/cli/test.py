@@ -94,7 +94,7 @@ def check_types(python: Path, root: Path, environment: dict[str, str]) -> int:
         link = scratch / ALIAS
         link_folder(root, link)
         try:
-            packages = ["-p", f"{ALIAS}.dng_core", "-p", f"{ALIAS}.nodes", "-p", f"{ALIAS}.bench"]
+            packages = ["-p", f"{ALIAS}.dng_core", "-p", f"{ALIAS}.nodes"]
             options = ["--config-file", str(root / "pyproject.toml"), "--cache-dir", str(root / ".mypy_cache")]
             return run_tool(python, ["mypy", *options, *packages], scratch, environment)
         finally:

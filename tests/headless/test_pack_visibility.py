@@ -84,7 +84,7 @@ def test_everything_a_server_writes_goes_into_its_own_folder(tmp_path: Path) -> 
 
 
 def test_further_nodes_come_through_links_beside_the_pack(comfyui_folder: Location, tmp_path: Path) -> None:
-    bench = ROOT / "bench"
+    bench = ROOT / "nodes" / "bench"
     with visible_pack(comfyui_folder, ROOT, tmp_path, all_custom_nodes=False, further=[bench]) as options:
         assert options[1:4] == ["--whitelist-custom-nodes", PACK_NAME, "dng-bench"]
         links = list((tmp_path / "custom_nodes").iterdir())

@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def bench_nodes(comfyui) -> ModuleType:
-    """The module `nodes` of the folder bench/, loaded by its path: it must not hide ComfyUI's."""
+    """The module `nodes` of the folder nodes/bench/, loaded by its path: it must not hide ComfyUI's."""
     name = "bench_of_the_checkout"
-    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / "__init__.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "nodes" / "bench" / "__init__.py")
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
     return importlib.import_module(f"{name}.nodes")

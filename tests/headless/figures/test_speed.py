@@ -109,7 +109,7 @@ def test_the_interval_is_that_of_the_median_by_the_order(count, low, high):
 @pytest.fixture(scope="module")
 def server(comfyui_location: Location) -> Iterator[Server]:
     """A real ComfyUI with the nodes of the benchmark."""
-    with comfyui_server(comfyui_location, ROOT, further=[ROOT / "bench"]) as started:
+    with comfyui_server(comfyui_location, ROOT, further=[ROOT / "nodes" / "bench"]) as started:
         yield started
 
 
