@@ -62,6 +62,8 @@ def measure_speeds(server: Server, subject: Subject, images: int, steps: int, re
 
 def _refusal(server: Server, subject: Subject, way: Way, sampling: Sampling) -> str:
     """Why a way cannot be measured on a subject; "" if it can. It runs once, or twice if its effect is in doubt."""
+    if way.of_prompts and not subject.prompted:
+        return "there is no prompt, across whose direction it pushes"  # it would divide by zero, or by rounding errors
     prompt = speed_prompt(subject, way, sampling)
     if way.without_effect is None:
         if not _run(server, prompt).finite:

@@ -31,6 +31,11 @@ class Subject:
     def name(self) -> str:
         return f"{self.model}, avoid {self.avoided}"
 
+    @property
+    def prompted(self) -> bool:
+        """Whether the pictures are to show something; otherwise "positive" says what "empty" says."""
+        return self.nodes["positive"] != self.nodes["empty"]
+
 
 def subjects(model: str, images: int, size: int | None = None) -> list[Subject]:
     """What is drawn with a model of ``MODELS``; ``size``: width and height of the pictures of a random network."""
@@ -91,12 +96,14 @@ class Way:
 
     ``without_effect``: inputs that switch what the nodes do to the picture off, though not its cost. A model whose
     pictures these do not change takes no notice of the nodes.
+    ``of_prompts``: whether the way needs a prompt other than the empty one.
     """
 
     name: str
     cfg: float
     nodes: Callable[[Subject, Sampling, float], Prompt]
     without_effect: tuple[str, str, float] | None = None
+    of_prompts: bool = False
 
 
 def _ksampler(class_type: str, sampling: Sampling, cfg: float, **further: Any) -> dict[str, Any]:
@@ -153,7 +160,7 @@ WAYS = (
     NEGATIVE_PROMPT,
     Way("KSampler (DNG), economy off", CFG, _dng("off")),
     Way("KSampler (DNG), economy auto", CFG, _dng("auto")),
-    Way("Perp-Neg Guider", CFG, _perp_neg, ("guider", "neg_scale", 0.0)),
+    Way("Perp-Neg Guider", CFG, _perp_neg, ("guider", "neg_scale", 0.0), of_prompts=True),
 )
 """At cfg 1 ComfyUI evaluates no negative prompt; NAG and DNG avoid what it says there too."""
 

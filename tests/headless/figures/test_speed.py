@@ -44,14 +44,14 @@ class StandIn:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Measure the digits with a stand-in for ComfyUI, two at once in three turns from seed 7."""
+    """Measure a case of the picture book with a stand-in for ComfyUI, two at once in three turns from seed 7."""
 
     def measure(server: StandIn) -> speed_figures.Speeds:
         monkeypatch.setattr(speed_figures, "run_workflow", server.run)
         monkeypatch.setattr(speed_figures, "begin_peak", lambda pid: server.ran.append({}))
         monkeypatch.setattr(speed_figures, "peak_bytes", lambda pid: len(server.ran) * 1_000_000)
-        (digits,) = subjects("mnist", 2)
-        return speed_figures.measure_speeds(server, digits, images=2, steps=30, repeats=3, seed=7)  # type: ignore[arg-type]
+        flower, _ = subjects("picture-book", 2)
+        return speed_figures.measure_speeds(server, flower, images=2, steps=30, repeats=3, seed=7)  # type: ignore[arg-type]
 
     return measure
 
@@ -89,7 +89,7 @@ def test_the_memory_is_the_median_of_the_peaks(measured):
 def test_a_way_that_a_model_does_not_take_is_left_out_with_the_reason(measured, fate, reason):
     speeds = measured(StandIn(NAGuidance=fate))
     assert [row["node"] for row in speeds.rows] == [name for name in NAMES if not name.startswith("NAG")]
-    assert speeds.left_out == [f"mnist, avoid 0: NAG, then KSampler is left out: {reason}"]
+    assert speeds.left_out == [f"picture-book, avoid flower (related): NAG, then KSampler is left out: {reason}"]
 
 
 def test_dng_and_the_stock_sampler_are_never_left_out(measured):
@@ -132,11 +132,11 @@ def test_comfyui_counts_the_predictions_of_every_way(server):
 
 
 def test_the_digits_take_neither_nag_nor_perp_neg(server):
-    """Their network has none of ComfyUI's attention, and without a prompt Perp-Neg divides by zero."""
+    """Their network has none of ComfyUI's attention, and without a prompt Perp-Neg has no direction."""
     _, found = speeds(server, subjects("mnist", 2)[0])
     assert [why.split(" is left out: ")[1] for why in found.left_out] == [
         "the model takes no notice of it",
-        "it draws numbers that are not finite",
+        "there is no prompt, across whose direction it pushes",
     ]
 
 
