@@ -5,7 +5,7 @@ import errno
 import platform
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ from ..models.weight_files import (
 )
 
 CLASSIFIER_WIDTH = 32  # a choice
-LEAST_FITTING = 0.5  # of the numbers of a network, to be taken from one of another shape; a choice
+LEAST_FITTING = 0.5  # of the numbers of the smaller network, to be taken from one of another shape; a choice
 TEST_SCENES = 4000  # on which a judge is tested; a choice
 OPTIONS = {  # fields of TrainingConfig and what they are
     "epochs": "passes over the training images; of scenes, times 100,000 new ones",
@@ -255,9 +255,12 @@ def _initial(plan: TrainingPlan, model: nn.Module, path: Path) -> dict[str, Tens
         "judge": lambda path: (load_judge(path), None),
     }
     network, _ = loaders[plan.model](path)
-    own = model.state_dict()
-    fitting = {k: v for k, v in network.state_dict().items() if k in own and v.shape == own[k].shape}
-    if sum(v.numel() for v in fitting.values()) < LEAST_FITTING * sum(v.numel() for v in own.values()):
+    own, theirs = model.state_dict(), network.state_dict()
+    if isinstance(network, UNet) and isinstance(model, UNet):
+        theirs = _with_levels(theirs, len(network.up_blocks), len(model.up_blocks))
+    fitting = {k: v for k, v in theirs.items() if k in own and v.shape == own[k].shape}
+    taken, *whole = (sum(v.numel() for v in tensors.values()) for tensors in (fitting, theirs, own))
+    if taken < LEAST_FITTING * min(whole):
         raise ValueError(f"--start-from: {path} holds another network than the plan {plan.name} trains")
     if afresh := [name for name in own if name not in fitting]:
         print(f"{path} is of a network of another shape: {len(afresh)} of {len(own)} tensors start afresh")
@@ -266,6 +269,22 @@ def _initial(plan: TrainingPlan, model: nn.Module, path: Path) -> dict[str, Tens
         if was != wanted:
             print(f"{path} predicts {was}; from here on it is trained to predict {wanted}")
     return own | fitting
+
+
+def _with_levels(weights: Mapping[str, Tensor], levels: int, wanted: int) -> dict[str, Tensor]:
+    """A U-Net's weights under the names that they have in one of ``wanted`` levels in place of ``levels``.
+
+    The way up begins at the coarsest level, so that the same resolution is another number in a deeper network.
+    """
+
+    def renamed(name: str) -> str:
+        part, _, rest = name.partition(".")
+        if part != "up_blocks":
+            return name
+        number, _, rest = rest.partition(".")
+        return f"{part}.{int(number) + wanted - levels}.{rest}"
+
+    return {renamed(name): value for name, value in weights.items()}
 
 
 def _test_split(plan: TrainingPlan, folder: Path, training: Dataset) -> Dataset | None:

@@ -144,6 +144,28 @@ def test_a_wider_network_takes_what_fits_and_draws_the_rest_from_the_seed(tmp_pa
     assert wide["unet.out.2.weight"].shape[1] == 2 * narrow["unet.out.2.weight"].shape[1]
 
 
+def test_a_deeper_network_takes_each_level_by_its_resolution(mnist_like, tmp_path, capsys):
+    """The finest level's way up is block 1 of two and block 2 of three. The learning rate moves none of them."""
+    plan = tmp_path / "deep.toml"
+    text = (
+        'model = "denoiser"\ndataset = "mnist"\n[network]\nbase_channels = 32\nblocks_per_level = 1\npatch_size = 2\n'
+    )
+    levels = "channel_multipliers = {}\nattention_levels = []\n[training]\nepochs = 1\nlearning_rate = 1e-30\n"
+    options = ("--data", mnist_like, "--batch-size", 64)
+    weights = {}
+    for folder, multipliers, start in (("flat", [1, 1], ()), ("deep", [1, 1, 2], ("--start-from", "flat"))):
+        plan.write_text(text + levels.format(multipliers))
+        start = (start[0], tmp_path / start[1] / "deep.safetensors") if start else ()
+        assert dng_train(plan, *options, "--output", tmp_path / folder, *start) == 0
+        weights[folder] = load_denoiser(tmp_path / folder / "deep.safetensors")[0].state_dict()
+    assert "of a network of another shape" in capsys.readouterr().out
+    finest = [name for name in weights["flat"] if name.startswith(("down_blocks.0.", "up_blocks.1."))]
+    assert len(finest) > 20
+    for name in finest:
+        there = name.replace("up_blocks.1.", "up_blocks.2.")
+        assert torch.allclose(weights["flat"][name], weights["deep"][there], atol=1e-20), name
+
+
 def test_command_trains_a_classifier_and_records_its_accuracy(mnist_like, tmp_path):
     output = tmp_path / "out"
     assert dng_train("classifier", "--data", mnist_like, "--output", output, "--epochs", 1, "--device", "cpu") == 1
