@@ -17,7 +17,7 @@ from ..files import read_json, write_json
 from ..models.datasets import Dataset, load_dataset
 from ..models.devices import devices
 from ..models.mnist import MNIST_MD5, to_model_range
-from ..models.networks import PREDICTIONS, Classifier, UNet
+from ..models.networks import PREDICTIONS, UNet
 from ..models.picture_book.judge import Judge, judge_accuracy
 from ..models.picture_book.networks import CrossUNetConfig, PictureBook
 from ..models.picture_book.pictures import pages
@@ -76,6 +76,8 @@ OPTIONS = {  # fields of TrainingConfig and what they are
     "log_sigma_spread": "standard deviation of log sigma of log-normal timesteps",
     "weighting": "weights of a denoiser's errors",
     "null_label_share": "share of a denoiser's labels or captions that is dropped",
+    "mirror_share": "share of images that are mirrored left to right",
+    "image_noise": "largest standard deviation of the noise on a classifier's images",
     "checkpoint_every": "steps between checkpoints, 0 for none",
     "checkpoint_minutes": "minutes between checkpoints, 0 for none",
     "precision": "precision of forward passes; auto takes bfloat16 where the processor is fast at it",
@@ -181,14 +183,14 @@ def _train_on_files(
     data, class_names = plan.chosen(everything), plan.class_names(everything)
     shape = data.images.shape[1:]
     network = plan.unet(everything) if plan.model == "denoiser" else None
-    width = plan.network.get("width", CLASSIFIER_WIDTH)
-    model = UNet(network) if network else Classifier(shape[0], len(class_names), width)
+    name = plan.name.removesuffix(f"_{plan.model}")
+    shared = (name, shape[1], shape[0], plan.network.get("width", CLASSIFIER_WIDTH), (-1.0, 1.0), class_names)
+    described = ClassifierInfo(*shared, plan.network.get("early_pooling", False))
+    model = UNet(network) if network else described.network()
     initial = _initial(plan, model, args.start_from) if args.start_from else None
     test = None if network else _test_split(plan, args.data, everything)
     args.output.mkdir(parents=True, exist_ok=True)
     files = Files.of(args.output, plan.name)
-    name = plan.name.removesuffix(f"_{plan.model}")
-
     figures: dict[str, float] = {}
     files.record.unlink(missing_ok=True)  # that of an earlier run would call the new weights damaged
     if network:
@@ -196,12 +198,11 @@ def _train_on_files(
         info = DenoiserInfo(name, network, "linear", (-1.0, 1.0), class_names)
         save_denoiser(files.weights, result.state_dict, info, args.numbers)
     else:
-        labelled = (data.images, data.labels, len(class_names))
-        result = train_classifier(*labelled, plan.training, files.checkpoint, device, initial, width)
+        labelled = (data.images, data.labels, described)
+        result = train_classifier(*labelled, plan.training, files.checkpoint, device, initial)
         model.load_state_dict(result.state_dict)
         judged, measured = (test, "test_accuracy") if test else (data, "training_accuracy")
         figures[measured] = classifier_accuracy(model.eval(), judged.images, judged.labels)
-        described = ClassifierInfo(name, shape[1], shape[0], width, (-1.0, 1.0), class_names)
         save_classifier(files.weights, result.state_dict, described, args.numbers)
 
     source: dict[str, Any] = {"name": data.name, "images": len(data.images), "digest": data.digest()}

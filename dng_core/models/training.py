@@ -23,8 +23,8 @@ from tqdm import tqdm
 from ..files import write_whole
 from ..schedules import DDPMSchedule
 from .mnist import images_digest, to_model_range
-from .networks import Classifier, Prediction, UNet, UNetConfig
-from .weight_files import read_safetensors
+from .networks import Prediction, UNet, UNetConfig
+from .weight_files import ClassifierInfo, read_safetensors
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["constant", "cosine"]
@@ -57,6 +57,8 @@ class TrainingConfig:
     weighting: weights of a denoiser's squared error of epsilon or v. "simple" weighs all timesteps alike; "min_snr"
         weighs the error of x_0 by min(SNR, 5) (Hang et al. 2023).
     null_label_share: the share of a denoiser's labels that is replaced by the null label, and of captions by none.
+    mirror_share: the share of images that are mirrored left to right; 0 for digits, 0.5 for photographs.
+    image_noise: the largest standard deviation of the noise on a classifier's images, whose pixels are -1 to 1.
     checkpoint_every, checkpoint_minutes: steps, and minutes, after which a checkpoint is written; 0 for never. The
         last step always writes one.
     precision: "bfloat16" computes forward passes in mixed precision (weights, their average and the loss stay in
@@ -79,6 +81,8 @@ class TrainingConfig:
     log_sigma_mean: float = 0.6
     log_sigma_spread: float = 1.2
     weighting: Weighting = "simple"
+    mirror_share: float = 0.0
+    image_noise: float = 0.3
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -90,10 +94,10 @@ class TrainingConfig:
         for name in ("epochs", "batch_size", "learning_rate", "warmup_steps", "log_sigma_spread"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("seed", "checkpoint_every", "checkpoint_minutes"):
+        for name in ("seed", "checkpoint_every", "checkpoint_minutes", "image_noise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        for name in ("decay_share", "ema_decay", "null_label_share"):
+        for name in ("decay_share", "ema_decay", "null_label_share", "mirror_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
         if not math.isfinite(self.log_sigma_mean):
@@ -179,7 +183,8 @@ def train_denoiser(
             label = labels[index].masked_fill(dropped, network.num_classes) if network.num_classes else None
             return model(x_t, timestep, None if label is None else label.to(device))
 
-        return error(to_model_range(images[index.to(device)]), predict, generator)
+        batch = _mirrored(images[index.to(device)], config.mirror_share, generator)
+        return error(to_model_range(batch), predict, generator)
 
     return optimise(model, loss, len(images), config, checkpoint, device, identity, initial)
 
@@ -187,28 +192,28 @@ def train_denoiser(
 def train_classifier(
     images: Tensor,
     labels: Tensor,
-    num_classes: int,
+    info: ClassifierInfo,
     config: TrainingConfig,
     checkpoint: Path,
     device: torch.device,
     initial: Mapping[str, Tensor] | None = None,
-    width: int = 32,
 ) -> TrainingResult:
-    """Train the classifier by cross-entropy. ``images`` and ``initial`` are as in :func:`train_denoiser`.
+    """Train a classifier by cross-entropy. ``images`` and ``initial`` are as in :func:`train_denoiser`.
 
-    Batches are shifted by up to two pixels. Each image gets Gaussian noise of a random size up to 0.3 (pixels are -1
-    to 1), so that noise left in generated images does not decide the class. Both limits are a choice.
+    Batches are shifted by up to two pixels (a choice). Each image gets Gaussian noise of a random size up to
+    ``config.image_noise``, so that noise left in generated images does not decide the class.
     """
     torch.manual_seed(config.seed)
-    model = Classifier(images.shape[1], num_classes, width)
-    identity = f"classifier {images.shape[1]} {num_classes} {width} on {images_digest(images, labels)}"
+    model = info.network()
+    identity = f"classifier {info} on {images_digest(images, labels)}"
     images, labels = images.to(device), labels.to(device)
 
     def loss(model: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
         index = index.to(device)
-        batch = to_model_range(torch.roll(images[index], (dy, dx), dims=(2, 3)))
-        size = 0.3 * torch.rand(len(index), 1, 1, 1, generator=generator)
+        shifted = torch.roll(images[index], (dy, dx), dims=(2, 3))
+        batch = to_model_range(_mirrored(shifted, config.mirror_share, generator))
+        size = config.image_noise * torch.rand(len(index), 1, 1, 1, generator=generator)
         batch = batch + (size * torch.randn(batch.shape, generator=generator)).to(device)
         return F.cross_entropy(model(batch), labels[index], label_smoothing=0.05)
 
@@ -263,6 +268,14 @@ def _timesteps(spread: Tensor, schedule: DDPMSchedule, config: TrainingConfig) -
         return (spread * len(schedule.betas)).long()
     normal = torch.special.ndtri(spread.double().clamp(1e-6, 1 - 1e-6))
     return schedule.timestep((config.log_sigma_mean + config.log_sigma_spread * normal).exp())
+
+
+def _mirrored(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """A random ``share`` of the images, (n, channels, height, width), mirrored left to right."""
+    if not share:
+        return images
+    chosen = torch.rand(len(images), generator=generator) < share
+    return torch.where(chosen[:, None, None, None].to(images.device), images.flip(3), images)
 
 
 def optimise(

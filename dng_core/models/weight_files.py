@@ -56,9 +56,16 @@ class ClassifierInfo:
     width: int
     data_range: tuple[float, float]
     class_names: tuple[str, ...]
+    early_pooling: bool = False
 
     def __post_init__(self) -> None:
         check_within_bounds(self, image_size=4096, in_channels=64, width=1024)
+        if not isinstance(self.early_pooling, bool):
+            raise ValueError(f"early_pooling must be true or false, not {self.early_pooling!r}")
+
+    def network(self) -> Classifier:
+        """The network that its weights are for, with random weights."""
+        return Classifier(self.in_channels, len(self.class_names), self.width, self.early_pooling)
 
 
 def shipped_denoisers() -> dict[str, Path]:
@@ -124,7 +131,7 @@ def load_classifier(path: Path) -> tuple[Classifier, ClassifierInfo]:
     with reading(path):
         info = ClassifierInfo(**tuples(raw))
         _check_range(info)
-    return filled(path, lambda: Classifier(info.in_channels, len(info.class_names), info.width), state_dict), info
+    return filled(path, info.network, state_dict), info
 
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -9,12 +9,14 @@ from dng_core.models import training
 from dng_core.models.networks import UNet
 from dng_core.models.predictors import denoised
 from dng_core.models.training import TrainingConfig, chosen_precision, train_classifier, train_denoiser
+from dng_core.models.weight_files import ClassifierInfo
 from dng_core.schedules import DDPMSchedule
 
 from .small_training import NETWORK, same
 
 CPU = torch.device("cpu")
 CONFIG = TrainingConfig(epochs=3.0, batch_size=4, checkpoint_every=2)  # 12 steps on 16 images
+CLASSIFIER = ClassifierInfo("small", 8, 1, 4, (-1.0, 1.0), ("a", "b", "c"))
 CONSTANT = replace(CONFIG, schedule="constant", warmup_steps=2, decay_share=0.5)  # falls from step 6 on
 
 
@@ -57,12 +59,14 @@ def test_resumed_denoiser_has_the_weights_of_an_unbroken_run(tmp_path, images, l
 
 
 def test_resumed_classifier_has_the_weights_of_an_unbroken_run(tmp_path, images, labels, monkeypatch):
-    whole = train_classifier(images, labels, 3, CONFIG, tmp_path / "whole", CPU)
+    whole = train_classifier(images, labels, CLASSIFIER, CONFIG, tmp_path / "whole", CPU)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(Stopped):
-            train_classifier(images, labels, 3, CONFIG, tmp_path / "broken", CPU)
-    assert same(whole.state_dict, train_classifier(images, labels, 3, CONFIG, tmp_path / "broken", CPU).state_dict)
+            train_classifier(images, labels, CLASSIFIER, CONFIG, tmp_path / "broken", CPU)
+    assert same(
+        whole.state_dict, train_classifier(images, labels, CLASSIFIER, CONFIG, tmp_path / "broken", CPU).state_dict
+    )
 
 
 def test_a_finished_checkpoint_only_gives_its_weights(tmp_path, images, labels, monkeypatch):
@@ -87,9 +91,18 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, images, labels):
 
 
 def test_a_checkpoint_of_another_classifier_is_refused(tmp_path, images, labels):
-    train_classifier(images, labels, 3, CONFIG, tmp_path / "checkpoint", CPU)
+    train_classifier(images, labels, CLASSIFIER, CONFIG, tmp_path / "checkpoint", CPU)
     with pytest.raises(ValueError, match="other settings, data or network"):
-        train_classifier(images, labels, 3, CONFIG, tmp_path / "checkpoint", CPU, width=8)
+        train_classifier(images, labels, replace(CLASSIFIER, width=8), CONFIG, tmp_path / "checkpoint", CPU)
+
+
+def test_images_are_mirrored_in_the_share_asked_for_and_left_to_right(images):
+    generator = torch.Generator().manual_seed(0)
+    mirrored = training._mirrored(images.repeat(100, 1, 1, 1), 0.5, generator).unflatten(0, (100, 16))
+    as_they_are, flipped = ((mirrored == kind).flatten(2).all(dim=2) for kind in (images, images.flip(3)))
+    assert bool((as_they_are | flipped).all())
+    assert 0.45 < float(flipped.float().mean()) < 0.55
+    assert torch.equal(training._mirrored(images, 0.0, generator), images)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path, images, labels):

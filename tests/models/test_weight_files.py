@@ -43,12 +43,18 @@ def test_denoiser_comes_back_as_it_was(denoiser_file):
         assert torch.equal(model(x, timestep), original(x, timestep))
 
 
-def test_classifier_comes_back_as_it_was(tmp_path):
-    original = Classifier(1, 2, 4).eval()
-    save_classifier(tmp_path / "file", original.state_dict(), CLASSIFIER)
+@pytest.mark.parametrize("early_pooling", [False, True])
+def test_classifier_comes_back_as_it_was(tmp_path, early_pooling):
+    original, described = Classifier(1, 2, 4, early_pooling).eval(), replace(CLASSIFIER, early_pooling=early_pooling)
+    save_classifier(tmp_path / "file", original.state_dict(), described)
     model, info = load_classifier(tmp_path / "file")
-    assert info == CLASSIFIER
+    assert info == described
     assert torch.equal(model(torch.ones(2, 1, 8, 8)), original(torch.ones(2, 1, 8, 8)))
+
+
+def test_where_a_classifier_pools_is_true_or_false():
+    with pytest.raises(ValueError, match="early_pooling must be true or false, not 'yes'"):
+        replace(CLASSIFIER, early_pooling="yes")
 
 
 def test_nothing_but_the_file_is_left_behind(denoiser_file):
