@@ -25,6 +25,7 @@ from ..headless.figures.kept import Row
 from ..headless.install import ensure_installed
 from ..headless.locate import Location, find_comfyui
 from ..headless.paths import checkout
+from ..models.datasets import DATASETS
 from ..models.devices import machine
 from ..studies import oracle_figures
 from ..studies.report.markdown import line, table_lines
@@ -63,7 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     networks.add_argument(
         "--denoisers", nargs="+", default=["mnist"], metavar="SOURCE", help="shipped ones or files (default: mnist)"
     )
-    networks.add_argument("--data", type=Path, help="MNIST's folder, for the distance and the error of denoising")
+    networks.add_argument("--data", type=Path, help="folder of the data, for the distance and the error of denoising")
+    networks.add_argument("--dataset", choices=DATASETS, default="mnist", help="what --data holds (default: mnist)")
+    networks.add_argument(
+        "--classifier", default="mnist", metavar="SOURCE", help="shipped one or file (default: mnist)"
+    )
     parser.add_argument("--weights", type=Path, help="of picture-book (default: the shipped ones)")
     oracle = parser.add_argument_group(
         "the figures " + ", ".join(name for name, figure in FIGURES.items() if figure.over_samplers)
@@ -163,7 +168,16 @@ def of_the_network(help: str, name: str) -> Figure:
 def networks(args: argparse.Namespace) -> Iterator[Row]:
     from ..studies.network_figures import networks_figure
 
-    yield from networks_figure(args.denoisers, args.data, args.samples, one_step_count(args), args.seed)
+    yield from networks_figure(
+        args.denoisers,
+        args.data,
+        args.samples,
+        one_step_count(args),
+        args.seed,
+        args.classifier,
+        args.dataset,
+        args.output,
+    )
 
 
 def calibration(args: argparse.Namespace) -> Iterator[Row]:

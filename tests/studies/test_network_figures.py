@@ -1,20 +1,37 @@
 """What denoisers are worth by themselves, on the shipped network and on images whose figures are known."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dng_core.models.datasets import DIGITS, Dataset
 from dng_core.models.networks import UNet, UNetConfig
-from dng_core.models.weight_files import load_classifier, shipped_classifiers, shipped_denoisers
+from dng_core.models.weight_files import (
+    ClassifierInfo,
+    load_classifier,
+    save_classifier,
+    shipped_classifiers,
+    shipped_denoisers,
+)
 from dng_core.schedules import DDPMSchedule
-from dng_core.studies.network_figures import NOISE_LEVELS, errors, judged, networks_figure
+from dng_core.studies import network_figures
+from dng_core.studies.network_figures import (
+    NOISE_LEVELS,
+    SHOWN,
+    ZOOM,
+    errors,
+    judged,
+    labelled_images,
+    networks_figure,
+)
 
 
 def test_a_row_says_what_a_network_draws(tmp_path):
     row = next(networks_figure(["mnist"], None, images=16, steps=3, seed=0))
     assert (row["denoiser"], row["images"], row["distance"]) == ("mnist", 16, None)
     assert 0 <= row["rarest, %"] <= 10 <= row["commonest, %"] <= 100
-    assert 0 <= row["unclear, %"] <= 100 and row["seconds"] > 0
+    assert 0 <= row["unclear, %"] <= 100 and 0 <= row["as asked, %"] <= 100 and row["seconds"] > 0
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(shipped_denoisers()["mnist"].read_bytes())
     again = next(networks_figure([str(copy)], None, images=16, steps=3, seed=0))
@@ -25,6 +42,34 @@ def test_with_data_there_are_a_distance_and_errors(mnist_like):
     row = next(networks_figure(["mnist"], mnist_like, images=16, steps=2, seed=0))
     assert row["distance"] > 0
     assert [key for key in row if key.startswith("error at ")] == [f"error at {sigma:g}" for sigma in NOISE_LEVELS]
+
+
+def test_images_drawn_with_labels_are_of_their_own_label_each(monkeypatch):
+    """A network that knows nothing but the label draws it as a shade, whatever batches the images come in."""
+    monkeypatch.setattr(network_figures, "BATCH", 3)
+
+    def shade(network: UNet, chain: DDPMSchedule, x: torch.Tensor, sigma: float, label: torch.Tensor) -> torch.Tensor:
+        return (label.float() / 10)[:, None, None, None].expand_as(x)
+
+    monkeypatch.setattr(network_figures, "denoised", shade)
+    network, labels = UNet(UNetConfig(8, 1, 32, (1,), 1, (), num_classes=10)), torch.arange(8)
+    images = labelled_images(network, DDPMSchedule.named("linear"), labels, steps=2, seed=0)
+    assert torch.equal(images[:, 0, 0, 0], ((labels / 10 + 1) * 127.5).round().to(torch.uint8))
+
+
+def test_the_sheet_shows_unguided_images_and_every_class(tmp_path):
+    next(networks_figure(["mnist"], None, images=16, steps=2, seed=0, sheets=tmp_path))
+    with Image.open(tmp_path / "networks-mnist.png") as picture:
+        assert picture.size == (SHOWN * ZOOM * 28, (1 + 10) * ZOOM * 28)
+        grey = torch.from_numpy(np.asarray(picture))[..., 0].float()
+    assert all(float(row.std()) > 10 for row in grey[:, : ZOOM * 28].unflatten(0, (11, -1)))
+
+
+def test_another_set_of_classes_is_refused(tmp_path):
+    described = ClassifierInfo("birds", 28, 1, 4, (-1.0, 1.0), ("crow", "wren"))
+    save_classifier(tmp_path / "birds.safetensors", described.network().state_dict(), described)
+    with pytest.raises(ValueError, match=r"mnist has the classes 0, 1.*the classifier birds sees crow, wren"):
+        next(networks_figure(["mnist"], None, 4, 2, 0, judge=str(tmp_path / "birds.safetensors")))
 
 
 def test_noise_is_unclear():
