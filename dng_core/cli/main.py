@@ -44,6 +44,7 @@ COMMANDS = (
     Command("experiment", "remove classes by every method, and measure what is left", TORCH),
     Command("report", "report on an experiment's runs", TORCH),
     Command("bench", "measure how fast images are drawn", TORCH),
+    Command("gpu", "put a GPU that is at hand for minutes to use", TORCH),
     Command("figures", "print the project's figures", TORCH),
 )
 

@@ -322,7 +322,7 @@ def _record(
         "seed": plan.training.seed,
         "steps": result.steps,
         "loss": result.loss,
-        "seconds": round(result.seconds),
+        "seconds": round(result.seconds, 2),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -124,11 +124,12 @@ def labelled_images(network: UNet, chain: DDPMSchedule, labels: Tensor, steps: i
     """Images, as :func:`unguided` draws them, of these labels, (n,)."""
 
     def labelled(start: int, size: int) -> Predictor:
-        return lambda x, sigma: (denoised(network, chain, x, sigma, labels[start : start + size]), [])
+        return lambda x, sigma: (denoised(network, chain, x, sigma, labels[start : start + size].to(x.device)), [])
 
     return _drawn(network, chain, labelled, len(labels), steps, seed)[0]
 
 
+@torch.no_grad()
 def _drawn(
     network: UNet,
     chain: DDPMSchedule,
@@ -141,7 +142,8 @@ def _drawn(
     for start in range(0, images, BATCH):
         size = min(BATCH, images - start)
         noise, generator = starting_noise(start, size, seed, image_shape(network))
-        parts.append(ddpm_sample(predictor(start, size), noise, levels, generator=generator))
+        noise = noise.to(network.conv_in.weight.device)
+        parts.append(ddpm_sample(predictor(start, size), noise, levels, generator=generator).cpu())
     seconds = time.monotonic() - began
     if not bool(torch.cat(parts).isfinite().all()):
         raise FloatingPointError("the denoiser draws images that are not finite: check its weights")
