@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .guidance import NegativeGuidance
 from .kernels import ReverseKernel
-from .posterior import advance, drift_evidence
+from .posterior import advance, drift_along, drift_evidence
 from .settings import Settings, check, check_numbers
 
 FEWEST_IMAGES = 8
@@ -91,15 +91,19 @@ class Evidence:
     """What an unguided run showed of one concept.
 
     ``increments``: (jumps, batch), what each jump said at temperature 1 and without offset or drift, in nats.
+    ``energies``: (jumps, batch), of the same jumps (:func:`~.evidence.jump_energy`).
     ``sigmas``: the noise levels of the run, falling; one more than there are jumps.
     """
 
     increments: Tensor
+    energies: Tensor
     sigmas: tuple[float, ...]
 
     def __post_init__(self) -> None:
         if self.increments.ndim != 2 or len(self.sigmas) != len(self.increments) + 1:
             raise ValueError("evidence must be (jumps, batch), with one noise level more than there are jumps")
+        if self.energies.shape != self.increments.shape:
+            raise ValueError("there must be an energy for each of the evidence's jumps and images")
 
     @property
     def kernels(self) -> list[ReverseKernel]:
@@ -115,6 +119,7 @@ def evidence_of(guidance: NegativeGuidance) -> list[Evidence]:
     return [
         Evidence(
             torch.stack([point.evidence for point in path.points[1:]]).double().cpu(),
+            torch.stack([point.energy for point in path.points[1:]]).double().cpu(),
             tuple(point.sigma for point in path.points),
         )
         for path in guidance.paths
@@ -128,13 +133,14 @@ def track(evidence: Evidence, settings: Settings) -> Tensor:
     Offsets are left out: their form needs the model's training chain.
     """
     prior = torch.full((evidence.increments.shape[1],), math.log(settings.prior), dtype=torch.float64)
-    return _tracked(prior, evidence.increments, evidence.kernels, settings)
+    drifts = [drift_evidence(settings, *jump) for jump in zip(evidence.kernels, evidence.energies, strict=True)]
+    return _tracked(prior, evidence.increments, drifts, settings)
 
 
-def _tracked(log_p: Tensor, increments: Tensor, kernels: Sequence[ReverseKernel], settings: Settings) -> Tensor:
+def _tracked(log_p: Tensor, increments: Tensor, drifts: Sequence[Tensor | float], settings: Settings) -> Tensor:
     course = [log_p]
-    for increment, kernel in zip(increments, kernels, strict=True):
-        log_p = advance(log_p, increment, settings.temperature, drift_evidence(settings, kernel), settings)
+    for increment, drift in zip(increments, drifts, strict=True):
+        log_p = advance(log_p, increment, settings.temperature, drift, settings)
         course.append(log_p)
     return torch.stack(course).exp()
 
@@ -263,11 +269,12 @@ class _Run:
         self.octaves = _octaves(sigmas)
 
     def course(self, priors: Tensor, temperature: float) -> Tensor:
-        """p by this temperature and its drift, (steps, concepts, batch), down to where the images are decided."""
+        """p by this temperature and all of its drift, (steps, concepts, batch), to where the images are decided."""
         settings = FIT.with_(temperature=temperature, drift=self.drift(priors, temperature))
         jumps = self.sigmas.index(settings.drift[-1][0]) if len(settings.drift) > 1 else len(self.kernels)
         log_priors = priors.log()[:, None].expand(self.increments.shape[1:])
-        return _tracked(log_priors, self.increments[:jumps], self.kernels[:jumps], settings)
+        drifts = [drift_along(settings, kernel) for kernel in self.kernels[:jumps]]
+        return _tracked(log_priors, self.increments[:jumps], drifts, settings)
 
     def temperature(self, priors: Tensor, errors: float, upper: bool | None = None) -> float:
         """The temperature nearest to 1 at which the slope is within some standard errors of 1 (condition 2).

@@ -96,6 +96,20 @@ def held_evidence(start: Call, end: Call, held: Call, weight: Tensor | None = No
     return weighted_sum(product, weight) / kernel.next_sigma**2
 
 
+def jump_energy(start: Call, end: Call, weight: Tensor | None = None) -> Tensor:
+    """(1 - r) ||D_neg - D_ref||^2 / sigma'^2, (batch,), in nats, for the predictions at the start of a jump.
+
+    It is the variance of :func:`held_evidence` along the reference's own chain, and twice what this evidence loses
+    there on average. So errors of the predictions, which are a part of the difference, lose half of it at most.
+    """
+    kernel, difference = ReverseKernel(start.sigma, end.sigma), start.difference
+    if weight is None:
+        squared = torch.linalg.vector_norm(difference.flatten(1), dim=1).square()  # one pass over the state
+    else:
+        squared = weighted_sum(difference.square(), weight)
+    return squared * ((1 - kernel.ratio) / kernel.next_sigma**2)
+
+
 def path_evidence(start: Call, end: Call, gap: Tensor, weight: Tensor | None = None) -> Tensor:
     """What a jump adds to log p(c-|x), (batch,), whatever path or noise took the state there.
 

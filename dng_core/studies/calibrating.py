@@ -50,7 +50,11 @@ def record(
         found.append(evidence_of(guidance))
         progress(size)
     joined = [
-        Evidence(torch.cat([part.increments for part in parts], dim=1), parts[0].sigmas)
+        Evidence(
+            torch.cat([part.increments for part in parts], dim=1),
+            torch.cat([part.energies for part in parts], dim=1),
+            parts[0].sigmas,
+        )
         for parts in zip(*found, strict=True)
     ]
     return joined, torch.cat(drawn)

@@ -25,7 +25,7 @@ from dng_core.calibration_files import ModelCalibration, load_calibration, save_
 from dng_core.guidance import NegativeGuidance
 from dng_core.kernels import ReverseKernel
 from dng_core.oracle import GaussianMixture
-from dng_core.posterior import drift_evidence
+from dng_core.posterior import ERRORS, drift_along, drift_evidence
 from dng_core.sampling import ddpm_sample
 from dng_core.schedules import karras_sigmas
 from dng_core.settings import Settings
@@ -65,10 +65,15 @@ alternatives = cache(recorded)
 
 
 def changed(evidence: Sequence[Evidence], factor: float = 1.0, sinking: bool = False) -> list[Evidence]:
-    """Evidence of a model that errs in a known way: too strong by a factor, or sinking by SINKING."""
+    """Evidence of a model that errs in a known way: too strong by a factor, or sinking by SINKING.
+
+    The energy of its predictions is so large that all of the loss may be errors.
+    """
     curve = Settings(drift=SINKING if sinking else ())
-    lost = torch.tensor([drift_evidence(curve, kernel) for kernel in evidence[0].kernels], dtype=torch.float64)
-    return [Evidence(factor * e.increments - lost[:, None], e.sigmas) for e in evidence]
+    lost = torch.tensor([drift_along(curve, kernel) for kernel in evidence[0].kernels], dtype=torch.float64)[:, None]
+    return [
+        Evidence(factor * e.increments - lost, factor**2 * e.energies + lost * 2 / ERRORS, e.sigmas) for e in evidence
+    ]
 
 
 def test_a_course_is_what_those_settings_track_along_the_run():
@@ -83,11 +88,19 @@ def test_a_course_is_what_those_settings_track_along_the_run():
 def test_drift_is_the_same_over_many_jumps_as_over_one():
     settings = Settings(drift=((20.0, 0.0), (1.0, 1.5), (0.3, 1.0)))
     levels = [100.0, 20.0, 7.0, 3.0, 0.9, 0.5, 0.3, 0.01]
-    steps = [drift_evidence(settings, ReverseKernel(start, end)) for start, end in pairwise(levels)]
-    assert sum(steps) == pytest.approx(drift_evidence(settings, ReverseKernel(100.0, 0.01))) == 1.0
+    steps = [drift_along(settings, ReverseKernel(start, end)) for start, end in pairwise(levels)]
+    assert sum(steps) == pytest.approx(drift_along(settings, ReverseKernel(100.0, 0.01))) == 1.0
     assert steps[0] == steps[-1] == 0.0
-    assert drift_evidence(settings, ReverseKernel(math.inf, 1.0)) == 1.5
-    assert drift_evidence(settings, ReverseKernel(5.0, 0.0)) == pytest.approx(1.0 - 1.5 * math.log(4) / math.log(20))
+    assert drift_along(settings, ReverseKernel(math.inf, 1.0)) == 1.5
+    assert drift_along(settings, ReverseKernel(5.0, 0.0)) == pytest.approx(1.0 - 1.5 * math.log(4) / math.log(20))
+
+
+def test_no_jump_is_given_back_more_than_its_energy_allows():
+    settings = Settings(drift=((10.0, 0.0), (1.0, 3.0), (0.1, 2.0)))
+    energy = torch.tensor([0.0, 1.0, 6.0, 100.0])
+    assert drift_evidence(settings, ReverseKernel(10.0, 1.0), energy).tolist() == [0.0, 0.25, 1.5, 3.0]
+    assert drift_evidence(settings, ReverseKernel(1.0, 0.1), energy) == -1.0
+    assert drift_evidence(Settings(), ReverseKernel(10.0, 1.0), energy) == 0.0
 
 
 @pytest.mark.parametrize("points", [((1.0, 0.0), (2.0, 1.0)), ((1.0, math.nan),), ((math.inf, 0.0),), ((0.0, 1.0),)])
@@ -170,17 +183,27 @@ def test_a_concept_that_cannot_appear_is_not_seen(seed):
 
 
 def test_two_conditions_that_the_model_hardly_tells_apart_are_said_to_be_so():
-    evidence = Evidence(0.01 * torch.randn(20, 32, dtype=torch.float64), tuple(karras_sigmas(21, 0.01, 100.0)))
+    increments = 0.01 * torch.randn(20, 32, dtype=torch.float64)
+    evidence = Evidence(increments, torch.full_like(increments, 1e-4), tuple(karras_sigmas(21, 0.01, 100.0)))
     share = share_of(evidence, EXACT)
     assert not share.told_apart
     assert "cannot tell" in share_explained(share, outlook(evidence, Settings()), Settings())
+
+
+@pytest.mark.parametrize(("energy", "lifted"), [(1e-3, 0.01), (1.0, 5.0), (100.0, 6.0)])
+def test_a_drift_measured_on_large_concepts_does_not_lift_a_small_one(energy, lifted):
+    """Six nats of drift over twenty jumps, on predictions that differ by so much, and say nothing."""
+    nothing, sigmas = torch.zeros(20, 1, dtype=torch.float64), tuple(karras_sigmas(21, 1.0, 100.0))
+    evidence = Evidence(nothing, torch.full_like(nothing, energy), sigmas)
+    course = track(evidence, Settings(prior=1e-4, drift=((100.0, 0.0), (1.0, 6.0))))
+    assert math.log(float(course[-1]) / 1e-4) == pytest.approx(lifted, abs=0.01 if energy != 1 else 1.0)
 
 
 def test_the_outlook_counts_who_is_pushed_how_hard_and_when():
     increments = torch.zeros(10, 4, dtype=torch.float64)
     increments[3, 0], increments[5, 1] = 2.0, 1.5
     settings = Settings(prior=0.2, guidance_scale=2.0, max_scale=5.0)
-    seen = outlook(Evidence(increments, tuple(karras_sigmas(11, 0.01, 100.0))), settings)
+    seen = outlook(Evidence(increments, torch.zeros(10, 4), tuple(karras_sigmas(11, 0.01, 100.0))), settings)
     assert (seen.images, seen.pushed) == (4, 2)
     assert seen.on_at in (0.4, 0.6)
     assert seen.scale == 5.0
@@ -189,10 +212,10 @@ def test_the_outlook_counts_who_is_pushed_how_hard_and_when():
 
 def test_what_is_too_little_or_not_finite_is_refused():
     evidence = alternatives(200)[0]
-    few = [Evidence(e.increments[:, :7], e.sigmas) for e in evidence]
+    few = [Evidence(e.increments[:, :7], e.energies[:, :7], e.sigmas) for e in evidence]
     with pytest.raises(ValueError, match="at least 8 images, not 7"):
         calibrate(few)
-    short = [Evidence(e.increments[:5], e.sigmas[:6]) for e in evidence]
+    short = [Evidence(e.increments[:5], e.energies[:5], e.sigmas[:6]) for e in evidence]
     with pytest.raises(ValueError, match="at least 8 steps, not 6"):
         calibrate(short)
     with pytest.raises(ValueError, match="alternatives are at least two"):
@@ -207,7 +230,7 @@ def test_what_is_too_little_or_not_finite_is_refused():
     broken[6, 3] = math.nan
     for refuse in (lambda e: calibrate([e, evidence[1]]), lambda e: share_of(e, EXACT)):
         with pytest.raises(ValueError, match="NaN or infinite at step 7 of 200"):
-            refuse(Evidence(broken, evidence[0].sigmas))
+            refuse(Evidence(broken, evidence[0].energies, evidence[0].sigmas))
 
 
 FOUND = Calibration(0.5, ((80.0, 0.0), (1.0, 2.5)), 0.3, 0.6, 64, 30)

@@ -135,7 +135,9 @@ def test_calling_again_at_the_first_point_keeps_its_posterior_and_more_noise_sta
     for sigma, start in ((4.0, 0.7), (9.0, 0.3)):
         walk = Walk([4.0, 2.0, 1.0])
         a, b = script.point(), script.point()
-        first = PathPoint(4.0, torch.full((3,), math.log(0.7)), torch.zeros(3), True, Call(a[0], 4.0, *a[1:]))
+        first = PathPoint(
+            4.0, torch.full((3,), math.log(0.7)), torch.zeros(3), torch.zeros(3), True, Call(a[0], 4.0, *a[1:])
+        )
         walk.path = Path((first,))
         walk.visit(b, 2.0)
         assert walk.visit(a, sigma).exp().tolist() == pytest.approx([start] * 3)
