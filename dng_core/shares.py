@@ -48,6 +48,10 @@ class Share:
         """Whether the model tells images with the concept from images without."""
         return self.undecided < UNDECIDED
 
+    def prior(self, least: float) -> float:
+        """The prior to guide by: the share, and ``least``, by which guidance stays off, where it is not known."""
+        return max(self.mean, least) if self.told_apart else least
+
 
 def share_of(evidence: Evidence, calibration: Calibration) -> Share:
     """The share of images that show a concept, from one unguided run of a calibrated model.
@@ -106,7 +110,8 @@ def share_explained(share: Share, seen: Outlook, settings: Settings) -> str:
     if not share.told_apart:
         lines = [
             "**The model cannot tell** images that show this from images that do not: the posterior hardly moves from "
-            "its first value. Name it in other words, or use the reference *positive* with a joint negative."
+            f"its first value. The prior is {settings.prior:.2g}, so that guidance stays off. Name it in other words, "
+            "or use the reference *positive* with a joint negative."
         ]
     elif not share.seen:
         lines = [

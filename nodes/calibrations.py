@@ -6,7 +6,9 @@ from pathlib import Path
 import folder_paths
 
 from ..dng_core.calibration_files import ModelCalibration, load_calibration, save_calibration
+from ..dng_core.models.picture_book.weights import FULL_NAME
 from ..dng_core.models.weight_files import shipped_calibrations
+from .picture_book import PictureBookModel
 from .pixel_models import PixelModel
 
 REMEDY = "connect the calibration of this model and size, from Load Calibration (DNG) or Calibrate Model (DNG)"
@@ -15,13 +17,15 @@ SHIPPED_PREFIX = "shipped: "
 
 
 def model_name(model) -> str:
-    """What a MODEL is to a calibration: a pixel model's name, or its kind, prediction and number of parameters.
+    """What a MODEL is to a calibration: the name of one of our own, or its kind, prediction and number of parameters.
 
     Checkpoints of one architecture share a name, and models that differ by a LoRA too.
     """
     inner = model.model
     if isinstance(inner, PixelModel):
         return inner.info.full_name
+    if isinstance(inner, PictureBookModel):
+        return FULL_NAME
     parameters = sum(parameter.numel() for parameter in inner.diffusion_model.parameters())
     return f"{type(inner).__name__}, {inner.model_type.name}, {parameters} parameters"
 

@@ -1,4 +1,4 @@
-"""``dng calibrate``: measures temperature and drift of a label-conditional denoiser on its own unguided images."""
+"""``dng calibrate``: measures temperature and drift of a denoiser, or of the picture book, on unguided images."""
 
 import argparse
 import sys
@@ -9,6 +9,9 @@ from tqdm import tqdm
 from ..calibration import explained
 from ..calibration_files import save_calibration
 from ..studies.calibrating import calibrated_denoiser
+from ..studies.picture_book.calibrating import calibrated_book
+
+BOOK = "picture_book"  # the shipped text-to-image model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "how much its posterior sinks. A file NAME.calibration.json beside the weights NAME.safetensors is what "
         "`calibrated = true` in an experiment reads."
     )
-    parser.add_argument("denoiser", help="a shipped denoiser (mnist, mnist_v) or a file of `dng train`")
+    parser.add_argument("denoiser", help=f"a shipped denoiser (mnist …), a file of `dng train`, or {BOOK}")
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
     parser.add_argument("--images", type=int, default=64, help="images to draw (default: 64)")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
@@ -29,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure, write and explain; returns 1, with a message, if that cannot be done."""
     try:
         with tqdm(total=args.images, unit="image") as bar:
-            measured = calibrated_denoiser(args.denoiser, args.images, args.steps, args.seed, bar.update)
+            run = (args.images, args.steps, args.seed, bar.update)
+            measured = calibrated_book(*run) if args.denoiser == BOOK else calibrated_denoiser(args.denoiser, *run)
         save_calibration(args.output, measured)
     except (OSError, ValueError) as error:
         print(f"dng calibrate: {error}", file=sys.stderr)

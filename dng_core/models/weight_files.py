@@ -74,13 +74,14 @@ def shipped_denoisers() -> dict[str, Path]:
 
 
 def shipped_calibrations() -> dict[str, Path]:
-    """The calibrations of the shipped denoisers that have one: name -> file."""
-    files = {name: calibration_of(path) for name, path in shipped_denoisers().items()}
-    return {name: path for name, path in files.items() if path.is_file()}
+    """The calibrations that come with the project, of denoisers and of the picture book: name -> file."""
+    ending = ".calibration.json"
+    files = sorted(SHIPPED.glob(f"*{ending}"))
+    return {path.name.removesuffix(ending).removesuffix("_denoiser"): path for path in files}
 
 
 def calibration_of(weights: Path) -> Path:
-    """Where the calibration of a denoiser lies: beside its weights."""
+    """Where the calibration of a model lies: beside its weights."""
     return weights.with_suffix(".calibration.json")
 
 

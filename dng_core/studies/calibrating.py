@@ -49,15 +49,19 @@ def record(
         drawn.append(ddpm_sample(EveryLabel(network, chain), noise, levels, guidance, generator))
         found.append(evidence_of(guidance))
         progress(size)
-    joined = [
+    return joined(found), torch.cat(drawn)
+
+
+def joined(batches: Sequence[Sequence[Evidence]]) -> list[Evidence]:
+    """The evidence of each concept in all batches of one run."""
+    return [
         Evidence(
             torch.cat([part.increments for part in parts], dim=1),
             torch.cat([part.energies for part in parts], dim=1),
             parts[0].sigmas,
         )
-        for parts in zip(*found, strict=True)
+        for parts in zip(*batches, strict=True)
     ]
-    return joined, torch.cat(drawn)
 
 
 def calibrated_denoiser(

@@ -9,6 +9,7 @@ from dng_core.cli.main import main
 from dng_core.models.weight_files import shipped_calibrations, shipped_denoisers
 from dng_core.studies import calibrating
 from dng_core.studies.experiment import read_experiment
+from dng_core.studies.picture_book.sampling import LATENT
 
 EXPERIMENT = """
 name = "one"
@@ -29,10 +30,10 @@ def experiment(folder: Path, denoiser: str = "mnist", calibrated: str = "true") 
 
 
 def test_every_shipped_denoiser_has_a_calibration_of_its_own():
-    assert shipped_calibrations().keys() == shipped_denoisers().keys()
-    for path in shipped_calibrations().values():
-        measured = load_calibration(path)
-        assert measured.shape == (1, 28, 28)
+    shipped = {name: load_calibration(path) for name, path in shipped_calibrations().items()}
+    assert shipped.keys() == {*shipped_denoisers(), "picture_book"}
+    for name, measured in shipped.items():
+        assert measured.shape == (LATENT if name == "picture_book" else (1, 28, 28))
         assert 0.2 < measured.calibration.temperature < 1
 
 
@@ -42,6 +43,13 @@ def test_the_command_measures_writes_and_explains(tmp_path, capsys):
     measured = load_calibration(output)
     assert (measured.model, measured.calibration.images) == ("pixel model mnist, epsilon", 8)
     assert "Measured on 8 images of 8 steps" in capsys.readouterr().out
+
+
+def test_the_command_measures_the_picture_book_on_its_places(tmp_path):
+    output = tmp_path / "found.json"
+    assert main(["calibrate", "picture_book", "--output", str(output), "--images", "17", "--steps", "8"]) == 0
+    measured = load_calibration(output)
+    assert (measured.model, measured.shape, measured.calibration.images) == ("picture book", LATENT, 17)
 
 
 def test_the_command_refuses_what_it_cannot_measure(tmp_path, capsys):

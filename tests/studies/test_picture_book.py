@@ -6,7 +6,6 @@ import json
 import math
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 
 from dng_core.baselines import perp_neg
+from dng_core.calibration import EXACT
 from dng_core.cli import experiment
 from dng_core.headless.lock import exclusive
 from dng_core.models.picture_book.judge import Verdict
@@ -27,6 +27,7 @@ from dng_core.models.picture_book.words import split
 from dng_core.oracle import GaussianMixture
 from dng_core.sampling import ddpm_sample
 from dng_core.schedules import DDPMSchedule, karras_sigmas
+from dng_core.shares import Share
 from dng_core.studies.metrics import wilson_interval
 from dng_core.studies.picture_book import measures, methods, study
 from dng_core.studies.picture_book.averages import averaged
@@ -207,11 +208,15 @@ def test_several_things_are_several_concepts(book):
 def test_calibration_takes_the_share_that_an_unguided_run_shows(book, monkeypatch):
     case, method = Case("related", "a park by day", ("flower",)), METHODS["dng_calibrated"].at(2.0)
     chain = DDPMSchedule.named("linear")
-    found = calibrated(book, chain, case, method, 3.0, steps=3, images=2, seed=0)
-    assert found == replace(method, settings=replace(method.settings, prior=found.settings.prior))
-    for share, prior in ((0.0, methods.LEAST_PRIOR), (1.0, method.settings.p_max)):
-        monkeypatch.setattr(methods, "share_of", lambda *_, mean=share: SimpleNamespace(mean=mean))
-        assert calibrated(book, chain, case, method, 3.0, steps=3, images=2, seed=0).settings.prior == prior
+    drawn, model = (
+        (book, chain, case, method, 3.0, 3, 2, 0),
+        replace(EXACT, temperature=0.5, drift=((8.0, 0.0), (1.0, 2.0))),
+    )
+    for share, told_apart, prior in ((0.0, 0.1, 0.001), (0.3, 0.1, 0.3), (1.0, 0.1, 0.99), (0.5, 0.9, 0.001)):
+        monkeypatch.setattr(methods, "share_of", lambda *_, mean=share, open=told_apart: Share(mean, 0, 1, 2, open))
+        found = calibrated(*drawn, model)
+        assert found == replace(method, settings=model.applied(method.settings.with_(prior=prior)))
+        assert (found.settings.temperature, found.settings.guidance_scale) == (0.5, 2.0)
 
 
 def seen(pictures, things):

@@ -14,6 +14,7 @@ from .scenes import PLACES, THINGS, TIMES
 from .words import WORDS
 
 KIND, JUDGE_KIND = "picture_book", "picture_book_judge"
+FULL_NAME = "picture book"  # what its calibration calls it
 SHIPPED_PICTURE_BOOK = SHIPPED / "picture_book.safetensors"
 SHIPPED_JUDGE = SHIPPED / "picture_book_judge.safetensors"
 

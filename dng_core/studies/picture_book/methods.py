@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ...baselines import ContrastiveCFG, NegativePrompting, PerpNeg, SafeLatentDiffusion, perp_neg
-from ...calibration import EXACT as EXACT_MODEL
-from ...calibration import evidence_of
+from ...calibration import Calibration, evidence_of
 from ...guidance import Guidance, NegativeGuidance, Trace
 from ...methods import MethodSettings, guidance_by
 from ...models.picture_book.networks import PictureBook
@@ -31,7 +30,8 @@ class Method:
     stock: the things are the negative prompt, D_neg + cfg (D_pos - D_neg), which does nothing at cfg 1.
     joint: the undesired prediction is of the prompt and the thing together, and is compared with the prompt's.
         Otherwise it is of the thing alone, compared with the empty prompt's (at cfg 1 with the prompt's).
-    calibrated: the prior is the share that Calibrate measures in an unguided run of the case.
+    calibrated: temperature and drift are the model's, and the prior is the share that Calibrate measures in an
+        unguided run of the case.
     """
 
     settings: MethodSettings | PerpNeg | None = None
@@ -125,9 +125,17 @@ def guided(
 
 
 def calibrated(
-    book: PictureBook, chain: DDPMSchedule, case: Case, method: Method, cfg: float, steps: int, images: int, seed: int
+    book: PictureBook,
+    chain: DDPMSchedule,
+    case: Case,
+    method: Method,
+    cfg: float,
+    steps: int,
+    images: int,
+    seed: int,
+    model: Calibration,
 ) -> Method:
-    """The method with the prior that one unguided run shows: the share of the first thing to avoid."""
+    """The method by the calibration ``model``, with the prior that an unguided run shows of the first thing."""
     if not isinstance(method.settings, Settings):
         raise ValueError("only DNG's settings can be calibrated")
     levels = ddpm_sigmas(chain, steps)
@@ -135,6 +143,5 @@ def calibrated(
     noise, generator = starting_noise(0, images, seed, LATENT)
     sample(run, noise, levels, "euler_ancestral", generator)
     assert isinstance(run.guidance, NegativeGuidance)
-    share = share_of(evidence_of(run.guidance)[0], EXACT_MODEL).mean
-    prior = min(max(share, LEAST_PRIOR), method.settings.p_max)
-    return replace(method, settings=replace(method.settings, prior=prior))
+    prior = share_of(evidence_of(run.guidance)[0], model).prior(LEAST_PRIOR)
+    return replace(method, settings=model.applied(method.settings.with_(prior=min(prior, method.settings.p_max))))

@@ -17,10 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...baselines import PerpNeg
+from ...calibration import EXACT
+from ...calibration_files import load_calibration
 from ...files import write_json, write_whole
 from ...guidance import Trace
 from ...methods import MethodSettings
 from ...models.picture_book.weights import SHIPPED_JUDGE, SHIPPED_PICTURE_BOOK, load_judge, load_picture_book
+from ...models.weight_files import calibration_of
 from ...schedules import DDPMSchedule, ddpm_sigmas
 from ..class_removal import starting_noise
 from .cases import CASES, Case
@@ -97,14 +100,20 @@ class Plan:
 
 
 class Study:
-    """Draws and measures points. Their rows, and strips of their first pictures, are kept in ``folder``."""
+    """Draws and measures points. Their rows, and strips of their first pictures, are kept in ``folder``.
+
+    ``weights``: of another picture book than the shipped one. Its calibration is the file beside them, if any.
+    """
 
     def __init__(self, plan: Plan, folder: Path, weights: Path | None = None) -> None:
         self.plan, self.folder = plan, folder
         path = weights or SHIPPED_PICTURE_BOOK
         self.book, info = load_picture_book(path)
         self.judge, self.chain = load_judge(), DDPMSchedule.named(info.schedule)
-        self._weights = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in (path, SHIPPED_JUDGE)]
+        measured = calibration_of(path)
+        self.calibration = load_calibration(measured).calibration if measured.is_file() else EXACT
+        files = [path, SHIPPED_JUDGE, *([measured] if measured.is_file() else [])]
+        self._weights = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
         self._unguided: dict[Point, Drawn] = {}
         (folder / "rows").mkdir(parents=True, exist_ok=True)
 
@@ -198,7 +207,8 @@ class Study:
         if method.calibrated:
             images = min(CALIBRATION_IMAGES, point.images)
             seed = point.seed + CALIBRATION_SEED
-            method = calibrated(self.book, self.chain, point.case, method, point.cfg, point.steps, images, seed)
+            run = (point.case, method, point.cfg, point.steps, images, seed)
+            method = calibrated(self.book, self.chain, *run, self.calibration)
         levels, began = ddpm_sigmas(self.chain, point.steps), time.monotonic()
         parts: list[Tensor] = []
         traces: list[Trace] = []
