@@ -192,6 +192,14 @@ def test_dngs_nodes_agree_on_the_book(graph):
     assert torch.equal(graph.avoid("a flower", settings={"guidance_scale": 0.0})[0], unguided)
 
 
+def test_the_shipped_calibration_is_of_the_book_and_of_no_other_model(graph, bench, pack):
+    calibrations = importlib.import_module(pack.__name__ + ".nodes.calibrations")
+    measured = calibrations.load("shipped: picture_book")
+    measured.check(calibrations.model_name(graph.model), tuple(graph.draw().shape[1:]), "")
+    with pytest.raises(ValueError, match="the calibration is of the model 'picture book', and this is"):
+        measured.check(calibrations.model_name(bench.model("epsilon")), (48, 16, 16), "")
+
+
 def test_a_joint_negative_holds_both_prompts(graph, pack, book):
     joint = importlib.import_module(pack.__name__ + ".nodes.concepts").JointNegative
     positive, negative = joint.execute(graph.clip, "a park by day", "a flower").args
