@@ -147,3 +147,10 @@ def frontend(browser: Any, comfyui_server: Server) -> Iterator[Frontend]:
     context = browser.new_context(viewport=VIEWPORT)
     yield Frontend(context, comfyui_server)
     context.close()
+
+
+@pytest.fixture(scope="module")
+def definitions(frontend: Frontend) -> dict[str, Any]:
+    """The nodes of this pack, as ComfyUI describes them to the front end."""
+    everything = frontend.get("/object_info")
+    return {name: node for name, node in everything.items() if node["python_module"].endswith(PACK_NAME)}

@@ -52,13 +52,6 @@ WITHOUT_ROOT = """() => {
 templates = pytest.mark.parametrize("name", TEMPLATES)
 
 
-@pytest.fixture(scope="module")
-def definitions(frontend: Frontend) -> dict[str, Any]:
-    """The nodes of this pack, as ComfyUI describes them to the front end."""
-    everything = frontend.get("/object_info")
-    return {name: node for name, node in everything.items() if node["python_module"].endswith(PACK_NAME)}
-
-
 def inputs_of(definition: dict[str, Any]) -> dict[str, list]:
     return {**definition["input"].get("required", {}), **definition["input"].get("optional", {})}
 
