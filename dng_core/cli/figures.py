@@ -236,6 +236,13 @@ def mnist(args: argparse.Namespace) -> Iterator[Row]:
         yield from mnist_figure(server, pack / WORKFLOW, args.samples, kept_in(args))
 
 
+def help_pictures(args: argparse.Namespace) -> Iterator[Row]:
+    from ..headless.figures.help_pictures import help_figure
+
+    with server_with_pack(args) as (server, pack):
+        yield from help_figure(server, pack / WORKFLOW.parent, args.output / args.figure)
+
+
 def live_chart(args: argparse.Namespace) -> Iterator[Row]:
     from ..headless.figures.cost_figures import live_chart_figure
 
@@ -344,6 +351,7 @@ FIGURES = {
         "exact_figures.unrelated_figure",
         ("euler_ancestral",),
     ),
+    "help": Figure("the pictures on the nodes' help pages, in the folder help", help_pictures),
     "start": Figure("what the pack adds to ComfyUI's start", start),
     "live-chart": Figure("what the live chart adds to a 30-step MNIST run", live_chart, 16),
 }

@@ -11,7 +11,7 @@ import pytest
 
 from dng_core.cli import figures
 from dng_core.headless.errors import HeadlessError
-from dng_core.headless.figures import comfyui_figures, cost_figures, exact_figures, sampler_matrix
+from dng_core.headless.figures import comfyui_figures, cost_figures, exact_figures, help_pictures, sampler_matrix
 from dng_core.studies import calibrating, evidence_figures, network_figures, oracle_figures
 from dng_core.studies.picture_book import figure as book_figure
 
@@ -59,7 +59,7 @@ def test_every_figure_finds_the_function_that_measures_it(tmp_path, monkeypatch,
     monkeypatch.setattr(figures, "comfyui_and_pack", lambda args: ("location", Path("pack")))
     monkeypatch.setattr(figures, "write_matrix", lambda args, table: [])
     local = (calibrating, evidence_figures, network_figures, oracle_figures, book_figure)
-    for module in (comfyui_figures, cost_figures, exact_figures, sampler_matrix, *local):
+    for module in (comfyui_figures, cost_figures, exact_figures, help_pictures, sampler_matrix, *local):
         for name, function in vars(module).items():
             if name.endswith("_figure"):
                 monkeypatch.setattr(module, name, Measured(name, inspect.signature(function)))
