@@ -111,7 +111,9 @@ def test_a_tag_publishes_this_project_and_nothing_else_does() -> None:
 
 def test_the_archive_has_what_comfyui_loads_and_no_tests(archive: set[str]) -> None:
     needed = {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "nodes/__init__.py"}
-    needed |= {"web/live_chart.js", "workflows/mnist_class_removal.json", "workflows/mnist_class_removal.jpg"}
+    needed |= {"web/live_chart.js", "web/translated_tooltips.js", "web/docs/KSamplerDNG.md"}
+    needed |= {"web/docs/KSamplerDNG/zh.md", "web/docs/images/compare.png"}
+    needed |= {"locales/zh/nodeDefs.json", "workflows/mnist_class_removal.json", "workflows/mnist_class_removal.jpg"}
     weights = "dng_core/models/weights"
     needed |= {f"{weights}/mnist_denoiser.safetensors", f"{weights}/mnist_classifier.safetensors"}
     assert needed <= archive
