@@ -11,7 +11,7 @@ from .conftest import Frontend
 
 LOCALES = Path(__file__).resolve().parents[2] / "locales"
 LANGUAGES = sorted(folder.name for folder in LOCALES.iterdir() if folder.name != "en")  # test_frontend.py has English
-UNTRANSLATED = "de"  # the front end has it, and the pack does not
+UNTRANSLATED = "es"  # the front end has it, and the pack does not
 LOCALE = "(language) => app.extensionManager.setting.set('Comfy.Locale', language)"
 HELP = ".node-help-content .markdown-content"
 ALONE = """(name) => {
@@ -72,7 +72,8 @@ def test_nodes_show_their_names_inputs_and_outputs(
         inputs = {key: label for key, label in shown.items() if key.replace(".", "_") in known}
         assert {key: label for key, label in inputs.items() if label != known[key.replace(".", "_")]} == {}, name
         assert len(inputs) >= len([key for key in known if not key.startswith("settings_")]), name
-        assert outputs <= set(shown.values()), name
+        if language in LANGUAGES:  # the front end itself names the outputs that are called by their types
+            assert outputs <= set(shown.values()), name
     frontend.tab.evaluate(ALONE, "KSamplerDNG")
     frontend.tab.wait_for_timeout(1000)
     frontend.picture(f"language_{language}")
