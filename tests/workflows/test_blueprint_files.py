@@ -2,6 +2,7 @@
 
 import json
 import urllib.request
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,8 @@ def test_a_blueprints_nodes_are_known_and_wired_and_do_not_overlap(path: Path, c
     inputs, outputs = subgraph["inputs"], subgraph["outputs"]
     assert all(slot["linkIds"] for slot in [*inputs, *outputs])
     assert {node["type"] for node in subgraph["nodes"]} <= set(definitions)
-    boxes = [(*node["pos"], *node["size"]) for node in subgraph["nodes"]]
-    for index, (x, y, width, height) in enumerate(boxes):
-        for x0, y0, wide, tall in boxes[index + 1 :]:
-            assert (
-                x + width <= x0 or x0 + wide <= x or y + height <= y0 - TITLE_HEIGHT or y0 + tall <= y - TITLE_HEIGHT
-            )
+    for one, other in combinations(subgraph["nodes"], 2):
+        (x, y), (width, height) = one["pos"], one["size"]
+        (x0, y0), (wide, tall) = other["pos"], other["size"]
+        beside = x + width <= x0 or x0 + wide <= x
+        assert beside or y + height <= y0 - TITLE_HEIGHT or y0 + tall <= y - TITLE_HEIGHT

@@ -25,6 +25,14 @@ WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
 ANY_TYPE = "*"
 TITLE_HEIGHT = 30
+LOADERS = {
+    "CheckpointLoaderSimple": ("ckpt_name", "checkpoints"),
+    "UNETLoader": ("unet_name", "diffusion_models"),
+    "CLIPLoader": ("clip_name", "text_encoders"),
+    "VAELoader": ("vae_name", "vae"),
+}
+"""Of each loader, the input that names a file, and the folder that the file belongs in."""
+
 PICTURE_BYTES = 200_000
 MACHINE_PATH = re.compile(r"://|(?:^|[\s\"'(=])(?:~/|/[\w.-]+|[A-Za-z]:[\\/])")
 
@@ -183,15 +191,42 @@ def test_files_name_no_path_of_a_machine_and_no_address_but_a_models(path: Path)
     assert [text for text in strings(read(path)) if text not in models and MACHINE_PATH.search(text)] == []
 
 
-@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
-def test_a_checkpoints_loader_says_where_its_file_can_be_had(path: Path) -> None:
+@graphs
+def test_a_loader_says_where_its_file_can_be_had(path: Path) -> None:
     """As the templates of ComfyUI do, so that its dialog on missing models can offer the download."""
     for node in read(path)["nodes"]:
-        if node["type"] == "CheckpointLoaderSimple":
+        if node["type"] in LOADERS:
             (model,) = node["properties"]["models"]
-            assert [model["name"]] == node["widgets_values"]
-            assert model["directory"] == "checkpoints"
+            assert model["name"] == node["widgets_values"][0]
+            assert model["directory"] == LOADERS[node["type"]][1]
             assert model["url"].startswith("https://") and model["name"] in model["url"]
+
+
+@graphs
+def test_app_mode_shows_inputs_and_outputs_that_the_graph_has(path: Path, definitions: dict[str, Any]) -> None:
+    """The front end drops, without a word, what it does not find. MNIST's class removal has no app: its digit is to
+    be chosen in four nodes."""
+    graph = read(path)
+    nodes = {str(node["id"]): node for node in graph["nodes"]}
+    app = graph["extra"].get("linearData")
+    assert (app is None) == (path.stem == "mnist_class_removal")
+    if app is not None:
+        assert app["inputs"] and app["outputs"]
+        for node, name in app["inputs"]:
+            assert name in widgets(nodes[node], definitions), (node, name)
+        shown = [slot.get("label", name) for node, name in app["inputs"] for slot in nodes[node]["inputs"]
+                 if slot["name"] == name]  # fmt: skip
+        assert len(set(shown)) == len(app["inputs"])
+        assert all(definitions[nodes[node]["type"]]["output_node"] for node in app["outputs"])
+
+
+@graphs
+def test_the_seed_of_an_app_is_the_only_one(path: Path) -> None:
+    """Runs that are compared draw from one seed, which App mode could not change in all of them."""
+    graph = read(path)
+    shown = [name for _, name in graph["extra"].get("linearData", {}).get("inputs", [])]
+    samplers = [node for node in nodes_of(graph) if "Sampler" in node["type"]]
+    assert not {"seed", "noise_seed"} & set(shown) or len(samplers) == 1 or path.stem == "wan_2_2_two_stages"
 
 
 def test_comfyuis_template_browser_lists_every_graph_with_its_picture(comfyui_server: Server) -> None:
@@ -206,19 +241,20 @@ def test_comfyuis_template_browser_lists_every_graph_with_its_picture(comfyui_se
 
 
 @prompts
-def test_comfyui_takes_a_prompt_but_for_a_missing_checkpoint(path: Path, comfyui_server: Server) -> None:
+def test_comfyui_takes_a_prompt_but_for_missing_files(path: Path, comfyui_server: Server) -> None:
     prompt = load_workflow(path)
-    loaders = [key for key, node in prompt.items() if node["class_type"] == "CheckpointLoaderSimple"]
+    loaders = {key: node["class_type"] for key, node in prompt.items() if node["class_type"] in LOADERS}
     if loaders:
         # Named so that no machine has it: what is validated is never run.
-        absent = "a-checkpoint-that-nobody-has.safetensors"
-        set_inputs(prompt, [f"{loader}.ckpt_name={absent}" for loader in loaders])
+        absent = "a-file-that-nobody-has.safetensors"
+        set_inputs(prompt, [f"{key}.{LOADERS[loader][0]}={absent}" for key, loader in loaders.items()])
         with pytest.raises(HeadlessError) as caught:
             run_workflow(comfyui_server, prompt)
         objections = [line for line in str(caught.value).splitlines() if "(node " in line]
         assert len(objections) == len(loaders)
-        for loader, objection in zip(loaders, objections, strict=True):
-            assert f"(node {loader}, CheckpointLoaderSimple): Value not in list: ckpt_name" in objection
+        for key, loader in loaders.items():
+            (objection,) = (line for line in objections if f"(node {key}, " in line)
+            assert f"(node {key}, {loader}): Value not in list: {LOADERS[loader][0]}" in objection
             assert absent in objection
         return
 
