@@ -114,6 +114,7 @@ def test_the_archive_has_what_comfyui_loads_and_no_tests(archive: set[str]) -> N
     needed |= {"web/live_chart.js", "web/translated_tooltips.js", "web/docs/KSamplerDNG.md"}
     needed |= {"web/docs/KSamplerDNG/zh.md", "web/docs/images/compare.png"}
     needed |= {"locales/zh/nodeDefs.json", "workflows/mnist_class_removal.json", "workflows/mnist_class_removal.jpg"}
+    needed |= {f"subgraphs/{path.name}" for path in (ROOT / "subgraphs").glob("*.json")}
     weights = "dng_core/models/weights"
     needed |= {f"{weights}/mnist_denoiser.safetensors", f"{weights}/mnist_classifier.safetensors"}
     assert needed <= archive

@@ -16,27 +16,29 @@ import torch
 FOLDER = Path(__file__).resolve().parents[2] / "workflows" / "api"
 # Where ComfyUI keeps the nodes of these templates that are not in nodes.py.
 EXTRAS = ("nodes_sd3", "nodes_model_advanced", "nodes_hunyuan", "nodes_video")
+OWN = ("sampling", "concepts", "plot")
 SAVERS = ("SaveImage", "SaveVideo")
 SMALL = {"width": 64, "height": 64, "length": 9, "steps": 4}
-# In proportion to the real one: its norm of queries and keys, its modulation and its time scale.
+# The real one but for its size: its modulation needs a width of at least 256.
 Z_IMAGE = {
     "image_model": "lumina2",
     "patch_size": 2,
     "in_channels": 16,
-    "dim": 48,
+    "dim": 256,
     "cap_feat_dim": 16,
     "n_layers": 2,
     "n_refiner_layers": 1,
     "qk_norm": True,
-    "n_heads": 2,
-    "n_kv_heads": 2,
+    "n_heads": 8,
+    "n_kv_heads": 8,
     "multiple_of": 16,
-    "axes_dims": [8, 8, 8],
+    "axes_dims": [8, 12, 12],
     "axes_lens": [512, 64, 64],
     "rope_theta": 256.0,
     "ffn_dim_multiplier": 8.0 / 3.0,
     "z_image_modulation": True,
     "time_scale": 1000.0,
+    "pad_tokens_multiple": 32,
 }
 
 
@@ -47,13 +49,13 @@ class Template:
         self.prompt = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
         self.models, self.clip, self.vae = iter(models), networks.small_clip(), vae
         self.classes = dict(importlib.import_module("nodes").NODE_CLASS_MAPPINGS)
-        extras = [vars(importlib.import_module(f"comfy_extras.{extra}")).values() for extra in EXTRAS]
-        own = [
-            importlib.import_module(f"{pack.__name__}.nodes.{part}").NODES for part in ("sampling", "concepts", "plot")
-        ]
-        for node in (node for part in (*extras, *own) for node in part):
-            if hasattr(node, "GET_SCHEMA") and hasattr(node, "execute") and node.__module__ != "comfy_api.latest._io":
-                self.classes[node.GET_SCHEMA().node_id] = node
+        modules = [importlib.import_module(f"comfy_extras.{extra}") for extra in EXTRAS]
+        modules += [importlib.import_module(f"{pack.__name__}.nodes.{part}") for part in OWN]
+        for module in modules:
+            self.classes |= getattr(module, "NODE_CLASS_MAPPINGS", {})
+            for node in vars(module).values():
+                if getattr(node, "__module__", "") == module.__name__ and hasattr(node, "GET_SCHEMA"):
+                    self.classes[node.GET_SCHEMA().node_id] = node
         self.done: dict[str, tuple] = {}
         for key, node in self.prompt.items():
             if node["class_type"] not in SAVERS:
@@ -68,8 +70,8 @@ class Template:
             self.done[key] = self._run(self.prompt[key])
         return self.done[key]
 
-    def result(self, kind: str) -> Any:
-        """The first output of the last node of a type."""
+    def result(self, kind: str) -> tuple:
+        """The outputs of the last node of a type."""
         return self.outputs([key for key, node in self.prompt.items() if node["class_type"] == kind][-1])
 
     def _run(self, node: dict[str, Any]) -> tuple:
@@ -144,7 +146,7 @@ def test_at_cfg_1_the_prompt_is_compared_with_the_prompt_and_the_thing(run: Any)
 def test_two_stages_of_wan_share_one_posterior(run: Any) -> None:
     """The second stage's trace begins with the first's, and its model is another."""
     template = run("wan_2_2_two_stages")
-    first, second = (inputs for inputs in template.of("KSamplerAdvancedDNG"))
+    first, second = template.of("KSamplerAdvancedDNG")
     assert {k: v for k, v in first.items() if k.startswith("settings")} == {
         k: v for k, v in second.items() if k.startswith("settings")
     }
