@@ -12,7 +12,8 @@ SHRINK = """() => {
   for (const node of app.graph.nodes)
     for (const widget of node.widgets ?? []) widget.value = small[widget.name] ?? widget.value;
 }"""
-SHOWN = """() => [...document.querySelectorAll("[data-testid=linear-outputs] img, [data-testid=linear-center-panel] img")]
+SHOWN = """() => ["linear-outputs", "linear-center-panel"]
+  .flatMap((panel) => [...document.querySelectorAll(`[data-testid=${panel}] img`)])
   .some((image) => image.naturalWidth > 28)"""
 RUN_SECONDS = 300
 
