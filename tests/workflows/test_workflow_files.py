@@ -241,7 +241,7 @@ def test_comfyuis_template_browser_lists_every_graph_with_its_picture(comfyui_se
 
 
 @prompts
-def test_comfyui_takes_a_prompt_but_for_missing_files(path: Path, comfyui_server: Server) -> None:
+def test_comfyui_takes_a_prompt_but_for_a_missing_checkpoint(path: Path, comfyui_server: Server) -> None:
     prompt = load_workflow(path)
     loaders = {key: node["class_type"] for key, node in prompt.items() if node["class_type"] in LOADERS}
     if loaders:
