@@ -42,7 +42,7 @@ def test_a_template_in_app_mode_shows_its_inputs_runs_and_shows_its_pictures(fro
                 app.api.addEventListener(status, () => { window.ended = status; }, { once: true });
             }"""
         )
-        tab.get_by_test_id("linear-run-button").click()
+        tab.get_by_test_id("linear-run-button").get_by_role("button", name="Run", exact=True).click()
         tab.wait_for_function("() => window.ended", timeout=RUN_SECONDS * 1000)
         assert tab.evaluate("window.ended") == "execution_success"
         tab.wait_for_function(SHOWN)
