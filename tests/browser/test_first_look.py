@@ -19,7 +19,9 @@ MARGIN = 8  # of the canvas around a node, in pixels
 COLOURS = 64  # of a picture: a node has few, and the edges of its letters shades between them
 BOTH = ("KSamplerDNG",)  # nodes of which there is a picture from Nodes 2.0 too
 ADD = """(name) => {
+  const last = app.graph.last_node_id;
   app.graph.clear();
+  app.graph.last_node_id = last;  // the front end remembers widgets' values by the node's number and the widget's name
   const node = LiteGraph.createNode(name);
   app.graph.add(node);
   node.pos = [300, 120];
