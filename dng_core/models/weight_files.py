@@ -70,7 +70,7 @@ class ClassifierInfo:
 
 def shipped_denoisers() -> dict[str, Path]:
     """The denoisers that come with the project: name -> file (:func:`load_denoiser` says if it is missing)."""
-    return {name: SHIPPED / f"{name}_denoiser.safetensors" for name in ("mnist", "mnist_v")}
+    return {name: SHIPPED / f"{name}_denoiser.safetensors" for name in ("mnist", "mnist_deep")}
 
 
 def shipped_calibrations() -> dict[str, Path]:

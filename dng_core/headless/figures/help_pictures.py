@@ -79,7 +79,7 @@ def _pictures(workflows: Path) -> Iterator[tuple[Sequence[str], Prompt, Sequence
     yield ("plot_trace", "compare"), comparison, (_saved("11"), _saved("12"))
     yield ("class_report",), load_workflow(workflows / "mnist_class_removal.json"), (_largest,)
     yield ("class_labels",), _labels(("0", "7", "none")), (_rows("label "),)
-    yield ("pixel_models",), _models(("mnist", "mnist_v")), (_rows(""),)
+    yield ("pixel_models",), _models(("mnist", "mnist_deep")), (_rows(""),)
     yield ("empty_pixel_latent",), _batches((4, 16)), (_rows("batch_size "),)
     yield ("upscale",), _enlarged((1, 2, 4)), (_rows("upscale "),)
     yield ("concepts",), _two_concepts(), (_saved("saved"),)
