@@ -207,9 +207,9 @@ class LoadPixelModel(io.ComfyNode):
                 io.Combo.Input(
                     "name",
                     options=list(shipped_denoisers()),
-                    tooltip="The model. Both draw handwritten digits of 28x28 pixels, in the classes 0 to 9. mnist_deep "
-                    "has one level more, predicts v, and draws half as many unclear digits. The figures in the "
-                    "documents are of mnist.",
+                    tooltip="The model. Both draw handwritten digits of 28x28 pixels, in the classes 0 to 9. "
+                    "mnist_deep has one level more, predicts v, and draws half as many unclear digits. The figures in "
+                    "the documents are of mnist.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="A MODEL for any sampler. Class Label gives its conditionings.")],
