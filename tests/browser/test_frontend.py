@@ -57,19 +57,23 @@ def inputs_of(definition: dict[str, Any]) -> dict[str, list]:
 
 
 UNORDERED = ("links", "linkIds", "linkExtensions")  # lists whose order means nothing, and differs by front end
+TWICE = "widgets_values_named"  # what front end 1.58.1 saves beside widgets_values: the same values by name
 
 
 def essence(graph: dict[str, Any]) -> dict[str, Any]:
-    """A graph without what depends on who looks at it: the view, the front end's version, and the order of links."""
+    """A graph without what depends on the front end: view, version, the order of links, and what is said twice."""
     extra = {k: v for k, v in graph.get("extra", {}).items() if k not in ("ds", "frontendVersion")}
-    ordered: dict[str, Any] = in_order({**graph, "extra": extra})
-    return ordered
+    plain: dict[str, Any] = in_order({**graph, "extra": extra})
+    return plain
 
 
 def in_order(value: Any, key: str = "") -> Any:
-    """The same JSON with lists of links in one order."""
+    """The same JSON with lists of links in one order, and without labels that only repeat a slot's name."""
     if isinstance(value, dict):
-        return {name: in_order(item, name) for name, item in value.items()}
+        said = {name: item for name, item in value.items() if name != TWICE}
+        if said.get("label") in (said.get("name"), said.get("localized_name")):
+            said.pop("label", None)
+        return {name: in_order(item, name) for name, item in said.items()}
     if isinstance(value, list):
         items = [in_order(item) for item in value]
         return sorted(items, key=repr) if key in UNORDERED else items
