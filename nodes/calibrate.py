@@ -22,7 +22,8 @@ from ..dng_core.calibration_files import ModelCalibration
 from ..dng_core.guidance import Trace, dynamic_scales
 from ..dng_core.settings import CALIBRATED, Rule, Settings
 from ..dng_core.shares import outlook, share_explained, share_of
-from .calibrations import REMEDY, known, load, model_name, save
+from .calibrations import check_name, known, load, model_name, save
+from .checks import check_values
 from .guider import NegativeGuider
 from .inputs import (
     CALIBRATION,
@@ -47,16 +48,24 @@ SMALLEST_PRIOR = 0.001
 
 def observe(
     model, schedule: Schedule, wanted: Conditionings, latent: dict, negatives: Sequence[list], reference: Reference,
-    rule: Rule,
-) -> list[Evidence]:  # fmt: skip
-    """The evidence for each of ``negatives`` in one run without guidance. It raises what KSampler (DNG) raises."""
+    rule: Rule, calibration: ModelCalibration | None = None,
+) -> tuple[list[Evidence], tuple[int, ...]]:  # fmt: skip
+    """The evidence for each of ``negatives`` in one run without guidance, and the shape of one image's state.
+
+    ComfyUI gives an empty latent the model's channels and size before it samples, and packs several latents into one.
+    It is the state's shape, not the latent's, that a calibration is of.
+
+    Raises
+    ------
+    ValueError: what KSampler (DNG) raises, also for a ``calibration`` of another model or size.
+    """
     settings = Settings(guidance_scale=0, prior=0.5 / len(negatives), rule=rule)
-    concepts = [Concept(negative, settings, reference) for negative in negatives]
+    concepts = [Concept(negative, settings, reference, calibration=calibration) for negative in negatives]
     guider = NegativeGuider(model, wanted.positive, concepts, wanted.unconditional, wanted.cfg, observing=True)
     run_guider(guider, model, schedule, latent, Forecast(schedule.steps))
     if not guider.evidence:
         raise ValueError(f"`steps` is {schedule.steps}, and no jump was tracked; take more steps")
-    return guider.evidence
+    return guider.evidence, guider.shape
 
 
 class Forecast:
@@ -85,7 +94,7 @@ def lasting(seconds: float) -> str:
 
 def check_size(latent: dict, steps: int) -> None:
     """Raise ValueError for a run that is too small to measure anything."""
-    images = len(latent["samples"])
+    images = latent["samples"].shape[0]  # of several latents packed into one too
     if images < FEWEST_IMAGES:
         raise ValueError(
             f"`latent_image` holds {images} images, which is too few to measure anything; give at least "
@@ -186,7 +195,17 @@ class CalibrateModel(io.ComfyNode):
         cls, model, seed, steps, sampler_name, scheduler, positive, concepts, shares, latent_image, save_as="",
         rule=Settings.rule,
     ) -> io.NodeOutput:  # fmt: skip
+        check_values(cls, steps=steps)
         check_size(latent_image, steps)
+        if save_as.strip():
+            check_name(save_as.strip(), "save_as")
+        if not concepts:
+            raise ValueError("`concepts` holds none, so that there is nothing to measure; connect a DNG Concept")
+        if not all(concept.conditioning for concept in concepts):
+            raise ValueError(
+                "`concepts` holds one whose `negative` is empty, so that there is nothing to measure; connect a "
+                "conditioning to each DNG Concept"
+            )
         if shares not in (ALTERNATIVES, PRIORS):
             raise ValueError(f"`shares` must be {ALTERNATIVES} or {PRIORS}; it is {shares!r}")
         if shares == ALTERNATIVES and len(concepts) < 2:
@@ -195,7 +214,7 @@ class CalibrateModel(io.ComfyNode):
                 "one; chain another DNG Concept, or set `shares` to priors"
             )
         started = time.monotonic()
-        evidence = observe(
+        evidence, shape = observe(
             model,
             Schedule(seed, steps, sampler_name, scheduler),
             Conditionings(positive, None, 1.0),
@@ -206,7 +225,7 @@ class CalibrateModel(io.ComfyNode):
         )
         counted = [getattr(concept.settings, "prior", Settings.prior) for concept in concepts]
         found = calibrate(evidence, None if shares == ALTERNATIVES else counted)
-        measured = ModelCalibration(found, model_name(model), tuple(latent_image["samples"].shape[1:]))
+        measured = ModelCalibration(found, model_name(model), shape)
         text = explained(found) + f" It took {time.monotonic() - started:.0f} s."
         if save_as.strip():
             text += f" It is kept as {save(save_as.strip(), measured).name}."
@@ -262,10 +281,9 @@ class Calibrate(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         if not negative:
             raise ValueError("`negative` is empty, so there is nothing to measure; connect what is to be avoided")
+        check_values(cls, steps=steps, cfg=cfg)
         check_size(latent_image, steps)
-        if calibration is not None:
-            calibration.check(model_name(model), tuple(latent_image["samples"].shape[1:]), REMEDY)
-        (evidence,) = observe(
+        (evidence,), _ = observe(
             model,
             Schedule(seed, steps, sampler_name, scheduler),
             Conditionings(positive, unconditional, cfg),
@@ -273,6 +291,7 @@ class Calibrate(io.ComfyNode):
             [negative],
             reference,
             rule,
+            calibration,
         )
         found = EXACT if calibration is None else calibration.calibration
         share = share_of(evidence, found)

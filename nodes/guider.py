@@ -23,7 +23,7 @@ class NegativeGuider(comfy.samplers.CFGGuider):
     observing: also track concepts whose guidance scale is 0. Such a run has no live chart.
 
     After a run, ``trace`` holds what was tracked, and is None where nothing was tracked. ``evidence`` holds what was
-    observed of each concept, and is empty unless ``observing``.
+    observed of each concept, and is empty unless ``observing``; ``shape`` is that of one image's state.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class NegativeGuider(comfy.samplers.CFGGuider):
             )
         self.trace: Trace | None = None
         self.evidence: list[Evidence] = []
+        self.shape: tuple[int, ...] = ()
         conds = {"positive": positive}
         if unconditional is not None:
             conds["negative"] = unconditional
@@ -95,7 +96,7 @@ class NegativeGuider(comfy.samplers.CFGGuider):
             trace = self.previous.then(trace)
         self.trace = trace
         if self._observing and isinstance(run.guidance, NegativeGuidance):
-            self.evidence = evidence_of(run.guidance)
+            self.evidence, self.shape = evidence_of(run.guidance), tuple(noise.shape[1:])
         return samples
 
 

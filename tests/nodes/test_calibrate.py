@@ -155,6 +155,10 @@ def test_bad_input_is_refused_by_its_name(bench, calibrate, calibrate_model, nod
         calibrate(model, bench.cond(), bench.cond("0"), bench.latent(7))
     with pytest.raises(ValueError, match="`concepts` holds one concept"):
         calibrate_model(model, alternatives(bench, 8)[:1])
+    with pytest.raises(ValueError, match="`concepts` holds none"):
+        calibrate_model(model, (), shares="priors")
+    with pytest.raises(ValueError, match="`concepts` holds one whose `negative` is empty"):
+        calibrate_model(model, (*alternatives(bench, 2), bench.concept([])))
     with pytest.raises(ValueError, match="`shares` must be alternatives or priors"):
         calibrate_model(model, alternatives(bench), shares="both")
     for name in ("../up", "a/b", ".hidden", "x" * 101, "end."):
@@ -162,10 +166,57 @@ def test_bad_input_is_refused_by_its_name(bench, calibrate, calibrate_model, nod
             calibrate_model(model, alternatives(bench, 2), 8, 8, save_as=name)
     with pytest.raises(ValueError, match="`name` is"):
         nodes.LoadCalibration.execute("../../etc/passwd")
-    with pytest.raises(FileNotFoundError, match="there is no calibration"):
+    with pytest.raises(ValueError, match=r"there is no calibration .*gone\.json; or choose another in `name`"):
         nodes.LoadCalibration.execute("gone")
+    with pytest.raises(ValueError, match="`cfg` must be at least 0 and at most 100; it is nan"):
+        calibrate(model, bench.cond(), bench.cond("0"), latent, cfg=float("nan"), unconditional=bench.cond())
     with pytest.raises(ValueError, match="`settings` is calibrated, which needs a calibration"):
         bench.node_inputs.concepts_from(bench.cond("0"), bench.inputs(settings="calibrated"))
+
+
+def test_a_name_is_refused_before_anything_is_measured(bench, calibrate_model, kept, count):
+    """Also one of letters that take three bytes each, of which a file name holds no hundred."""
+    model = bench.model()
+    calls = count(model)
+    for name in ("../up", "\u6728" * 100):
+        with pytest.raises(ValueError, match="`save_as` is"):
+            calibrate_model(model, alternatives(bench, 2), 8, 8, save_as=name)
+    with pytest.raises(ValueError, match="`name` is"):
+        kept.load("\u6728" * 100)
+    assert not calls.forwards and not kept.folder().exists()
+
+
+def test_where_nothing_can_be_written_the_file_is_named(bench, calibrate_model, kept):
+    kept.folder().write_text("a file in the folder's place")
+    with pytest.raises(ValueError, match=r"dng_calibrations/mine\.json .*`save_as`"):
+        calibrate_model(bench.model(), alternatives(bench, 2), 8, 8, save_as="mine")
+    assert kept.folder().read_text() == "a file in the folder's place"
+
+
+def test_a_damaged_calibration_is_refused_by_its_name(nodes, kept):
+    kept.folder().mkdir()
+    (kept.folder() / "mine.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"mine\.json is no calibration.*choose another in `name`, which is 'mine'"):
+        nodes.LoadCalibration.execute("mine")
+
+
+@pytest.mark.parametrize(
+    ("family", "empty"),
+    [("video (Wan)", torch.zeros(8, 4, 1, 8, 8)), ("packed video and audio (LTXAV)", None)],
+)
+def test_a_calibration_is_of_the_state_that_comfyui_samples(bench, nodes, networks, family, empty):
+    """ComfyUI gives an empty latent the model's channels, and packs several latents into one state."""
+    model = networks.FAMILIES[family].build()
+    latent = networks.FAMILIES[family].empty(8) if empty is None else {"samples": empty}
+    concepts = [bench.concept(networks.prompt(seed)) for seed in (1, 2)]
+    run = (model, 0, 8, "euler_ancestral", "karras", networks.prompt(0))
+    measured = nodes.CalibrateModel.execute(*run, concepts, "priors", latent).args[0]
+    run = (model, 0, 8, 1.0, *run[3:])
+    prior = nodes.Calibrate.execute(*run, networks.prompt(1), latent, calibration=measured).args[0]
+    settings = bench.inputs(settings="calibrated", prior=prior, calibration=measured)
+    concept = bench.node_inputs.concepts_from(networks.prompt(1), settings)
+    samples, _ = bench.dng(model, list(concept), latent, positive=networks.prompt(0))
+    assert all(bool(part.isfinite().all()) for part in networks.parts(samples))
 
 
 def test_on_mnist_a_calibrated_concept_is_seen(bench, calibrate, pack, nodes):
