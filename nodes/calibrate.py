@@ -295,7 +295,7 @@ class Calibrate(io.ComfyNode):
         )
         found = EXACT if calibration is None else calibration.calibration
         share = share_of(evidence, found)
-        prior = round(min(share.prior(SMALLEST_PRIOR), 0.999), 3)
+        prior = round(min(share.prior(SMALLEST_PRIOR), CALIBRATED.p_max), 3)
         plain = CALIBRATED.with_(prior=prior)
         settings = found.applied(plain)
         text = share_explained(share, outlook(evidence, settings), settings)

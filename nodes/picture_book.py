@@ -28,6 +28,7 @@ from ..dng_core.models.picture_book.networks import FOLD, PictureBook, TextEncod
 from ..dng_core.models.picture_book.weights import SHIPPED_PICTURE_BOOK, PictureBookInfo, load_picture_book
 from ..dng_core.models.picture_book.words import EMPTY, END, START, split, tokens
 from .pixel_models import CATEGORY, SAMPLING_SETTINGS
+from .run.concept import input_of
 
 CHANNELS, SIDE = 3 * FOLD**2, SIZE // FOLD  # of a latent
 KEY = "picture_book"  # of the tokens in what the tokenizer returns, as "l" is that of CLIP-L
@@ -93,23 +94,23 @@ class PictureBookModel(comfy.model_base.BaseModel):
         ------
         ValueError: for a conditioning of another text encoder, or for a latent of another size.
         """
-        role, text = conditioning.get("prompt_type", "given"), conditioning.get("cross_attn")
+        given, text = input_of(conditioning.get("prompt_type", "positive")), conditioning.get("cross_attn")
         if text is None or text.shape[-1] != self.context_dim:
             what = "holds no text" if text is None else f"is {text.shape[-1]} wide and not {self.context_dim}"
             raise ValueError(
-                f"the {role} conditioning {what}, so that it is not of the picture book: encode it by a CLIP Text "
+                f"the conditioning {given} {what}, so that it is not of the picture book: encode it by a CLIP Text "
                 f"Encode node that has the CLIP of Load Picture Book (DNG)"
             )
         channels, *sides = conditioning["noise"].shape[1:]
         if channels != CHANNELS:
             raise ValueError(
-                f"the latent has {channels} channels, and the picture book's have {CHANNELS}: start from Empty Latent "
-                f"Image, or encode a picture with the VAE of Load Picture Book (DNG)"
+                f"`latent_image` has {channels} channels, and the picture book's have {CHANNELS}: start from Empty "
+                f"Latent Image, or encode a picture with the VAE of Load Picture Book (DNG)"
             )
         if sides != [SIDE, SIDE]:
-            height, width = (FOLD * side for side in sides)
+            pixels = "x".join(str(FOLD * side) for side in reversed(sides))
             raise ValueError(
-                f"the picture would be {width}x{height} pixels, and the picture book draws {SIZE}x{SIZE}: set width "
+                f"`latent_image` is of {pixels} pixels, and the picture book draws {SIZE}x{SIZE}: set width "
                 f"and height of Empty Latent Image to {SIZE} (or scale the picture that you encode to this size)"
             )
         return super().extra_conds(**conditioning)

@@ -53,4 +53,4 @@ def input_of(key: str) -> str:
     if not key.startswith(KEY):
         return {"negative": "`negative` (of a DNG sampler: `unconditional`)"}.get(key, f"`{key}`")
     number = int(key.removeprefix(KEY)) + 1
-    return "`negative`" if number == 1 else f"`negative` of concept {number} (`more_concepts`)"
+    return "`negative`" if number == 1 else f"`negative` of concept {number} (of `more_concepts` or `concepts`)"

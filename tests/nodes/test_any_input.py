@@ -44,12 +44,13 @@ NODES = (
 MOST = {"steps": 6, "width": 600, "height": 600, "batch_size": 9, "upscale": 3, "image_size": 200, "start_at_step": 8}
 """Bounds below the schema's, by which a case takes milliseconds."""
 RUN = {
+    "DNGCalibrateModel": ["negative"],
     "DNGGuider": ["latent_image", "sigmas"],
     "DynamicNegativeGuidance": ["latent_image", "sigmas"],
     "DNGLoadCalibration": ["calibration"],
-    "DNGLoadPictureBook": ["conditioning", "latent", "weight", "width", "words"],
+    "DNGLoadPictureBook": ["conditioning", "latent", "latent_image", "weight", "words"],
 }
-"""What errors may name beside a node's own inputs: those of the nodes that run what it gives."""
+"""What errors may name beside a node's own inputs: those of the nodes that run what it gives, or gave it concepts."""
 NOT_FINITE = (math.nan, math.inf, -math.inf)
 SIZES = ((4, 4), (8, 8), (28, 28), (5, 12), (1, 1))
 
@@ -189,7 +190,7 @@ class Drawn:
 
     def combo(self, given: Any, hostile: bool) -> str:
         if given.id == "name":  # of a file, which may have gone or changed since ComfyUI asked for the options
-            return self.file() if hostile else self.pick(self.case.calibrations.known())
+            return self.file() if hostile else self.pick([*self.case.calibrations.known()[:3], "kept"])
         if hostile:
             return "no such option"
         if given.default in given.options and not self.rarely(3):

@@ -113,6 +113,15 @@ def test_a_concept_that_cannot_appear_is_not_seen(bench, calibrate, seed):
     assert found.prior == 0.001
 
 
+def test_a_concept_that_every_image_shows_has_the_largest_prior(bench, nodes, calibrate, monkeypatch):
+    """A share may be 1, a prior no more than p_max."""
+    every = SimpleNamespace(prior=lambda least: 1.0)
+    monkeypatch.setattr(nodes, "share_of", lambda *_: every)
+    monkeypatch.setattr(nodes, "share_explained", lambda *_: "")
+    found = calibrate(bench.model(), bench.cond(), bench.cond("0"), bench.latent(8), 8)
+    assert found.prior == 0.99
+
+
 def test_calibration_leaves_no_trace_on_the_model(bench, calibrate, calibrate_model):
     model = bench.model()
     before = bench.sample(model)

@@ -323,13 +323,13 @@ def test_other_encoding_nodes_and_fewer_layers_are_refused(graph):
 
 @pytest.mark.parametrize("side", [32, 128, 512])
 def test_other_sizes_are_refused(graph, side):
-    with pytest.raises(ValueError, match=rf"would be {side}x{side} pixels.*draws 64x64: set width and height"):
+    with pytest.raises(ValueError, match=rf"`latent_image` is of {side}x{side} pixels.*draws 64x64: set width and"):
         graph.draw(latent=graph.empty(1, side))
 
 
 def test_latents_of_another_model_are_refused(graph):
     foreign = {"samples": torch.ones(1, 4, 16, 16)}
-    with pytest.raises(ValueError, match="latent has 4 channels, and the picture book's have 48: start from Empty"):
+    with pytest.raises(ValueError, match="`latent_image` has 4 channels, and the picture book's have 48: start from"):
         graph.draw(latent=foreign)
     with pytest.raises(ValueError, match=r"latent has 4 channels.*decode it with the VAE of the model that drew it"):
         graph.decode(foreign["samples"])
@@ -337,9 +337,9 @@ def test_latents_of_another_model_are_refused(graph):
 
 def test_text_of_another_clip_is_refused_by_name(graph):
     foreign = [[torch.zeros(1, 77, 768), {"pooled_output": torch.zeros(1, 768)}]]
-    with pytest.raises(ValueError, match=r"negative conditioning is 768 wide and not 128.*CLIP of Load Picture Book"):
+    with pytest.raises(ValueError, match=r"conditioning `negative` .*is 768 wide and not 128.*CLIP of Load Picture"):
         graph.draw(negative=foreign)
-    with pytest.raises(ValueError, match="conditioning holds no text, so that it is not of the picture book"):
+    with pytest.raises(ValueError, match="conditioning `positive` holds no text, so that it is not of the picture"):
         graph.draw(positive=[[None, {"pooled_output": None}]])
 
 

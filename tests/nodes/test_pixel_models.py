@@ -178,7 +178,7 @@ def test_text_conditioning_is_refused_by_name(pixel, stock, model):
         ("positive", "`positive`"),
         ("negative", "`negative`"),
         ("unconditional", r"`negative` \(of a DNG sampler: `unconditional`\)"),
-        ("more_concepts", r"`negative` of concept 2 \(`more_concepts`\)"),
+        ("more_concepts", r"`negative` of concept 2 \(of `more_concepts` or `concepts`\)"),
     ],
 )
 def test_a_dng_sampler_names_the_input_that_carries_no_label(pack, pixel, model, wrong, named):
