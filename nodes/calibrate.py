@@ -195,8 +195,8 @@ class CalibrateModel(io.ComfyNode):
         cls, model, seed, steps, sampler_name, scheduler, positive, concepts, shares, latent_image, save_as="",
         rule=Settings.rule,
     ) -> io.NodeOutput:  # fmt: skip
-        check_values(cls, steps=steps)
         check_size(latent_image, steps)
+        check_values(cls, steps=steps)
         if save_as.strip():
             check_name(save_as.strip(), "save_as")
         if not concepts:
@@ -281,8 +281,8 @@ class Calibrate(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         if not negative:
             raise ValueError("`negative` is empty, so there is nothing to measure; connect what is to be avoided")
-        check_values(cls, steps=steps, cfg=cfg)
         check_size(latent_image, steps)
+        check_values(cls, steps=steps, cfg=cfg)
         (evidence,), _ = observe(
             model,
             Schedule(seed, steps, sampler_name, scheduler),

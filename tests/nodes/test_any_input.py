@@ -131,7 +131,12 @@ class Drawn:
     def __init__(self, case: Any, data: st.DataObject, node_id: str, names: list[str]) -> None:
         self.case, self.data = case, data
         self.hostile = data.draw(st.sets(st.sampled_from(names), max_size=2), "hostile") if names else set()
-        only = {"DNGClassLabel": "pixels", "DNGEmptyPixelLatent": "pixels", "DNGLoadPictureBook": "picture book"}
+        only = {
+            "DNGClassLabel": "pixels",
+            "DNGEmptyPixelLatent": "pixels",
+            "DNGLoadPictureBook": "picture book",
+            "DNGLoadCalibration": "oracle epsilon",  # of which the kept one is
+        }
         self.world = self.case.worlds[only[node_id]] if node_id in only else self.pick(self.case.worlds)
         self.fewest = 8 if node_id in MEASURING else 1
         self.batch = self.draw(st.integers(self.fewest, self.fewest + 2 if self.fewest == 1 else self.fewest))
@@ -432,10 +437,11 @@ def use_the_book(case: Any, drawn: Drawn, model: Any, clip: Any, vae: Any) -> li
     """The stock graph with a drawn prompt, latent and picture."""
     prompts = ["a park by day", "", "a (tree:0.3)", "a flower " * 30, "a dragon", "(a tree:1e999)", "a tree " * 200]
     stock, world = case.bench.stock, drawn.world
-    text = drawn.pick(prompts) if drawn.rarely() else drawn.draw(st.text("a tree(:).,1é", max_size=12))
+    text = drawn.draw(st.text("a tree(:).,1é", max_size=12)) if drawn.rarely(4) else drawn.pick(prompts)
     positive = stock.CLIPTextEncode().encode(clip, text)[0]
     latent = drawn.latent(SimpleNamespace(id="latent_image"), False)
-    latent["samples"] = drawn.pick([latent["samples"], torch.zeros(2, 4, 8, 8), torch.zeros(1, 48, 16, 8)])
+    if drawn.rarely(3):
+        latent["samples"] = drawn.pick([torch.zeros(2, 4, 8, 8), torch.zeros(1, 48, 16, 8), torch.ones(1, 4, 16, 16)])
     negative, scheduler = (
         drawn.conditioning(None, drawn.rarely()),
         drawn.pick(case.bench.comfy.samplers.SCHEDULER_NAMES),
