@@ -206,6 +206,11 @@ class CalibrateModel(io.ComfyNode):
                 "`concepts` holds one whose `negative` is empty, so that there is nothing to measure; connect a "
                 "conditioning to each DNG Concept"
             )
+        if "cfg_pp" in sampler_name:
+            raise ValueError(
+                f"`sampler_name` is {sampler_name}, which needs an unconditional prediction, and this run has none; "
+                "choose another, such as euler_ancestral: a calibration is of the model, and holds for your sampler too"
+            )
         if shares not in (ALTERNATIVES, PRIORS):
             raise ValueError(f"`shares` must be {ALTERNATIVES} or {PRIORS}; it is {shares!r}")
         if shares == ALTERNATIVES and len(concepts) < 2:

@@ -195,6 +195,13 @@ def test_a_name_is_refused_before_anything_is_measured(bench, calibrate_model, k
     assert not calls.forwards and not kept.folder().exists()
 
 
+def test_a_sampler_that_needs_an_unconditional_is_refused_by_its_name(bench, nodes):
+    """Calibrate Model has no input for one, so that an error must not ask to connect it."""
+    run = bench.model(), 0, 8, "dpmpp_2m_cfg_pp", "karras", bench.cond()
+    with pytest.raises(ValueError, match=r"`sampler_name` is dpmpp_2m_cfg_pp.*choose another"):
+        nodes.CalibrateModel.execute(*run, alternatives(bench, 2), "priors", bench.latent(8))
+
+
 def test_where_nothing_can_be_written_the_file_is_named(bench, calibrate_model, kept):
     kept.folder().write_text("a file in the folder's place")
     with pytest.raises(ValueError, match=r"dng_calibrations/mine\.json .*`save_as`"):
