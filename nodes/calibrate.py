@@ -209,7 +209,7 @@ class CalibrateModel(io.ComfyNode):
         if "cfg_pp" in sampler_name:
             raise ValueError(
                 f"`sampler_name` is {sampler_name}, which needs an unconditional prediction, and this run has none; "
-                "choose another, such as euler_ancestral: a calibration is of the model, and holds for your sampler too"
+                "choose another, such as euler_ancestral"
             )
         if shares not in (ALTERNATIVES, PRIORS):
             raise ValueError(f"`shares` must be {ALTERNATIVES} or {PRIORS}; it is {shares!r}")

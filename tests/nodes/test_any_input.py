@@ -47,7 +47,7 @@ RUN = {
     "DNGCalibrateModel": ["negative"],
     "DNGGuider": ["latent_image", "sigmas"],
     "DynamicNegativeGuidance": ["latent_image", "sigmas"],
-    "DNGLoadCalibration": ["calibration"],
+    "DNGLoadCalibration": ["the calibration is of"],
     "DNGLoadPictureBook": ["conditioning", "latent", "latent_image", "weight", "words"],
 }
 """What errors may name beside a node's own inputs: those of the nodes that run what it gives, or gave it concepts."""
@@ -229,7 +229,9 @@ class Drawn:
         letters = st.sampled_from("aé木ß_ .-+/\\\0:*~\n")
         return self.draw(
             st.one_of(
-                st.sampled_from(["../up", "木" * 100, "a" * 100, "shipped: ", "shipped: ../mnist", "NUL", ".", "a."]),
+                st.sampled_from(
+                    ["gone", "../up", "木" * 100, "a" * 100, "shipped: ", "shipped: ../mnist", "NUL", ".", "a."]
+                ),
                 st.text(letters, max_size=120),
                 st.text(max_size=12),
             )
