@@ -129,6 +129,12 @@ def check_goes_on(previous: Trace, sigma: float) -> None:
 
 def check_together(concepts: Sequence[Concept]) -> None:
     """Raise ValueError for concepts that cannot be avoided in one run."""
+    methods = sorted({concept.settings.method for concept in concepts})
+    if len(methods) > 1:
+        raise ValueError(
+            f"all concepts of a run must share one method, not {', '.join(methods)}: choose the same in `settings` of "
+            "each DNG Concept as in this node's"
+        )
     references = {concept.reference for concept in concepts}
     if len(references) > 1:
         raise ValueError(f"all chained concepts must share one reference, not {', '.join(sorted(references))}")

@@ -33,6 +33,11 @@ def test_two_forbidden_of_eight_leave_and_the_six_others_stay_balanced(bench):
     assert trace.posterior.shape == (100, 2, 2000)
 
 
+def test_concepts_of_two_methods_are_refused_by_the_input_that_chooses_them(bench):
+    with pytest.raises(ValueError, match=r"share one method, not dng, negative_prompting: choose .* in `settings`"):
+        ksampler(bench, bench.model(), bench.latent(1), more(bench, "3"), steps=2, settings="negative_prompting")
+
+
 def test_each_posterior_is_near_the_exact_one(bench, monkeypatch):
     states: list[tuple] = []
     call = bench.guidance.NegativeGuidance.__call__
