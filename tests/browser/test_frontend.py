@@ -57,6 +57,7 @@ def inputs_of(definition: dict[str, Any]) -> dict[str, list]:
 
 
 UNORDERED = ("links", "linkIds", "linkExtensions")  # lists whose order means nothing, and differs by front end
+NONE = ("widgets_values", [])  # of a node without widgets; front end 1.58.1 leaves it out
 TWICE = "widgets_values_named"  # what front end 1.58.1 saves beside widgets_values: the same values by name
 
 
@@ -70,7 +71,7 @@ def essence(graph: dict[str, Any]) -> dict[str, Any]:
 def in_order(value: Any, key: str = "") -> Any:
     """The same JSON with lists of links in one order, and without labels that only repeat a slot's name."""
     if isinstance(value, dict):
-        said = {name: item for name, item in value.items() if name != TWICE}
+        said = {name: item for name, item in value.items() if name != TWICE and (name, item) != NONE}
         if said.get("label") in (said.get("name"), said.get("localized_name")):
             said.pop("label", None)
         return {name: in_order(item, name) for name, item in said.items()}
