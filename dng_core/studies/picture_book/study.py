@@ -207,8 +207,8 @@ class Study:
         if method.calibrated:
             images = min(CALIBRATION_IMAGES, point.images)
             seed = point.seed + CALIBRATION_SEED
-            run = (point.case, method, point.cfg, point.steps, images, seed)
-            method = calibrated(self.book, self.chain, *run, self.calibration)
+            told = (point.case, method, point.cfg, point.steps, images, seed)
+            method = calibrated(self.book, self.chain, *told, self.calibration)
         levels, began = ddpm_sigmas(self.chain, point.steps), time.monotonic()
         parts: list[Tensor] = []
         traces: list[Trace] = []
