@@ -226,11 +226,11 @@ class Drawn:
 
     def name(self) -> str:
         """A name that no calibration has, or that no file can have."""
-        letters = st.sampled_from("aé木ß_ .-+/\\\0:*~\n")
+        letters = st.sampled_from("aé\u6728ß_ .-+/\\\0:*~\n")
         return self.draw(
             st.one_of(
                 st.sampled_from(
-                    ["gone", "../up", "木" * 100, "a" * 100, "shipped: ", "shipped: ../mnist", "NUL", ".", "a."]
+                    ["gone", "../up", "\u6728" * 100, "a" * 100, "shipped: ", "shipped: ../mnist", "NUL", ".", "a."]
                 ),
                 st.text(letters, max_size=120),
                 st.text(max_size=12),
