@@ -247,7 +247,7 @@ class Drawn:
 
     def string(self, given: Any, hostile: bool) -> str:
         if given.id == "save_as":
-            return self.name() if hostile else self.pick(["", "mine", "  kept ", "名前"])
+            return self.name() if hostile else self.pick(["", "mine", "  kept ", "\u540d\u524d"])
         if hostile:
             return self.draw(st.text(max_size=12))
         known = {"label": ["none", "3"], "forbidden": ["0", "7"], "components": ["all", "0,1", "0"], "wanted": ["all"]}
