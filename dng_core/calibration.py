@@ -114,17 +114,20 @@ class Evidence:
 def evidence_of(guidance: NegativeGuidance) -> list[Evidence]:
     """What a run showed of each of its concepts, on the CPU in float64; waits for the device.
 
-    Only a run whose guidance scales are 0 was the reference's own chain. Of its settings only the rule counts.
+    Only a run whose guidance scales are 0 was the reference's own chain; ValueError for any other. Of its settings
+    only the rule counts.
     """
-    return [
-        Evidence(
-            torch.stack([point.evidence for point in path.points[1:]]).double().cpu(),
-            torch.stack([point.energy for point in path.points[1:]]).double().cpu(),
-            tuple(point.sigma for point in path.points),
-        )
-        for path in guidance.paths
-        if len(path.points) > 1
-    ]
+    if any(settings.guidance_scale for settings in guidance.settings):
+        raise ValueError("only a run without guidance shows what a model draws: set every guidance_scale to 0")
+    found = []
+    for path in guidance.paths:
+        if len(path.points) > 1:
+            evidence = torch.stack([point.evidence for point in path.points[1:]])
+            still = torch.zeros_like(evidence[0])  # of a jump that says nothing
+            energies = torch.stack([still if point.energy is None else point.energy for point in path.points[1:]])
+            sigmas = tuple(point.sigma for point in path.points)
+            found.append(Evidence(evidence.double().cpu(), energies.double().cpu(), sigmas))
+    return found
 
 
 def track(evidence: Evidence, settings: Settings) -> Tensor:

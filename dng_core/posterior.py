@@ -125,7 +125,8 @@ class PathPoint:
     log_p: (batch,), log p(c-|x) there.
     evidence: (batch,), what the jump to this point said, at temperature 1 and without offset, in nats. The jump starts
         at the last point before this one that is not held.
-    energy: (batch,), of that jump (:func:`~.evidence.jump_energy`).
+    energy: (batch,), of that jump (:func:`~.evidence.jump_energy`). It is computed where something needs it: a drift,
+        or a guidance scale of 0, by which a run is only observed (:func:`~.calibration.evidence_of`). Else it is None.
     applies: whether the undesired condition applies at this noise level.
     call: what the model said there; None where the point is held, and once it is older than the last few that are not.
     noise_gap: (batch,), the covariance gap as the noise of the steps up to here shows it (rule ``step_noise``).
@@ -135,7 +136,7 @@ class PathPoint:
     sigma: float
     log_p: Tensor
     evidence: Tensor
-    energy: Tensor
+    energy: Tensor | None
     applies: bool
     call: Call | None
     noise_gap: Tensor | None = None
@@ -199,19 +200,22 @@ def step(path: Path, call: Call, settings: Settings, chain: Chain) -> tuple[Path
     above = path.above(call.sigma)
     last = above.points[-1] if above.points else None
     start = next((point for point in reversed(above.points) if not point.held), None)
+    energy: Tensor | None = None
     if start is None or last is None:  # the first level called again keeps its posterior; a higher level starts afresh
         first = path.at(call.sigma)
         log_p = first.log_p if first else clamped(_log_prior(path, call, settings), settings)
-        jump, energy = Jump(torch.zeros_like(log_p)), torch.zeros_like(log_p)
+        jump = Jump(torch.zeros_like(log_p))
     elif start.call is None or not start.applies or call.sigma == 0 or _is_trial(path, call, settings, chain):
         log_p = last.log_p
-        jump, energy = Jump(torch.zeros_like(log_p), start.noise_gap), torch.zeros_like(log_p)
+        jump = Jump(torch.zeros_like(log_p), start.noise_gap)
     else:
         guided = above.guided if last is start else None  # what the sampler was given along the whole jump
         jump = EVIDENCE[settings.rule](start, start.call, call, guided, chain)
         kernel = ReverseKernel(start.sigma, call.sigma)
-        energy = jump_energy(start.call, call, chain.weight)
-        added = offset_evidence(settings, kernel, chain.offset) + drift_evidence(settings, kernel, energy)
+        added: Tensor | float = offset_evidence(settings, kernel, chain.offset)
+        if settings.drift or settings.guidance_scale == 0:
+            energy = jump_energy(start.call, call, chain.weight)
+            added = added + drift_evidence(settings, kernel, energy)
         log_p = advance(start.log_p, jump.evidence, settings.temperature, added, settings)
     if start is not None and not chain.on_schedule(call.sigma):
         return above, log_p

@@ -85,6 +85,11 @@ def test_a_course_is_what_those_settings_track_along_the_run():
     )
 
 
+def test_a_guided_run_is_no_evidence_of_what_the_model_draws():
+    with pytest.raises(ValueError, match="only a run without guidance"):
+        recorded(10, concepts=[0, 1], images=8, settings=OFF.with_(guidance_scale=1.0))
+
+
 def test_drift_is_the_same_over_many_jumps_as_over_one():
     settings = Settings(drift=((20.0, 0.0), (1.0, 1.5), (0.3, 1.0)))
     levels = [100.0, 20.0, 7.0, 3.0, 0.9, 0.5, 0.3, 0.01]

@@ -259,7 +259,7 @@ class Operations(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("concepts", "at_most"), [(1, 44), (3, 132)])
+@pytest.mark.parametrize(("concepts", "at_most"), [(1, 40), (3, 120)])
 @pytest.mark.parametrize("rule", ["algorithm_2", "step_noise", "probe"])
 def test_a_step_takes_few_operations_and_waits_for_nothing(concepts, at_most, rule):
     """Tracker, decision and combination. (The offset's table is made once in a run.)"""
