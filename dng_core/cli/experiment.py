@@ -21,11 +21,11 @@ from ..headless.lock import exclusive
 from ..methods import MethodSettings
 from ..models.datasets import Dataset, load_dataset
 from ..models.devices import machine
-from ..models.weight_files import ClassifierInfo, load_classifier, shipped_classifiers
-from ..studies.class_removal import METHOD_NAMES, image_shape, network
+from ..models.weight_files import load_classifier, shipped_classifiers
+from ..studies.class_removal import METHOD_NAMES, network
 from ..studies.experiment import METHOD_OF, Experiment, read_experiment
 from ..studies.features import require_inception
-from ..studies.measuring import Measurer
+from ..studies.measuring import Measurer, check_denoiser
 from ..studies.picture_book.cases import CASES, KINDS
 from ..studies.picture_book.methods import METHODS as BOOK_METHODS
 from ..studies.picture_book.report import write_report
@@ -197,7 +197,8 @@ def prepare(args: argparse.Namespace) -> Runner:
     classifier, info = load_classifier(classifier_file)
     workers = Workers(args.engine, args.jobs, args.device, args.ray_address)
     classifier = classifier.to(workers.devices()[0])
-    require_fitting(experiment, info)
+    denoiser, drawn = network(experiment.denoiser, "cpu")
+    check_denoiser(experiment.denoiser, denoiser, () if experiment.class_only else drawn.class_names, info)
     folder = args.output or Path("output", experiment.name)
     require_own(folder, experiment)
     real: Dataset | None = None
@@ -228,22 +229,6 @@ def require_own(folder: Path, experiment: Experiment) -> None:
         return
     if found != experiment.name:
         raise ValueError(f"{folder} holds the experiment {found}, not {experiment.name}: name another --output")
-
-
-def require_fitting(experiment: Experiment, classifier: ClassifierInfo) -> None:
-    """ValueError if the classifier cannot judge what the denoiser draws: other classes, or images of another shape."""
-    unet, info = network(experiment.denoiser, "cpu")
-    seen = (classifier.in_channels, classifier.image_size, classifier.image_size)
-    if image_shape(unet) != seen:
-        raise ValueError(
-            f"the denoiser {experiment.denoiser} draws images of {image_shape(unet)}, the classifier "
-            f"{experiment.classifier} sees {seen} (channels, height, width): take one trained on the same data"
-        )
-    if unet.config.num_classes and not experiment.class_only and info.class_names != classifier.class_names:
-        raise ValueError(
-            f"the classes of the denoiser {experiment.denoiser} ({', '.join(info.class_names)}) are not those of the "
-            f"classifier {experiment.classifier} ({', '.join(classifier.class_names)}): take one that knows the same"
-        )
 
 
 def changed(experiment: Experiment, args: argparse.Namespace) -> Experiment:

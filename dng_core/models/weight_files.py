@@ -63,6 +63,11 @@ class ClassifierInfo:
         if not isinstance(self.early_pooling, bool):
             raise ValueError(f"early_pooling must be true or false, not {self.early_pooling!r}")
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what it sees."""
+        return self.in_channels, self.image_size, self.image_size
+
     def network(self) -> Classifier:
         """The network that its weights are for, with random weights."""
         return Classifier(self.in_channels, len(self.class_names), self.width, self.early_pooling)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..models.datasets import Dataset
-from ..models.networks import Classifier
+from ..models.networks import Classifier, UNet
 from ..models.weight_files import ClassifierInfo
+from .class_removal import image_shape
 from .features import Gaussian, classified, frechet_distance, inception_fid, inside_manifold
 from .metrics import (
     balance_kl,
@@ -63,17 +64,7 @@ class Measurer:
         self, classifier: Classifier, info: ClassifierInfo, real: Dataset | None, fid_cache: Path | None = None
     ) -> None:
         if real is not None:
-            if real.class_names != info.class_names:
-                raise ValueError(
-                    f"the classes of {real.name} ({', '.join(real.class_names)}) are not those of the classifier "
-                    f"{info.name} ({', '.join(info.class_names)}): take a classifier trained on this data"
-                )
-            expected = (info.in_channels, info.image_size, info.image_size)
-            if tuple(real.images.shape[1:]) != expected:
-                raise ValueError(
-                    f"the images of {real.name} are {tuple(real.images.shape[1:])}, the classifier {info.name} sees "
-                    f"{expected} (channels, height, width)"
-                )
+            check_data(real, info)
         self.classifier, self.info, self.real, self.fid_cache = classifier, info, real, fid_cache
 
     @cached_property
@@ -159,3 +150,33 @@ class Measurer:
                 value = inception_fid(images, data.images.numpy(), f"dng-{data.digest()}", self.fid_cache, cuda)
                 result[name] = Measured(value).to_dict()
         return result
+
+
+def check_data(data: Dataset, classifier: ClassifierInfo) -> None:
+    """ValueError for data of other classes, or of another shape, than a classifier sees."""
+    _check_classes(data.name, data.class_names, classifier)
+    shape = tuple(data.images.shape[1:])
+    if shape != classifier.shape:
+        raise ValueError(
+            f"the images of {data.name} are {shape}, the classifier {classifier.name} sees {classifier.shape} "
+            "(channels, height, width)"
+        )
+
+
+def check_denoiser(source: str, network: UNet, class_names: Sequence[str], classifier: ClassifierInfo) -> None:
+    """ValueError for a denoiser of other classes, if it has ``class_names``, or of another shape than a classifier."""
+    if image_shape(network) != classifier.shape:
+        raise ValueError(
+            f"the denoiser {source} draws images of {image_shape(network)}, the classifier {classifier.name} sees "
+            f"{classifier.shape} (channels, height, width): take one trained on the same data"
+        )
+    if class_names:
+        _check_classes(f"the denoiser {source}", class_names, classifier)
+
+
+def _check_classes(what: str, class_names: Sequence[str], classifier: ClassifierInfo) -> None:
+    if tuple(class_names) != classifier.class_names:
+        raise ValueError(
+            f"the classes of {what} ({', '.join(class_names)}) are not those of the classifier {classifier.name} "
+            f"({', '.join(classifier.class_names)}): take one trained on the same data"
+        )

@@ -14,11 +14,12 @@ from ..models.datasets import Dataset, load_dataset
 from ..models.mnist import to_model_range
 from ..models.networks import Classifier, UNet
 from ..models.predictors import LabelConditional, denoised
-from ..models.weight_files import ClassifierInfo, load_classifier, shipped_classifiers
+from ..models.weight_files import load_classifier, shipped_classifiers
 from ..sampling import Predictor, ddpm_sample
 from ..schedules import DDPMSchedule, ddpm_sigmas
 from .class_removal import chain_name, image_shape, starting_noise
 from .features import Gaussian, classified, frechet_distance
+from .measuring import check_data, check_denoiser
 from .metrics import class_histogram
 
 BATCH = 125  # images drawn at once; like the numbers below, a choice
@@ -62,11 +63,12 @@ def networks_figure(
     classifier, seen = load_classifier(shipped_classifiers().get(judge, Path(judge)))
     real = load_dataset(dataset, data, train=True).sample(REAL_IMAGES) if data else None
     held_out = load_dataset(dataset, data, train=False).sample(HELD_OUT) if data else None
-    _check_classes(f"the data set {dataset}", real.class_names if real else seen.class_names, seen)
+    if real:
+        check_data(real, seen)
     gaussian = Gaussian.of(classified(classifier, real.images.numpy())[0]) if real else None
     for source in sources:
         network, info = open_denoiser(source)
-        _check_classes(source, info.class_names, seen)
+        check_denoiser(source, network, info.class_names, seen)
         chain, classes = DDPMSchedule.named(chain_name(info)), len(info.class_names)
         drawn, seconds = unguided(network, chain, images, steps, seed)
         asked = torch.arange(min(LABELLED, images)) % classes
@@ -88,14 +90,6 @@ def networks_figure(
             rows = [drawn, *(labelled[asked == label] for label in range(classes))]
             sheet(rows).save(sheets / f"networks-{Path(source).stem}.png")
         yield row | (errors(network, chain, held_out, seed) if held_out else {})
-
-
-def _check_classes(what: str, class_names: Sequence[str], seen: ClassifierInfo) -> None:
-    if tuple(class_names) != seen.class_names:
-        raise ValueError(
-            f"{what} has the classes {', '.join(class_names) or 'none'}, and the classifier {seen.name} sees "
-            f"{', '.join(seen.class_names)}: give a classifier of the same classes"
-        )
 
 
 def sheet(rows: Sequence[Tensor]) -> Image.Image:

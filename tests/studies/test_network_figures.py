@@ -68,7 +68,7 @@ def test_the_sheet_shows_unguided_images_and_every_class(tmp_path):
 def test_another_set_of_classes_is_refused(tmp_path):
     described = ClassifierInfo("birds", 28, 1, 4, (-1.0, 1.0), ("crow", "wren"))
     save_classifier(tmp_path / "birds.safetensors", described.network().state_dict(), described)
-    with pytest.raises(ValueError, match=r"mnist has the classes 0, 1.*the classifier birds sees crow, wren"):
+    with pytest.raises(ValueError, match=r"denoiser mnist \(0, 1.*not those of the classifier birds \(crow, wren\)"):
         next(networks_figure(["mnist"], None, 4, 2, 0, judge=str(tmp_path / "birds.safetensors")))
 
 
