@@ -14,7 +14,7 @@ from ..models.networks import UNet
 from ..models.predictors import EveryLabel
 from ..models.weight_files import load_classifier, shipped_classifiers
 from ..posterior import Chain
-from ..sampling import ddpm_sample
+from ..sampling import Predictor, ddpm_sample
 from ..schedules import DDPMSchedule, ddpm_sigmas
 from ..settings import Settings
 from ..shares import share_of
@@ -25,43 +25,53 @@ LEVELS = (3.0, 0.65, 0.5)  # sigma; the posterior is judged at the second, and t
 FITTED = 64  # images on which the figure calibrates
 
 
-@torch.no_grad()
 def record(
     network: UNet, chain: DDPMSchedule, images: int, steps: int, seed: int, progress: Callable[[int], object]
 ) -> tuple[list[Evidence], Tensor]:
     """The evidence for every class along the network's unguided chain, and the images (n, channels, height, width).
 
-    ``progress`` is told how many images were drawn, batch by batch.
-
-    Raises
-    ------
-    ValueError: if the network has no class labels.
+    The rest is as in :func:`observed`. ValueError if the network has no class labels.
     """
-    classes = network.config.num_classes
+    classes, levels = network.config.num_classes, ddpm_sigmas(chain, steps)
     if classes < 2:
         raise ValueError("the denoiser knows no classes, which are the alternatives to calibrate on")
-    levels = ddpm_sigmas(chain, steps)
+    return observed(EveryLabel(network, chain), classes, image_shape(network), levels, images, seed, progress)
+
+
+@torch.no_grad()
+def observed(
+    predict: Predictor,
+    alternatives: int,
+    shape: Sequence[int],
+    levels: Sequence[float],
+    images: int,
+    seed: int,
+    progress: Callable[[int], object],
+    batch: int = BATCH,
+) -> tuple[list[Evidence], Tensor]:
+    """The evidence for each of ``alternatives`` along the reference's own chain, and the samples, (n, ...).
+
+    ``predict`` gives the reference and as many predictions. ``progress`` is told how many samples of this ``shape``
+    were drawn, batch by batch.
+    """
     found, drawn = [], []
-    for start in range(0, images, BATCH):
-        size = min(BATCH, images - start)
-        noise, generator = starting_noise(start, size, seed, image_shape(network))
-        guidance = NegativeGuidance([Settings(prior=0.5 / classes, guidance_scale=0.0)] * classes, Chain(levels))
-        drawn.append(ddpm_sample(EveryLabel(network, chain), noise, levels, guidance, generator))
+    for start in range(0, images, batch):
+        size = min(batch, images - start)
+        noise, generator = starting_noise(start, size, seed, shape)
+        settings = Settings(prior=0.5 / alternatives, guidance_scale=0.0)
+        guidance = NegativeGuidance([settings] * alternatives, Chain(levels))
+        drawn.append(ddpm_sample(predict, noise, levels, guidance, generator))
         found.append(evidence_of(guidance))
         progress(size)
-    return joined(found), torch.cat(drawn)
-
-
-def joined(batches: Sequence[Sequence[Evidence]]) -> list[Evidence]:
-    """The evidence of each concept in all batches of one run."""
-    return [
+    joined = [
         Evidence(
             torch.cat([part.increments for part in parts], dim=1),
             torch.cat([part.energies for part in parts], dim=1),
             parts[0].sigmas,
         )
-        for parts in zip(*batches, strict=True)
+        for parts in zip(*found, strict=True)
     ]
+    return joined, torch.cat(drawn)
 
 
 def calibrated_denoiser(

@@ -3,19 +3,16 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from ...calibration import Evidence, calibrate, evidence_of
+from ...calibration import calibrate
 from ...calibration_files import ModelCalibration
-from ...guidance import NegativeGuidance
 from ...models.picture_book.prompting import contexts, denoised
 from ...models.picture_book.scenes import PLACES
 from ...models.picture_book.weights import FULL_NAME, SHIPPED_PICTURE_BOOK, load_picture_book
-from ...posterior import Chain
 from ...schedules import DDPMSchedule, ddpm_sigmas
-from ...settings import Settings
-from ..calibrating import joined
-from ..class_removal import starting_noise
-from .sampling import LATENT, sample
+from ..calibrating import observed
+from .sampling import LATENT
 
 BATCH = 16  # pictures drawn at once: a choice
 
@@ -28,19 +25,12 @@ def calibrated_book(images: int, steps: int, seed: int, progress: Callable[[int]
     """
     book, info = load_picture_book(SHIPPED_PICTURE_BOOK)
     chain = DDPMSchedule.named(info.schedule)
-    levels, texts = ddpm_sigmas(chain, steps), contexts(book, ["", *PLACES]).split(1)
-    found: list[list[Evidence]] = []
-    for start in range(0, images, BATCH):
-        size = min(BATCH, images - start)
-        settings = Settings(prior=0.5 / len(PLACES), guidance_scale=0.0)
-        guidance = NegativeGuidance([settings] * len(PLACES), Chain(levels))
+    texts = contexts(book, ["", *PLACES]).split(1)
 
-        def denoise(x: torch.Tensor, sigma: float, guidance: NegativeGuidance = guidance) -> torch.Tensor:
-            reference, *places = denoised(book, chain, x, sigma, list(texts))
-            return guidance(x, sigma, reference, reference, places)
+    def predict(x: Tensor, sigma: float) -> tuple[Tensor, list[Tensor]]:
+        reference, *places = denoised(book, chain, x, sigma, list(texts))
+        return reference, places
 
-        noise, generator = starting_noise(start, size, seed, LATENT)
-        sample(denoise, noise, levels, "euler_ancestral", generator)
-        found.append(evidence_of(guidance))
-        progress(size)
-    return ModelCalibration(calibrate(joined(found)), FULL_NAME, LATENT)
+    levels = ddpm_sigmas(chain, steps)  # ddpm_sample's steps over them are those of euler_ancestral
+    evidence, _ = observed(predict, len(PLACES), LATENT, levels, images, seed, progress, BATCH)
+    return ModelCalibration(calibrate(evidence), FULL_NAME, LATENT)
