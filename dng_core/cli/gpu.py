@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do all of it; returns 1, with a message, if something fails. What was found before is in the folder."""
     began = time.monotonic()
-    found: dict[str, Any] = {"command": "dng " + " ".join(sys.argv[1:]), "versions": versions()}
+    versions = {"dng": __version__, "torch": torch.__version__, "machine": machine()}
+    found: dict[str, Any] = {"command": "dng " + " ".join(sys.argv[1:]), "versions": versions}
     try:
         if not 0 < args.minutes < math.inf:
             raise ValueError(f"--minutes must be above 0, not {args.minutes:g}")
@@ -80,11 +81,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"dng gpu: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def versions() -> dict[str, str]:
-    """What the figures depend on."""
-    return {"dng": __version__, "torch": torch.__version__, "machine": machine()}
 
 
 def checked(device: str) -> Iterator[tuple[str, str]]:
@@ -175,4 +171,4 @@ def trained(args: argparse.Namespace, plan: TrainingPlan, device: str, began: fl
 
 def markdown(found: dict[str, Any]) -> str:
     """The findings as a page."""
-    return "# On this GPU\n\n" + "\n".join(f"**{name}**: {value}\n" for name, value in found.items())
+    return "# `dng gpu`\n\n" + "\n".join(f"**{name}**: {value}\n" for name, value in found.items())

@@ -182,28 +182,30 @@ def _train_on_files(
     everything = load_dataset(plan.dataset, args.data, train=True, download=args.download, size=plan.size or None)
     data, class_names = plan.chosen(everything), plan.class_names(everything)
     shape = data.images.shape[1:]
-    network = plan.unet(everything) if plan.model == "denoiser" else None
     name = plan.name.removesuffix(f"_{plan.model}")
-    shared = (name, shape[1], shape[0], plan.network.get("width", CLASSIFIER_WIDTH), (-1.0, 1.0), class_names)
-    described = ClassifierInfo(*shared, plan.network.get("early_pooling", False))
-    model = UNet(network) if network else described.network()
+    info: DenoiserInfo | ClassifierInfo
+    if plan.model == "denoiser":
+        info, test = DenoiserInfo(name, plan.unet(everything), "linear", (-1.0, 1.0), class_names), None
+        model: nn.Module = UNet(info.network)
+    else:
+        wanted = {"width": CLASSIFIER_WIDTH, **plan.network}
+        info = ClassifierInfo(name, shape[1], shape[0], data_range=(-1.0, 1.0), class_names=class_names, **wanted)
+        model, test = info.network(), _test_split(plan, args.data, everything)
     initial = _initial(plan, model, args.start_from) if args.start_from else None
-    test = None if network else _test_split(plan, args.data, everything)
     args.output.mkdir(parents=True, exist_ok=True)
     files = Files.of(args.output, plan.name)
     figures: dict[str, float] = {}
     files.record.unlink(missing_ok=True)  # that of an earlier run would call the new weights damaged
-    if network:
-        result = train_denoiser(data.images, data.labels, network, plan.training, files.checkpoint, device, initial)
-        info = DenoiserInfo(name, network, "linear", (-1.0, 1.0), class_names)
+    run = (plan.training, files.checkpoint, device, initial)
+    if isinstance(info, DenoiserInfo):
+        result = train_denoiser(data.images, data.labels, info.network, *run)
         save_denoiser(files.weights, result.state_dict, info, args.numbers)
     else:
-        labelled = (data.images, data.labels, described)
-        result = train_classifier(*labelled, plan.training, files.checkpoint, device, initial)
+        result = train_classifier(data.images, data.labels, info, *run)
         model.load_state_dict(result.state_dict)
         judged, measured = (test, "test_accuracy") if test else (data, "training_accuracy")
         figures[measured] = classifier_accuracy(model.eval(), judged.images, judged.labels)
-        save_classifier(files.weights, result.state_dict, described, args.numbers)
+        save_classifier(files.weights, result.state_dict, info, args.numbers)
 
     source: dict[str, Any] = {"name": data.name, "images": len(data.images), "digest": data.digest()}
     if plan.dataset == "mnist":

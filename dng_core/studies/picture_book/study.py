@@ -112,7 +112,7 @@ class Study:
         self.judge, self.chain = load_judge(), DDPMSchedule.named(info.schedule)
         measured = calibration_of(path)
         self.calibration = load_calibration(measured).calibration if measured.is_file() else EXACT
-        files = [path, SHIPPED_JUDGE, *([measured] if measured.is_file() else [])]
+        files = [file for file in (path, SHIPPED_JUDGE, measured) if file.is_file()]
         self._weights = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
         self._unguided: dict[Point, Drawn] = {}
         (folder / "rows").mkdir(parents=True, exist_ok=True)
