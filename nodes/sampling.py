@@ -34,6 +34,8 @@ POSITIVE_TIP = "What the image should show."
 MOST_STEPS = 10_000_000
 """Of a whole schedule, of which `denoise` takes the last part: 10,000 steps at a denoise of 0.001. Some schedulers
 take seconds for so many, and for more of them all the memory."""
+LARGEST_SEED = 2**64 - 1
+"""That torch's generators take, and ComfyUI's widgets."""
 
 NEGATIVE_TIP = "What the image should not show. Guidance switches on only in images that are turning into this."
 
@@ -73,6 +75,11 @@ class Schedule:
         for name, names in known.items():
             if getattr(self, name) not in names:
                 raise ValueError(f"`{name}` must be one of {', '.join(names)}; it is {getattr(self, name)!r}")
+        if self.seed == LARGEST_SEED:
+            raise ValueError(
+                f"`seed` (or `noise_seed`) is {self.seed}, which is too large by one: many of ComfyUI's samplers draw "
+                "their noise by the next number; take a smaller one"
+            )
         if 0 < self.denoise < self.steps / MOST_STEPS:
             raise ValueError(
                 f"`denoise` is {self.denoise:g}, so that these steps would be the last of "

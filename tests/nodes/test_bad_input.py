@@ -94,6 +94,7 @@ def test_a_reference_that_there_is_not_is_refused_by_its_name(bench):
         ({"steps": 0}, "`steps` must be at least 1"),
         ({"scheduler": "none"}, "`scheduler` must be one of"),
         ({"sampler_name": "none"}, "`sampler_name` must be one of"),
+        ({"seed": 2**64 - 1}, "`seed` .* is 18446744073709551615, .*take a smaller one"),
     ],
 )
 def test_what_a_link_brings_is_checked_as_widgets_are(bench, changes, message):
