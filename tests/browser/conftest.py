@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,20 @@ LOOK_AT = """([kinds, scale]) => {
   app.canvas.ds.offset = [150 / scale - x, 120 / scale - y];
   app.canvas.draw(true, true);
 }"""
+ALONE = """([name, selected]) => {
+  const last = app.graph.last_node_id;
+  app.graph.clear();
+  app.graph.last_node_id = last;  // the front end remembers widgets' values by the node's number and the widget's name
+  const node = LiteGraph.createNode(name);
+  app.graph.add(node);
+  node.pos = [300, 120];
+  app.canvas.ds.scale = 1;
+  app.canvas.ds.offset = [0, 0];
+  app.canvas.draw(true, true);
+  if (selected) app.canvas.selectNode(node);
+  else app.canvas.deselectAll();
+}"""
+HELP = ".node-help-content .markdown-content"
 NO_BROWSER = (
     "there is no browser on this machine: install a Chromium (on Debian by `apt install chromium`), or name a Chrome "
     "or Edge in DNG_BROWSER"
@@ -78,6 +93,18 @@ class Frontend:
     def load(self, name: str, graph: dict[str, Any] | None = None) -> None:
         """Open a workflow of this project, or the given graph under its name."""
         self.tab.evaluate(LOAD, [graph or read(WORKFLOWS / f"{name}.json"), name])
+
+    def alone(self, name: str, selected: bool = False) -> None:
+        """Put a new node of this type into an empty graph."""
+        self.tab.evaluate(ALONE, [name, selected])
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Close the template browser that greets a new user, which on a busy machine opens late, when it comes."""
+        greeting = self.tab.get_by_test_id("dialog-overlay")
+        self.tab.add_locator_handler(greeting, lambda: self.tab.keyboard.press("Escape"))
+        yield
+        self.tab.remove_locator_handler(greeting)
 
     def graph(self) -> dict[str, Any]:
         """The graph as the front end would save it."""

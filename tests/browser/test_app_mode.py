@@ -28,29 +28,27 @@ def labels() -> list[str]:
 
 def test_a_template_in_app_mode_shows_its_inputs_runs_and_shows_its_pictures(frontend: Frontend) -> None:
     tab = frontend.tab
-    greeting = tab.get_by_test_id("dialog-overlay")  # of the template browser, which on a busy machine opens late
-    tab.add_locator_handler(greeting, lambda: tab.keyboard.press("Escape"))
-    frontend.load(TEMPLATE)
-    tab.evaluate(SHRINK)
-    tab.evaluate(TOGGLE)
-    try:
-        tab.get_by_test_id("app-mode-widget-item").first.wait_for()
-        shown = tab.get_by_test_id("app-mode-widget-item").all_inner_texts()
-        assert [text.splitlines()[0] for text in shown] == labels()
-        tab.evaluate(
-            """() => {
-              window.ended = null;
-              for (const status of ["execution_success", "execution_error"])
-                app.api.addEventListener(status, () => { window.ended = status; }, { once: true });
-            }"""
-        )
-        tab.locator("[data-testid=linear-run-button] button", has_text="Run").click()
-        tab.wait_for_function("() => window.ended", timeout=RUN_SECONDS * 1000)
-        assert tab.evaluate("window.ended") == "execution_success"
-        tab.wait_for_function(SHOWN)
-        frontend.picture("app_mode")
-    finally:
-        tab.remove_locator_handler(greeting)
+    with frontend.undisturbed():
+        frontend.load(TEMPLATE)
+        tab.evaluate(SHRINK)
         tab.evaluate(TOGGLE)
+        try:
+            tab.get_by_test_id("app-mode-widget-item").first.wait_for()
+            shown = tab.get_by_test_id("app-mode-widget-item").all_inner_texts()
+            assert [text.splitlines()[0] for text in shown] == labels()
+            tab.evaluate(
+                """() => {
+                  window.ended = null;
+                  for (const status of ["execution_success", "execution_error"])
+                    app.api.addEventListener(status, () => { window.ended = status; }, { once: true });
+                }"""
+            )
+            tab.locator("[data-testid=linear-run-button] button", has_text="Run").click()
+            tab.wait_for_function("() => window.ended", timeout=RUN_SECONDS * 1000)
+            assert tab.evaluate("window.ended") == "execution_success"
+            tab.wait_for_function(SHOWN)
+            frontend.picture("app_mode")
+        finally:
+            tab.evaluate(TOGGLE)
     prompt = json.dumps(frontend.prompt())
     assert "a street" in prompt

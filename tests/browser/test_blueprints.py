@@ -57,16 +57,13 @@ WIRE = """(values) => {
 @pytest.fixture(scope="module")
 def library(frontend: Frontend) -> Iterator[Any]:
     """The node library in the sidebar, open; its search field."""
-    tab = frontend.tab
-    greeting = tab.get_by_test_id("dialog-overlay")  # of the template browser, which on a busy machine opens late
-    tab.add_locator_handler(greeting, lambda: tab.keyboard.press("Escape"))
-    button = tab.get_by_label("Node Library (n)")
-    button.click()
-    field = tab.get_by_placeholder("Search...").first
-    field.wait_for()
-    yield field
-    button.click()
-    tab.remove_locator_handler(greeting)
+    with frontend.undisturbed():
+        button = frontend.tab.get_by_label("Node Library (n)")
+        button.click()
+        field = frontend.tab.get_by_placeholder("Search...").first
+        field.wait_for()
+        yield field
+        button.click()
 
 
 def insert(frontend: Frontend, library: Any, name: str) -> None:

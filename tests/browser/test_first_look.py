@@ -18,17 +18,6 @@ TALLEST = 600
 MARGIN = 8  # of the canvas around a node, in pixels
 COLOURS = 64  # of a picture: a node has few, and the edges of its letters shades between them
 BOTH = ("KSamplerDNG",)  # nodes of which there is a picture from Nodes 2.0 too
-ADD = """(name) => {
-  const last = app.graph.last_node_id;
-  app.graph.clear();
-  app.graph.last_node_id = last;  // the front end remembers widgets' values by the node's number and the widget's name
-  const node = LiteGraph.createNode(name);
-  app.graph.add(node);
-  node.pos = [300, 120];
-  app.canvas.ds.scale = 1;
-  app.canvas.ds.offset = [0, 0];
-  app.canvas.deselectAll();
-}"""
 DRAW = "() => app.canvas.draw(true, true)"
 DIALOG = "[role=dialog]:visible"
 BADGES = ("Comfy.NodeBadge.NodeSourceBadgeMode", "Comfy.NodeBadge.NodeLifeCycleBadgeMode")
@@ -84,7 +73,7 @@ def test_no_node_is_tall_when_it_first_appears(frontend: Frontend, definitions: 
     frontend.tab.evaluate(NODES_2, nodes_2)
     heights = {}
     for name in definitions:
-        frontend.tab.evaluate(ADD, name)
+        frontend.alone(name)
         for _ in range(2):  # a text area is put in its place by the second drawing
             frontend.tab.evaluate(DRAW)
             frontend.tab.wait_for_timeout(300)

@@ -8,7 +8,7 @@ import pytest
 from dng_core.headless.server import PACK_NAME
 from dng_core.headless.workflow import load_workflow
 
-from .conftest import NODES_2, WORKFLOWS, Frontend, read
+from .conftest import HELP, NODES_2, WORKFLOWS, Frontend, read
 
 TEMPLATES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 # Said by the front end itself while it starts, with or without this pack's script: the latter where it opens its
@@ -20,17 +20,6 @@ BOXES = """() => [...document.querySelectorAll("[data-node-id]")].map((element) 
   const { x, y, right, bottom } = element.getBoundingClientRect();
   return [element.dataset.nodeId, x, y, right, bottom];
 }).filter(([, x, , right]) => right > x)"""
-
-HELP = ".node-help-content .markdown-content"
-ALONE = """(name) => {
-  app.graph.clear();
-  const node = LiteGraph.createNode(name);
-  app.graph.add(node);
-  node.pos = [300, 200];
-  app.canvas.ds.scale = 1;
-  app.canvas.ds.offset = [100, 100];
-  app.canvas.selectNode(node);
-}"""
 
 WITHOUT_ROOT = """() => {
   const node = app.graph.nodes.find(({ type }) => type === "KSamplerDNG");
@@ -140,13 +129,13 @@ def test_a_tooltip_appears_where_the_mouse_rests(frontend: Frontend, definitions
 def test_every_node_has_a_help_page_that_the_help_panel_shows(frontend: Frontend, definitions: dict[str, Any]) -> None:
     """Opened once, the panel follows what is selected."""
     tab = frontend.tab
-    tab.evaluate(ALONE, "KSamplerDNG")
+    frontend.alone("KSamplerDNG", selected=True)
     tab.get_by_test_id("info-button").click()
     tab.locator(f"{HELP} h1").wait_for()
     tab.wait_for_timeout(1000)
     frontend.picture("help")
     for name, definition in definitions.items():
-        tab.evaluate(ALONE, name)
+        frontend.alone(name, selected=True)
         tab.locator(f"{HELP} h1").get_by_text(definition["display_name"], exact=True).wait_for()
         for picture in tab.locator(f"{HELP} img").all():
             assert picture.evaluate("(image) => image.decode().then(() => image.naturalWidth)") > 100, name

@@ -7,22 +7,14 @@ from typing import Any
 
 import pytest
 
-from .conftest import Frontend
+from .conftest import HELP, Frontend
 
 LOCALES = Path(__file__).resolve().parents[2] / "locales"
 LANGUAGES = sorted(folder.name for folder in LOCALES.iterdir() if folder.name != "en")  # test_frontend.py has English
 UNTRANSLATED = "es"  # the front end has it, and the pack does not
 LOCALE = "(language) => app.extensionManager.setting.set('Comfy.Locale', language)"
-HELP = ".node-help-content .markdown-content"
-ALONE = """(name) => {
-  app.graph.clear();
-  const node = LiteGraph.createNode(name);
-  app.graph.add(node);
-  node.pos = [300, 120];
-  app.canvas.ds.scale = 1;
-  app.canvas.ds.offset = [0, 0];
-  app.canvas.draw(true, true);
-  app.canvas.selectNode(node);
+TEXTS = """() => {
+  const [node] = app.graph.nodes;
   const slots = [...node.inputs, ...node.outputs].map((slot) => [slot.name, slot.localized_name]);
   return [node.title, slots, (node.widgets ?? []).map(({ name, label }) => [name, label])];
 }"""
@@ -33,7 +25,7 @@ def open_help(frontend: Frontend) -> None:
     head, button = frontend.tab.locator(f"{HELP} h1"), frontend.tab.get_by_test_id("info-button")
     for _ in range(30):
         frontend.tab.keyboard.press("Escape")
-        frontend.tab.evaluate(ALONE, "KSamplerDNG")
+        frontend.alone("KSamplerDNG", selected=True)
         frontend.tab.wait_for_timeout(2000)
         if head.is_visible():
             return
@@ -64,7 +56,8 @@ def test_nodes_show_their_names_inputs_and_outputs(
     frontend: Frontend, language: str, expected: dict[str, Any]
 ) -> None:
     for name, texts in expected.items():
-        title, slots, widgets = frontend.tab.evaluate(ALONE, name)
+        frontend.alone(name, selected=True)
+        title, slots, widgets = frontend.tab.evaluate(TEXTS)
         known = {key: given["name"] for key, given in texts["inputs"].items()}
         outputs = {output["name"] for output in texts["outputs"].values()}
         assert title == texts["display_name"]
@@ -74,14 +67,14 @@ def test_nodes_show_their_names_inputs_and_outputs(
         assert len(inputs) >= len([key for key in known if not key.startswith("settings_")]), name
         if language in LANGUAGES:  # the front end itself names the outputs that are called by their types
             assert outputs <= set(shown.values()), name
-    frontend.tab.evaluate(ALONE, "KSamplerDNG")
+    frontend.alone("KSamplerDNG", selected=True)
     frontend.tab.wait_for_timeout(1000)
     frontend.picture(f"language_{language}")
 
 
 def test_the_help_panel_shows_the_pages(frontend: Frontend, expected: dict[str, Any]) -> None:
     for name, texts in expected.items():
-        frontend.tab.evaluate(ALONE, name)
+        frontend.alone(name, selected=True)
         frontend.tab.locator(f"{HELP} h1").get_by_text(texts["display_name"], exact=True).wait_for()
         page = frontend.tab.locator(HELP).inner_text()
         said = [text["tooltip"] for kind in ("inputs", "outputs") for text in texts[kind].values()]
@@ -94,7 +87,7 @@ def test_the_help_panel_shows_the_pages(frontend: Frontend, expected: dict[str, 
 def test_a_tooltip_is_shown(frontend: Frontend, expected: dict[str, Any]) -> None:
     """That of an input which appears by a choice, and that of one which is always there."""
     for widget in ("settings.prior", "steps"):
-        frontend.tab.evaluate(ALONE, "KSamplerDNG")
+        frontend.alone("KSamplerDNG", selected=True)
         frontend.tab.wait_for_timeout(500)
         x, y = frontend.tab.evaluate(
             """(name) => {

@@ -27,15 +27,6 @@ OF_A_RUN = {
 }
 """What the nodes that sample show beside the above."""
 
-ADD = """(name) => {
-  app.graph.clear();
-  const node = LiteGraph.createNode(name);
-  app.graph.add(node);
-  node.pos = [300, 120];
-  app.canvas.ds.scale = 1;
-  app.canvas.ds.offset = [0, 0];
-  app.canvas.draw(true, true);
-}"""
 CHOOSE = """(choice) => { app.graph.nodes[0].widgets.find(({ name }) => name === "settings").value = choice; }"""
 NESTED = """() => {
   const [{ inputs, widgets }] = app.graph.nodes;
@@ -60,14 +51,14 @@ def shown(frontend: Frontend) -> set[str]:
 
 @pytest.mark.parametrize("name", GUIDING)
 def test_a_node_first_shows_the_inputs_of_exact(frontend: Frontend, renderer: bool, name: str) -> None:
-    frontend.tab.evaluate(ADD, name)
+    frontend.alone(name)
     frontend.tab.wait_for_timeout(500)
     assert shown(frontend) == {"guidance_scale", "prior"}
 
 
 @pytest.mark.parametrize("name", GUIDING)
 def test_a_choice_shows_its_inputs_and_no_others(frontend: Frontend, renderer: bool, name: str) -> None:
-    frontend.tab.evaluate(ADD, name)
+    frontend.alone(name)
     for choice, inputs in CHOICES.items():
         frontend.tab.evaluate(CHOOSE, choice)
         frontend.tab.wait_for_timeout(200)
@@ -77,7 +68,7 @@ def test_a_choice_shows_its_inputs_and_no_others(frontend: Frontend, renderer: b
 
 def test_a_choice_and_its_values_are_sent_saved_and_loaded(frontend: Frontend, renderer: bool) -> None:
     """The calibration comes through a wire, and so does the prior, to a widget."""
-    frontend.tab.evaluate(ADD, "KSamplerDNG")
+    frontend.alone("KSamplerDNG")
     frontend.tab.evaluate(CHOOSE, "calibrated")
     frontend.tab.evaluate(SET, {"settings.guidance_scale": 2.5, "denoise": 0.5})
     frontend.tab.evaluate(
