@@ -43,8 +43,8 @@ class Settings:
     p_min, p_max: the posterior is clamped to this range, 0 < p_min < p_max < 1.
     drift: points (sigma, nats) at falling noise levels: what has been added to the log-posterior by there, beside the
         offset. Between the points this is linear in log sigma, and outside of them constant. A jump adds no more than
-        half of its energy (:func:`~.posterior.drift_evidence`). No drift is exact; that of a trained model is measured
-        (:mod:`~.calibration`).
+        a quarter of its energy (:func:`~.posterior.drift_evidence`). No drift is exact; that of a trained model is
+        measured (:mod:`~.calibration`).
     max_scale: cap on the product lambda_0 p / (1 - p); infinity for none. A larger push seldom removes more, and can
         throw a state off its chain where steps are few.
     rule: how a jump's evidence is computed. "algorithm_2" is the paper's. The other two add a term that Algorithm 2
