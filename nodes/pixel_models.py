@@ -202,14 +202,13 @@ class LoadPixelModel(io.ComfyNode):
             category=CATEGORY,
             description="Loads a small class-conditional diffusion model that comes with DNG. It draws pixels, and "
             "needs no VAE.",
-            search_aliases=["mnist", "digits", "class model", "ddpm", "pixel space"],
+            search_aliases=["mnist", "cifar10", "digits", "class model", "ddpm", "pixel space"],
             inputs=[
                 io.Combo.Input(
                     "name",
                     options=list(shipped_denoisers()),
-                    tooltip="The model. Both draw handwritten digits of 28x28 pixels, in the classes 0 to 9. "
-                    "mnist_deep has one level more, predicts v, and draws half as many unclear digits. The figures in "
-                    "the documents are of mnist.",
+                    tooltip="The model. mnist draws handwritten digits of 28x28 pixels, in the classes 0 to 9. "
+                    "cifar10 draws small photographs of 32x32 pixels, in ten classes from airplane to truck.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="A MODEL for any sampler. Class Label gives its conditionings.")],
@@ -341,7 +340,8 @@ class ClassReport(io.ComfyNode):
                 io.Combo.Input(
                     "classifier",
                     options=list(shipped_classifiers()),
-                    tooltip="The classifier that looks at the images. mnist knows the digits 0 to 9.",
+                    tooltip="The classifier that looks at the images. mnist knows the digits 0 to 9, cifar10 "
+                    "ten classes from airplane to truck.",
                 ),
                 io.String.Input(
                     "forbidden",

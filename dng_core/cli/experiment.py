@@ -21,7 +21,7 @@ from ..headless.lock import exclusive
 from ..methods import MethodSettings
 from ..models.datasets import Dataset, load_dataset
 from ..models.devices import machine
-from ..models.weight_files import load_classifier, shipped_classifiers
+from ..models.weight_files import open_classifier
 from ..studies.class_removal import METHOD_NAMES, network
 from ..studies.experiment import METHOD_OF, Experiment, read_experiment
 from ..studies.features import require_inception
@@ -193,8 +193,7 @@ def prepare(args: argparse.Namespace) -> Runner:
     """Read everything that the experiment needs, so that errors are reported before anything is drawn."""
     refuse(args, BOOK_OPTIONS)
     experiment = changed(read_experiment(args.experiment), args)
-    classifier_file = shipped_classifiers().get(experiment.classifier, Path(experiment.classifier))
-    classifier, info = load_classifier(classifier_file)
+    classifier, info = open_classifier(experiment.classifier)
     workers = Workers(args.engine, args.jobs, args.device, args.ray_address)
     classifier = classifier.to(workers.devices()[0])
     denoiser, drawn = network(experiment.denoiser, "cpu")

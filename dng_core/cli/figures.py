@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     others = ", ".join(f"{name} {figure.samples}" for name, figure in FIGURES.items() if figure.samples != usual)
     parser.add_argument("--samples", type=int, help=f"samples or images per point (default: {usual}; {others})")
     parser.add_argument("--repeats", type=int, default=10, help="turns of start and live-chart (default: 10)")
-    networks = parser.add_argument_group("the figure networks")
+    networks = parser.add_argument_group("the figures networks and calibration")
     networks.add_argument(
         "--denoisers", nargs="+", default=["mnist"], metavar="SOURCE", help="shipped ones or files (default: mnist)"
     )
@@ -184,7 +184,7 @@ def calibration(args: argparse.Namespace) -> Iterator[Row]:
     from ..studies.calibrating import calibration_figure
 
     for denoiser in args.denoisers:
-        yield from calibration_figure(args.samples, one_step_count(args), args.seed, denoiser)
+        yield from calibration_figure(args.samples, one_step_count(args), args.seed, denoiser, args.classifier)
 
 
 def picture_book(args: argparse.Namespace) -> Iterator[Row]:

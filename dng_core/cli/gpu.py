@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the plan's data set")
     parser.add_argument("--output", type=Path, default=Path("output", "gpu"), help="folder (default: output/gpu)")
     parser.add_argument("--minutes", type=float, default=10.0, help="time for everything (default: 10)")
-    parser.add_argument("--plan", default="cifar10_gpu_denoiser", help="a plan of a denoiser (default: cifar10_gpu_denoiser)")
+    parser.add_argument(
+        "--plan", default="cifar10_gpu_denoiser", help="a plan of a denoiser (default: cifar10_gpu_denoiser)"
+    )
     parser.add_argument("--start-from", type=Path, metavar="WEIGHTS", help="weights to go on from (default: random)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--repeats", type=int, default=3, help="turns of the measurement (default: 3)")

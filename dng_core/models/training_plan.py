@@ -17,9 +17,9 @@ Labels = Literal["conditional", "none"]
 SCENES = "scenes"  # the data of the picture book, which are drawn, not read
 SHIPPED_NETWORK = {
     "base_channels": 64,
-    "channel_multipliers": (1, 1),
+    "channel_multipliers": (1, 1, 2),
     "blocks_per_level": 1,
-    "attention_levels": (1,),
+    "attention_levels": (1, 2),
     "patch_size": 2,
     "prediction": "v",
 }

@@ -75,7 +75,7 @@ class ClassifierInfo:
 
 def shipped_denoisers() -> dict[str, Path]:
     """The denoisers that come with the project: name -> file (:func:`load_denoiser` says if it is missing)."""
-    return {name: SHIPPED / f"{name}_denoiser.safetensors" for name in ("mnist", "mnist_deep")}
+    return {name: SHIPPED / f"{name}_denoiser.safetensors" for name in ("mnist", "cifar10")}
 
 
 def shipped_calibrations() -> dict[str, Path]:
@@ -92,7 +92,7 @@ def calibration_of(weights: Path) -> Path:
 
 def shipped_classifiers() -> dict[str, Path]:
     """The classifiers that come with the project: name -> file."""
-    return {"mnist": SHIPPED / "mnist_classifier.safetensors"}
+    return {name: SHIPPED / f"{name}_classifier.safetensors" for name in ("mnist", "cifar10")}
 
 
 def save_denoiser(
@@ -138,6 +138,11 @@ def load_classifier(path: Path) -> tuple[Classifier, ClassifierInfo]:
         info = ClassifierInfo(**tuples(raw))
         _check_range(info)
     return filled(path, info.network, state_dict), info
+
+
+def open_classifier(source: str) -> tuple[Classifier, ClassifierInfo]:
+    """A classifier by the name of a shipped one, or its file; errors as :func:`load_classifier`."""
+    return load_classifier(shipped_classifiers().get(source, Path(source)))
 
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -12,13 +12,14 @@ from ..guidance import NegativeGuidance
 from ..models.checkpoints import open_denoiser
 from ..models.networks import UNet
 from ..models.predictors import EveryLabel
-from ..models.weight_files import load_classifier, shipped_classifiers
+from ..models.weight_files import open_classifier
 from ..posterior import Chain
 from ..sampling import Predictor, ddpm_sample
 from ..schedules import DDPMSchedule, ddpm_sigmas
 from ..settings import Settings
 from ..shares import share_of
 from .class_removal import chain_name, image_shape, starting_noise
+from .measuring import check_denoiser
 
 BATCH = 64  # images drawn at once: a choice
 LEVELS = (3.0, 0.65, 0.5)  # sigma; the posterior is judged at the second, and the slope is from the first to the third
@@ -83,16 +84,19 @@ def calibrated_denoiser(
     return ModelCalibration(calibrate(evidence), info.full_name, image_shape(network))
 
 
-def calibration_figure(images: int, steps: int, seed: int, source: str = "mnist") -> Iterator[dict[str, Any]]:
-    """One row per calibration of a shipped denoiser, judged on held-out images by the classifier.
+def calibration_figure(
+    images: int, steps: int, seed: int, source: str = "mnist", judge: str = "mnist"
+) -> Iterator[dict[str, Any]]:
+    """One row per calibration of a denoiser, on held-out images that the classifier ``judge`` looks at.
 
     The calibrations are measured on 64 images of the next seed: none (*exact*), on all classes, and on all classes but
     the one that is judged (*left out*). *cross entropy*: of p against the classifier's verdict at sigma 0.65, in nats;
     *slope*: of p at sigma 0.5 on p at sigma 3; *shares within 1.4*: of how many classes the measured share is within a
-    factor of 1.4 of the classifier's count.
+    factor of 1.4 of the classifier's count. ValueError for a denoiser and a classifier of other classes.
     """
     network, info = open_denoiser(source)
-    classifier, _ = load_classifier(shipped_classifiers()["mnist"])
+    classifier, seen = open_classifier(judge)
+    check_denoiser(source, network, info.class_names, seen)
     chain = DDPMSchedule.named(chain_name(info))
     fitted, _ = record(network, chain, FITTED, steps, seed + 1, lambda size: None)
     judged, drawn = record(network, chain, images, steps, seed, lambda size: None)

@@ -18,7 +18,7 @@ from ..calibration import evidence_of
 from ..guidance import NegativeGuidance
 from ..models.networks import Classifier, UNet
 from ..models.predictors import EveryLabel, LabelConditional
-from ..models.weight_files import load_classifier, load_denoiser, shipped_classifiers, shipped_denoisers
+from ..models.weight_files import load_denoiser, open_classifier, shipped_denoisers
 from ..posterior import Chain
 from ..sampling import Predictor, ddpm_sample
 from ..schedules import DDPMSchedule, ddpm_sigmas
@@ -114,7 +114,7 @@ def _roc_area(posterior: Tensor, truth: Tensor) -> float:
 def shipped_mnist() -> tuple[UNet, Classifier, DDPMSchedule, Sequence[str]]:
     """The shipped denoiser, its classifier, its chain and the names of its classes."""
     network, info = load_denoiser(shipped_denoisers()["mnist"])
-    classifier, _ = load_classifier(shipped_classifiers()["mnist"])
+    classifier, _ = open_classifier("mnist")
     return network, classifier, DDPMSchedule.named(chain_name(info)), info.class_names
 
 

@@ -14,7 +14,7 @@ from ..models.datasets import Dataset, load_dataset
 from ..models.mnist import to_model_range
 from ..models.networks import Classifier, UNet
 from ..models.predictors import LabelConditional, denoised
-from ..models.weight_files import load_classifier, shipped_classifiers
+from ..models.weight_files import open_classifier
 from ..sampling import Predictor, ddpm_sample
 from ..schedules import DDPMSchedule, ddpm_sigmas
 from .class_removal import chain_name, image_shape, starting_noise
@@ -60,7 +60,7 @@ def networks_figure(
     ------
     ValueError: for a denoiser, a classifier and data that do not know the same classes.
     """
-    classifier, seen = load_classifier(shipped_classifiers().get(judge, Path(judge)))
+    classifier, seen = open_classifier(judge)
     real = load_dataset(dataset, data, train=True).sample(REAL_IMAGES) if data else None
     held_out = load_dataset(dataset, data, train=False).sample(HELD_OUT) if data else None
     if real:

@@ -30,10 +30,11 @@ def experiment(folder: Path, denoiser: str = "mnist", calibrated: str = "true") 
 
 
 def test_every_shipped_denoiser_has_a_calibration_of_its_own():
+    shapes = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "picture_book": LATENT}
     shipped = {name: load_calibration(path) for name, path in shipped_calibrations().items()}
     assert shipped.keys() == {*shipped_denoisers(), "picture_book"}
     for name, measured in shipped.items():
-        assert measured.shape == (LATENT if name == "picture_book" else (1, 28, 28))
+        assert measured.shape == shapes[name]
         assert 0.2 < measured.calibration.temperature < 1
 
 
@@ -41,7 +42,7 @@ def test_the_command_measures_writes_and_explains(tmp_path, capsys):
     output = tmp_path / "found.json"
     assert main(["calibrate", "mnist", "--output", str(output), "--images", "8", "--steps", "8"]) == 0
     measured = load_calibration(output)
-    assert (measured.model, measured.calibration.images) == ("pixel model mnist, epsilon", 8)
+    assert (measured.model, measured.calibration.images) == ("pixel model mnist, v", 8)
     assert "Measured on 8 images of 8 steps" in capsys.readouterr().out
 
 

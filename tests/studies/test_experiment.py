@@ -182,13 +182,14 @@ def test_a_report_leaves_out_what_is_not_measured_for_a_class_yet(files):
 @pytest.mark.parametrize("name", sorted(p.stem for p in PRESETS.glob("*.toml")))
 def test_presets_are_valid_and_have_all_methods_or_are_of_calibrated_dng_alone(name):
     preset = read_experiment(name)
-    alone = {Settings.method} if name == "mnist_calibrated" else STUDIED.keys()
-    assert {plan.method for plan in preset.methods} == alone
+    fewer = {"mnist_calibrated": {Settings.method}, "cifar10_calibrated": {"NP", Settings.method}}
+    assert {plan.method for plan in preset.methods} == fewer.get(name, STUDIED.keys())
 
 
-def test_the_calibrated_preset_takes_what_was_measured_of_its_network_and_the_presets_scale():
-    (plan,) = read_experiment("mnist_calibrated").methods
-    measured = load_calibration(calibration_of(shipped_denoisers()["mnist"])).calibration
+@pytest.mark.parametrize("network", ["mnist", "cifar10"])
+def test_the_calibrated_preset_takes_what_was_measured_of_its_network_and_the_presets_scale(network):
+    plan = read_experiment(f"{network}_calibrated").methods[-1]
+    measured = load_calibration(calibration_of(shipped_denoisers()[network])).calibration
     (settings,) = plan.sweep({})
     assert (settings.temperature, settings.drift) == (measured.temperature, measured.drift)
     assert settings.guidance_scale == CALIBRATED.guidance_scale and settings.prior == 0.1

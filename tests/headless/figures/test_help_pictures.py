@@ -24,10 +24,10 @@ def colours(png: bytes) -> int:
 
 def test_a_picture_is_kept_with_as_many_colours_as_fit():
     assert colours(help_pictures.compressed(noise(40, 100))) == 128
-    content = help_pictures.compressed(noise(200, 400))
+    content = help_pictures.compressed(noise(250, 400))
     assert len(content) <= help_pictures.LARGEST
     assert colours(content) < 128
-    with pytest.raises(ValueError, match="800 x 400 pixels has more than 60000 bytes"):
+    with pytest.raises(ValueError, match="800 x 400 pixels has more than 80000 bytes"):
         help_pictures.compressed(noise(400, 800))
 
 
