@@ -61,7 +61,8 @@ ALONE = """([name, selected]) => {
   if (selected) app.canvas.selectNode(node);
   else app.canvas.deselectAll();
 }"""
-HELP = ".node-help-content .markdown-content"
+# Front ends after 1.47.12 call the page by the second name.
+HELP = ".node-help-content :is(.markdown-content, .comfy-markdown-content)"
 NO_BROWSER = (
     "there is no browser on this machine: install a Chromium (on Debian by `apt install chromium`), or name a Chrome "
     "or Edge in DNG_BROWSER"
