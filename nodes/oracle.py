@@ -25,6 +25,7 @@ from ..dng_core.studies.metrics import balance_kl_renormalised
 from .checks import check_values, shape_text
 from .inputs import TRACE
 from .run.concept import input_of
+from .run.regions import used_sizes
 
 CHANNELS, SIZE, STD = 1, 4, 0.2
 """The shape of the latents, and the standard deviation of each component. The means are standard normal in 16
@@ -124,6 +125,11 @@ class OracleModel(comfy.model_base.BaseModel):
                 f"{components}: set `of` of its Oracle Condition node to {components}"
             )
         check_shape(kwargs["noise"], "latent_image")
+        if (sizes := used_sizes(kwargs.get("area"), (SIZE, SIZE))) != [SIZE, SIZE]:
+            raise ValueError(
+                f"the conditioning {given} is used in an area of {shape_text(sizes)} alone, but the oracle model "
+                f"knows whole samples only, {SIZE}x{SIZE}: remove the area, or use a mask"
+            )
         mask = torch.zeros(1, components)
         mask[0, chosen] = 1.0
         return {"oracle_components": comfy.conds.CONDRegular(mask)}

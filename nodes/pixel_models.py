@@ -30,6 +30,7 @@ from ..dng_core.studies.report.class_report import Report, bar_chart, contact_sh
 from .checks import check_filled, check_images, check_values, shape_text
 from .plot import as_image
 from .run.concept import input_of
+from .run.regions import used_sizes
 
 CATEGORY = "DNG/pixel models"
 LABEL_KEY = "dng_class_label"  # in a conditioning's dict: the class, as the network counts them
@@ -124,6 +125,13 @@ class PixelModel(comfy.model_base.BaseModel):
             raise ValueError(
                 f"`latent_image` is {shape_text(conditioning['noise'].shape[1:])}, the pixel model {name!r} draws "
                 f"{shape_text(expected)} (channels x height x width): connect an Empty Pixel Latent node"
+            )
+        sizes = used_sizes(conditioning.get("area"), expected[1:])
+        if any(size < 1 or size % network.patch_size for size in sizes):
+            raise ValueError(
+                f"the conditioning {given} is used in an area of {shape_text(sizes)}, which the pixel model {name!r} "
+                f"cannot cut into patches of {network.patch_size}x{network.patch_size}: remove the area, use a mask, or "
+                f"make the area's height and width multiples of {network.patch_size} pixels"
             )
         if not conditioning["cross_attn"].any():  # no class, or zeroed by ConditioningZeroOut
             label = network.num_classes

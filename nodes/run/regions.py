@@ -51,6 +51,15 @@ def in_elements(area: Sequence, sizes: Sequence[int]) -> list[int]:
     ]
 
 
+def used_sizes(area: Sequence | None, sizes: Sequence[int]) -> list[int]:
+    """The height and width of what a model is shown of a latent, where a conditioning has this area, or none."""
+    if area is None:
+        return list(sizes)
+    given = in_elements(area, sizes)
+    half = len(given) // 2
+    return [min(e, size - start) for e, start, size in zip(given[:half], given[half:], sizes[-half:], strict=True)]
+
+
 def outside(area: Sequence[int], sizes: Sequence[int]) -> bool:
     """Whether an area begins beyond the end of a latent."""
     half = len(area) // 2

@@ -120,6 +120,20 @@ def test_a_condition_of_another_mixture_is_refused_by_its_name(bench, wrong, of,
         bench.dng(bench.model(), concept, cfg=2.0, **given)
 
 
+@pytest.mark.parametrize("area", [(1, 2, 0, 0), ("percentage", 0.5, 1.0, 0.25, 0.0), (8, 8, 1, 0), (4, 4, 0, 4)])
+def test_a_condition_of_a_part_of_a_sample_is_refused_by_its_name_in_stock_samplers_too(bench, area):
+    positive, negative = bench.cond(area=area), bench.cond("0", area=area)
+    with pytest.raises(ValueError, match=r"`positive` is used in an area of .* alone.* remove the area"):
+        bench.sample(bench.model(), positive=positive)
+    with pytest.raises(ValueError, match=r"`negative`.* is used in an area of .* alone.* remove the area"):
+        bench.sample(bench.model(), negative=negative, cfg=2.0, positive=bench.cond(mask=torch.ones(1, 4, 4)))
+
+
+def test_an_area_that_holds_a_whole_sample_is_none(bench):
+    whole = bench.sample(bench.model(), positive=bench.cond("0", area=(8, 8, 0, 0)))
+    assert torch.equal(whole, bench.sample(bench.model(), positive=bench.cond("0")))
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 3, 4, 4), (2, 1, 1, 4), (2, 1, 4, 4, 4)])
 def test_a_latent_of_another_size_than_the_oracles_is_refused(bench, shape):
     latent = {"samples": torch.full(shape, 0.5)}
