@@ -130,8 +130,8 @@ class PixelModel(comfy.model_base.BaseModel):
         if any(size < 1 or size % network.patch_size for size in sizes):
             raise ValueError(
                 f"the conditioning {given} is used in an area of {shape_text(sizes)}, which the pixel model {name!r} "
-                f"cannot cut into patches of {network.patch_size}x{network.patch_size}: remove the area, use a mask, or "
-                f"make the area's height and width multiples of {network.patch_size} pixels"
+                f"cannot cut into patches of {network.patch_size}x{network.patch_size}: remove the area, use a mask, "
+                f"or make the area's height and width multiples of {network.patch_size} pixels"
             )
         if not conditioning["cross_attn"].any():  # no class, or zeroed by ConditioningZeroOut
             label = network.num_classes
