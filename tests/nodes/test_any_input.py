@@ -46,7 +46,7 @@ MOST = {"steps": 6, "width": 600, "height": 600, "batch_size": 9, "upscale": 3, 
 RUN = {
     "DNGCalibrateModel": ["negative"],
     "DNGGuider": ["latent_image", "sigmas"],
-    "DynamicNegativeGuidance": ["latent_image", "sigmas"],
+    "DynamicNegativeGuidance": ["latent_image", "positive", "sigmas"],
     "DNGLoadCalibration": ["the calibration is of"],
     "DNGLoadPictureBook": ["conditioning", "latent", "latent_image", "weight", "words"],
 }

@@ -211,7 +211,7 @@ def test_a_latent_of_another_size_is_refused(pixel, stock, model):
 def test_an_area_that_the_models_patches_do_not_fill_is_refused(pixel, stock, model, area):
     ((embedding, options),) = label(pixel, model, "3")
     none, latent = label(pixel, model, "none"), pixel.EmptyPixelLatent.execute(model, 1)[0]
-    with pytest.raises(ValueError, match=r"`positive` is used in an area of .*patches of 2x2: remove the area, use a mask"):
+    with pytest.raises(ValueError, match=r"`positive` is used in an area of .*patches of 2x2: remove the area"):
         ksampler(stock, model, [[embedding, options | {"area": area}]], none, latent)
     ksampler(stock, model, [[embedding, options | {"area": (4, 8, 20, 0)}]], none, latent)
 
