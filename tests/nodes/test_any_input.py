@@ -425,6 +425,8 @@ def run(case: Any, drawn: Drawn, node_id: str, inputs: dict[str, Any]) -> Any:
     latent = drawn.latent(SimpleNamespace(id="latent_image"), "latent_image" in drawn.hostile)
     sigmas = drawn.sigmas(inputs["model"], "sigmas" in drawn.hostile)
     sampler = samplers.sampler_object(drawn.pick(samplers.KSampler.SAMPLERS))
+    if outputs[0] is inputs["model"] and ("sigmas" in drawn.hostile or not sigmas.isfinite().all()):
+        return []  # nothing to avoid: ComfyUI's own sampler would make NaN of such levels (kl_optimal's of one step)
     if node_id == "DNGGuider":
         guider = outputs[0]
     else:
