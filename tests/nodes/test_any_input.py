@@ -45,8 +45,8 @@ MOST = {"steps": 6, "width": 600, "height": 600, "batch_size": 9, "upscale": 3, 
 """Bounds below the schema's, by which a case takes milliseconds."""
 RUN = {
     "DNGCalibrateModel": ["negative"],
-    "DNGGuider": ["latent_image", "sigmas"],
-    "DynamicNegativeGuidance": ["latent_image", "positive", "sigmas"],
+    "DNGGuider": ["latent_image", "sampler", "sigmas"],
+    "DynamicNegativeGuidance": ["latent_image", "positive", "sampler", "sigmas"],
     "DNGLoadCalibration": ["the calibration is of"],
     "DNGLoadPictureBook": ["conditioning", "latent", "latent_image", "weight", "words"],
 }
