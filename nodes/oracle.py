@@ -383,10 +383,11 @@ def oracle_figures(
 ) -> dict[str, Any]:
     """Where the samples ended. A figure that cannot be computed is None.
 
-    With a ``baseline``, the figures also say whether the samples are identical to it bit by bit, and the RMS of the
-    differences. With a ``trace``, they hold for each concept the mean absolute error of the last tracked posterior
-    (compared with the exact one of the finished samples) and the mean guidance scale at each step. A single concept
-    stands for all forbidden components together; of several concepts each stands for one component.
+    With a ``baseline``, the figures also say whether the samples are identical to it bit by bit, the RMS of the
+    differences, and how many samples are forbidden here but not there (gained), and there but not here (lost). With a
+    ``trace``, they hold for each concept the mean absolute error of the last tracked posterior (compared with the
+    exact one of the finished samples) and the mean guidance scale at each step. A single concept stands for all
+    forbidden components together; of several concepts each stands for one component.
     """
     finite = bool(torch.isfinite(x).all())
     counts = torch.bincount(truth.classify(x), minlength=len(truth.weights)).tolist()
@@ -402,8 +403,13 @@ def oracle_figures(
     }
     if baseline is not None:
         difference = float((x - baseline).square().mean().sqrt())
+        is_forbidden, was_forbidden = (
+            torch.isin(truth.classify(samples), torch.tensor(forbidden)) for samples in (x, baseline)
+        )
         figures |= {
             "identical": torch.equal(x, baseline),
+            "forbidden_gained": int((is_forbidden & ~was_forbidden).sum()),
+            "forbidden_lost": int((was_forbidden & ~is_forbidden).sum()),
             "rms_change": difference if math.isfinite(difference) else None,
         }
     if trace is not None and len(trace.sigmas):

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..economy import Economy
 from ..guidance import NegativeGuidance
 from ..headless.figures.speed_prompts import MODELS, SIZES, SMALL, subjects
-from ..headless.paths import checkout
+from ..headless.paths import BENCH_NODES, checkout
 from ..models.checkpoints import open_denoiser
 from ..models.devices import devices, machine
 from ..models.networks import UNet
@@ -27,7 +27,6 @@ from ..studies.class_removal import chain_name, image_shape, starting_noise
 from ..studies.report.markdown import line, table_lines
 
 PRODUCT_SIZE = 1024  # a choice: large enough that a product runs near the machine's full speed
-BENCH_NODES = "nodes/bench"  # the folder of the nodes that the benchmark of ComfyUI needs, in the checkout
 LEAST_SIZE = 64  # pixels: three times halved after the VAE's 8, sides stay whole
 
 

@@ -24,7 +24,7 @@ from ..headless.errors import HeadlessError
 from ..headless.figures.kept import Row
 from ..headless.install import ensure_installed
 from ..headless.locate import Location, find_comfyui
-from ..headless.paths import checkout
+from ..headless.paths import BENCH_NODES, checkout
 from ..models.datasets import DATASETS
 from ..models.devices import machine
 from ..studies import oracle_figures
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ..headless.server import Server
 
 ALL = ("all",)
+TYPICAL_SAMPLERS = ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_2m")  # ancestral, SDE and deterministic
 NETWORK_STEPS, BOOK_STEPS = 50, 30  # of the figures on the MNIST network and on the picture book: a choice
 WORKFLOW = Path("workflows", "api", "mnist_class_removal.json")
 
@@ -83,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"step counts (most figures: 30; those on networks take one: {NETWORK_STEPS}, picture-book {BOOK_STEPS})",
     )
     oracle.add_argument("--nodes", nargs="+", metavar="NAME", help="nodes of matrix and off: ksampler, guider, patch")
+    oracle.add_argument("--batches", type=int, nargs="+", metavar="N", help="batch sizes of economy (default: 1 16)")
     oracle.add_argument("--settings", choices=("oracle", "cifar10"), default="oracle", help="default: oracle")
     oracle.add_argument("--prediction", choices=("epsilon", "v", "flow"), default="epsilon", help="oracle's output")
     oracle.add_argument(
@@ -100,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
     figure = FIGURES[args.figure]
     if args.samples is None:
         args.samples = figure.samples
-    for option, least in (("samples", args.samples), ("repeats", args.repeats), ("steps", min(args.steps or [1]))):
+    lists = [(option, min(getattr(args, option) or [1])) for option in ("steps", "batches")]
+    for option, least in (("samples", args.samples), ("repeats", args.repeats), *lists):
         if least < 1:
             raise HeadlessError(f"--{option} must be at least 1, not {least}.")
     args.output.mkdir(parents=True, exist_ok=True)
@@ -222,6 +225,24 @@ def over_samplers(
     return Figure(help, rows, over_samplers=True)
 
 
+def economy(args: argparse.Namespace) -> Iterator[Row]:
+    from ..headless.figures.economy_figure import BATCHES, economy_figure
+    from ..headless.figures.oracle_choice import chosen_by
+
+    with oracle_runner(args, [BENCH_NODES]) as runner:
+        choice = chosen_by(args, runner.options(), TYPICAL_SAMPLERS, ("karras",), (30,))
+        yield from economy_figure(runner, choice, args.batches or BATCHES)
+
+
+def economy_mnist(args: argparse.Namespace) -> Iterator[Row]:
+    from ..headless.figures.economy_figure import BATCHES, economy_mnist_figure
+
+    with oracle_runner(args, [BENCH_NODES]) as runner:
+        for denoiser in args.denoisers:
+            steps, batches = one_step_count(args), args.batches or BATCHES
+            yield from economy_mnist_figure(runner, denoiser, args.samples, steps, args.seed, batches)
+
+
 def comfyui(args: argparse.Namespace) -> Iterator[Row]:
     from ..headless.figures.comfyui_figures import oracle_figure
 
@@ -257,21 +278,24 @@ def start(args: argparse.Namespace) -> Iterator[Row]:
 
 
 @contextmanager
-def oracle_runner(args: argparse.Namespace) -> Iterator["OracleRunner"]:
+def oracle_runner(args: argparse.Namespace, further: Sequence[str] = ()) -> Iterator["OracleRunner"]:
     """A ComfyUI that samples the oracle."""
     from ..headless.figures.oracle_runs import OracleRunner
 
-    with server_with_pack(args) as (server, pack):
+    with server_with_pack(args, further) as (server, pack):
         yield OracleRunner(server, pack, kept_in(args))
 
 
 @contextmanager
-def server_with_pack(args: argparse.Namespace) -> Iterator[tuple["Server", Path]]:
-    """A ComfyUI with the node pack, and the pack's folder."""
+def server_with_pack(args: argparse.Namespace, further: Sequence[str] = ()) -> Iterator[tuple["Server", Path]]:
+    """A ComfyUI with the node pack and the nodes in the folders ``further`` of it, and the pack's folder."""
     from ..headless.server import comfyui_server
 
     location, pack = comfyui_and_pack(args)
-    with comfyui_server(location, pack, log=args.output / "comfyui.log") as server:
+    folders = [pack / folder for folder in further]
+    if not all(folder.is_dir() for folder in folders):
+        raise HeadlessError("This figure needs nodes of its own: run it in a clone of the project's repository.")
+    with comfyui_server(location, pack, log=args.output / "comfyui.log", further=folders) as server:
         yield server, pack
 
 
@@ -329,7 +353,7 @@ FIGURES = {
     "concepts": over_samplers(
         "two forbidden components of eight, as a list and as chained patches",
         "exact_figures.concepts_figure",
-        ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_2m"),
+        TYPICAL_SAMPLERS,
     ),
     "step-counts": over_samplers(
         "the same settings at several step counts, per sampler",
@@ -350,6 +374,12 @@ FIGURES = {
         "a related and an unrelated concept, against a constant negative prompt",
         "exact_figures.unrelated_figure",
         ("euler_ancestral",),
+    ),
+    "economy": Figure(
+        "what economy leaves out, and what that changes, alone and in batches", economy, over_samplers=True
+    ),
+    "economy-mnist": Figure(
+        "the same on MNIST networks (--denoisers) by their calibrations, away from one digit", economy_mnist, 128
     ),
     "help": Figure("the pictures on the nodes' help pages, in the folder help", help_pictures),
     "start": Figure("what the pack adds to ComfyUI's start", start),

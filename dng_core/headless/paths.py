@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 PROJECT = "dynamic-negative-guidance"
+BENCH_NODES = "nodes/bench"  # of a clone: nodes that only measuring needs, which the published pack leaves out
 PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 

@@ -1,4 +1,7 @@
-"""Nodes that only `dng bench comfyui` loads: they count predictions, and make networks of known shapes at random."""
+"""Nodes that only `dng bench comfyui` and `dng figures economy` load.
+
+They count predictions, run a sampler once for each of many seeds, and make networks of known shapes at random.
+"""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The nodes of the benchmark."""
+"""The nodes of the benchmark, and of the figure on economy."""
 
 import hashlib
 import time
@@ -14,6 +14,7 @@ from torch import Tensor
 
 CATEGORY = "DNG/benchmark"
 COUNT = io.Custom("DNG_BENCH_COUNT")
+TRACE = io.Custom("DNG_TRACE")  # of the pack, whose modules these nodes cannot import
 
 COMMON = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "use_spatial_transformer": True, "legacy": False,
@@ -100,6 +101,43 @@ class ReportRun(io.ComfyNode):
         return io.NodeOutput(ui={"bench": [report]})
 
 
+class Seeds(io.ComfyNode):
+    """The seeds of as many runs: ComfyUI executes a node once for each element of a list."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DNGBenchSeeds",
+            category=CATEGORY,
+            inputs=[io.Int.Input("first", min=0), io.Int.Input("runs", min=1)],
+            outputs=[io.Int.Output(is_output_list=True)],
+        )
+
+    @classmethod
+    def execute(cls, first: int, runs: int) -> io.NodeOutput:
+        return io.NodeOutput([first + run for run in range(runs)])
+
+
+class ReportLooks(io.ComfyNode):
+    """How many undesired predictions the runs of a list evaluated, and at how many calls they did without one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DNGBenchLooks",
+            category=CATEGORY,
+            is_output_node=True,
+            is_input_list=True,
+            inputs=[TRACE.Input("traces")],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, traces: list[Any]) -> io.NodeOutput:
+        made, spared = (sum(counts) for counts in zip(*((t.made, t.spared) for t in traces), strict=True))
+        return io.NodeOutput(ui={"figures": [{"made": made, "spared": spared}]})
+
+
 class RandomNetwork(io.ComfyNode):
     """A U-Net of a known shape with random weights."""
 
@@ -167,4 +205,4 @@ def randomize(network: torch.nn.Module) -> None:
             weight.fill_(name.endswith("weight"))
 
 
-NODES: list[type[io.ComfyNode]] = [CountPredictions, ReportRun, RandomNetwork, RandomText]
+NODES: list[type[io.ComfyNode]] = [CountPredictions, ReportRun, Seeds, ReportLooks, RandomNetwork, RandomText]

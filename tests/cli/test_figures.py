@@ -11,7 +11,14 @@ import pytest
 
 from dng_core.cli import figures
 from dng_core.headless.errors import HeadlessError
-from dng_core.headless.figures import comfyui_figures, cost_figures, exact_figures, help_pictures, sampler_matrix
+from dng_core.headless.figures import (
+    comfyui_figures,
+    cost_figures,
+    economy_figure,
+    exact_figures,
+    help_pictures,
+    sampler_matrix,
+)
 from dng_core.studies import calibrating, evidence_figures, network_figures, oracle_figures
 from dng_core.studies.picture_book import figure as book_figure
 
@@ -37,6 +44,7 @@ def test_a_figure_is_printed_and_recorded_with_its_default_samples(tmp_path, cap
         ("posterior", ["--samples", 0], "--samples must be at least 1, not 0"),
         ("start", ["--repeats", 0], "--repeats must be at least 1, not 0"),
         ("rules", ["--steps", 0], "--steps must be at least 1, not 0"),
+        ("economy", ["--batches", 1, 0], "--batches must be at least 1, not 0"),
         ("rules", ["--steps", 20, 50], "takes one step count"),
     ],
 )
@@ -54,12 +62,13 @@ def test_what_cannot_be_measured_is_told_without_a_traceback(tmp_path):
 def test_every_figure_finds_the_function_that_measures_it(tmp_path, monkeypatch, figure):
     options = {"sampler_name": ["euler_ancestral", "dpmpp_2m_sde", "dpmpp_2m"], "scheduler": ["karras"]}
     runner = argparse.Namespace(options=lambda: options)
-    monkeypatch.setattr(figures, "oracle_runner", lambda args: nullcontext(runner))
+    monkeypatch.setattr(figures, "oracle_runner", lambda args, further=(): nullcontext(runner))
     monkeypatch.setattr(figures, "server_with_pack", lambda args: nullcontext(("server", Path("pack"))))
     monkeypatch.setattr(figures, "comfyui_and_pack", lambda args: ("location", Path("pack")))
     monkeypatch.setattr(figures, "write_matrix", lambda args, table: [])
     local = (calibrating, evidence_figures, network_figures, oracle_figures, book_figure)
-    for module in (comfyui_figures, cost_figures, exact_figures, help_pictures, sampler_matrix, *local):
+    inside = (comfyui_figures, cost_figures, economy_figure, exact_figures, help_pictures, sampler_matrix)
+    for module in (*inside, *local):
         for name, function in vars(module).items():
             if name.endswith("_figure"):
                 monkeypatch.setattr(module, name, Measured(name, inspect.signature(function)))

@@ -67,3 +67,11 @@ def test_the_weights_are_the_same_each_time(bench_nodes):
     first, second = (bench_nodes.random_model("SD15", shape).model.diffusion_model.state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["input_blocks.0.0.weight"].std() == pytest.approx((4 * 9) ** -0.5, rel=0.1)
+
+
+def test_seeds_are_a_list_and_the_looks_of_all_its_runs_are_added_up(bench, bench_nodes):
+    (seeds,) = bench_nodes.Seeds.execute(7, 3).args
+    assert seeds == [7, 8, 9] and bench_nodes.Seeds.GET_SCHEMA().outputs[0].is_output_list
+    empty = torch.zeros(0)
+    traces = [bench.guidance.Trace(empty, empty, empty, made=made, spared=2) for made in (1, 3)]
+    assert bench_nodes.ReportLooks.execute(traces).ui["figures"] == [{"made": 4, "spared": 4}]

@@ -84,6 +84,18 @@ def test_each_of_several_concepts_sleeps_on_its_own(bench, count):
     assert not torch.equal(trace.looked[:, 0], trace.looked[:, 1])
 
 
+def test_chained_patches_sleep_as_the_concepts_of_one_node_do(bench, count):
+    model, options = bench.model(), {"latent": bench.latent(1), "steps": 20}
+    concepts = [concept(bench, "0"), concept(bench, "1", prior=0.002)]
+    calls = count(model)
+    samples, trace = bench.dng(model, concepts, **options)
+    together = list(calls.batches)
+    calls.batches.clear()
+    chained = bench.patching.patch_model(bench.patching.patch_model(model, concepts[:1]), concepts[1:])
+    assert torch.equal(bench.sample(chained, **options), samples)
+    assert calls.batches == together and min(trace.looked.sum(dim=0)) < 20
+
+
 def test_a_split_run_begins_with_a_look_and_counts_both_parts(bench, count):
     model, inputs = bench.model(), bench.inputs(economy="auto")
     calls, latent, trace = count(model), bench.latent(1), None
@@ -109,8 +121,10 @@ def test_where_other_entries_apply_than_at_the_last_look_the_concept_is_looked_a
     assert not bool(alone.looked[first]) or not bool(alone.looked[first - 1])
 
 
-def test_an_interruption_while_asleep_leaves_nothing_behind(bench, monkeypatch):
-    """The next run of the same guider, with another batch, is the run of a new one."""
+@pytest.mark.parametrize("interrupted_batch", [1, 3])
+@pytest.mark.parametrize("patched", [False, True], ids=["guider", "patch"])
+def test_an_interruption_while_asleep_leaves_nothing_behind(bench, monkeypatch, patched, interrupted_batch):
+    """The next run of the same guider or patch, with a larger or a smaller batch, is the run of a new one."""
     model = bench.model()
     options = {"steps": 24, "sampler_name": "euler_ancestral"}
     expected, trace = bench.dng(model, concept(bench), bench.latent(2), **options)
@@ -123,16 +137,42 @@ def test_an_interruption_while_asleep_leaves_nothing_behind(bench, monkeypatch):
             raise interrupted
         return out
 
-    guider = bench.sampling.NegativeGuider(model, bench.cond(), [concept(bench)], None, 1.0)
-    schedule = bench.sampling.Schedule(1, 24, "euler_ancestral", "karras")
+    if patched:
+        again = bench.patching.patch_model(model, [concept(bench)])
+
+        def run(batch: int) -> Tensor:
+            return bench.sample(again, bench.latent(batch), **options)
+    else:
+        guider = bench.sampling.NegativeGuider(model, bench.cond(), [concept(bench)], None, 1.0)
+        schedule = bench.sampling.Schedule(1, 24, "euler_ancestral", "karras")
+
+        def run(batch: int) -> Tensor:
+            return bench.sampling.run_guider(guider, model, schedule, bench.latent(batch))[0]["samples"]
+
     with monkeypatch.context() as patch:
         patch.setattr(hooks.Run, "post_cfg", stop)
         with pytest.raises(interrupted):
-            bench.sampling.run_guider(guider, model, schedule, bench.latent(3))
-    assert guider.trace is None
-    out, again = bench.sampling.run_guider(guider, model, schedule, bench.latent(2))
-    assert torch.equal(out["samples"], expected) and torch.equal(again.looked, trace.looked)
+            run(interrupted_batch)
+    assert patched or guider.trace is None
+    assert torch.equal(run(2), expected)
+    assert patched or torch.equal(guider.trace.looked, trace.looked)
     assert not model.model_options.get("sampler_post_cfg_function")
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["guider", "patch"])
+def test_batches_may_grow_and_shrink_between_runs(bench, patched):
+    """The same guider or patch, run after run: each is the run of a new one."""
+    model, options = bench.model(), {"steps": 12, "sampler_name": "euler_ancestral"}
+    again = bench.patching.patch_model(model, [concept(bench)])
+    guider = bench.sampling.NegativeGuider(model, bench.cond(), [concept(bench)], None, 1.0)
+    schedule = bench.sampling.Schedule(1, 12, "euler_ancestral", "karras")
+    for batch in (1, 4, 2):
+        expected, _ = bench.dng(model, concept(bench), bench.latent(batch), **options)
+        if patched:
+            out = bench.sample(again, bench.latent(batch), **options)
+        else:
+            out = bench.sampling.run_guider(guider, model, schedule, bench.latent(batch))[0]["samples"]
+        assert torch.equal(out, expected)
 
 
 def test_an_unknown_economy_is_refused(bench):

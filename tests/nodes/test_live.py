@@ -1,6 +1,7 @@
 """The live chart: what a client of a real server is sent while a guided run goes on, and that nobody else is."""
 
 import asyncio
+import dataclasses
 import importlib
 import json
 from typing import Any
@@ -158,3 +159,12 @@ def test_steps_that_a_sampler_takes_back_are_sent_anew(bench: Any, monkeypatch: 
 def test_what_json_does_not_know_is_left_out(pack: Any, comfyui: Any) -> None:
     live = importlib.import_module(pack.__name__ + ".nodes.run.live")
     assert live.rounded([float("nan"), float("inf"), 0.123456]) == [None, None, 0.1235]
+
+
+def test_a_listener_hears_at_which_steps_nothing_was_evaluated(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(bench.begin, "current_listener", lambda: recorder)
+    concept = dataclasses.replace(bench.concept(), economy="auto")
+    _, trace = bench.dng(bench.model(), concept, bench.latent(1), steps=20)
+    assert recorder.sent[-1]["looked"] == trace.looked.tolist()
+    assert 0 < int(trace.looked.sum()) < 20

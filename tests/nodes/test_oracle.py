@@ -80,6 +80,12 @@ def test_samples_are_compared_with_their_baseline_bit_by_bit(bench):
     assert not moved["identical"] and moved["rms_change"] == pytest.approx(0.5)
 
 
+def test_what_is_forbidden_is_counted_image_by_image_against_the_baseline(bench):
+    means = bench.oracle.mixture(8).means
+    figures = report(bench, means[[0, 0, 2, 3]], "0,1", 8, baseline={"samples": means[[2, 1, 1, 3]]})
+    assert (figures["forbidden_gained"], figures["forbidden_lost"]) == (1, 1)
+
+
 def test_what_is_not_finite_has_no_figures(bench):
     drawn = bench.oracle.mixture(8).means.clone()
     drawn[0, 0, 0, 0] = torch.nan

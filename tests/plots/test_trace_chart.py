@@ -1,6 +1,7 @@
 """The chart of a trace: its lines stand where the values are, and every size of trace is drawn."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,6 +60,22 @@ def test_every_image_has_its_colour_and_every_concept_a_dash():
     drawn = (np.abs(pixels - THEMES["light"].series[0]).max(axis=2) < 12).sum(axis=1)
     dashed, solid = drawn[120:230].max(), drawn[230:340].max()  # the upper panel's halves: one concept's line in each
     assert 0.3 * solid < dashed < 0.8 * solid
+
+
+def test_a_tick_below_both_panels_marks_each_step_at_which_nothing_was_evaluated():
+    plain = constant(0.5, steps=6, concepts=2)
+    looked = torch.tensor([[True, True], [False, False], [True, False], [False, False], [True, True], [False, True]])
+    marked = np.asarray(trace_chart(replace(plain, looked=looked))).astype(int)
+    changed = (np.abs(marked - np.asarray(trace_chart(plain))).max(axis=2) > 12)[60:]  # without the line that counts
+    columns = np.flatnonzero(changed.any(axis=0))
+    ticks = np.split(columns, np.flatnonzero(np.diff(columns) > 20) + 1)
+    assert len(ticks) == 2  # steps 2 and 4: at the others one concept was looked at
+    width = marked.shape[1]
+    assert ticks[1].mean() - ticks[0].mean() == pytest.approx(2 / 5 * width, rel=0.15)
+    rows = np.flatnonzero(changed.any(axis=1))
+    assert (np.diff(rows) > 50).sum() == 1  # below each of the two panels
+    everything = trace_chart(replace(plain, looked=torch.ones(6, 2, dtype=torch.bool)))
+    assert everything.tobytes() == trace_chart(plain).tobytes()
 
 
 def test_auto_draws_lines_up_to_eight_images_and_quantiles_above():

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -156,15 +156,19 @@ class OracleRunner:
 
     def reports(self, task: Task, runs: Mapping[str, OracleRun]) -> dict[str, dict[str, Any]]:
         """The report of each run, by its name. Raises HeadlessError where ComfyUI or a node refuses the task."""
-        prompt = oracle_prompt(task, runs)
+        nodes = [f"{name} report" for name in runs]
+        return dict(zip(runs, self.figures(oracle_prompt(task, runs), nodes), strict=True))
+
+    def figures(self, prompt: Prompt, nodes: Sequence[str]) -> list[dict[str, Any]]:
+        """The figures that nodes of a prompt report. Raises HeadlessError where ComfyUI or a node refuses it."""
         key = hashlib.sha256(f"{self._code} {json.dumps(prompt, sort_keys=True)}".encode()).hexdigest()
 
         def measure() -> dict[str, dict[str, Any]]:
             result = run_workflow(self._server, prompt)
-            return {name: result.ui[f"{name} report"]["figures"][0] for name in runs}
+            return {node: result.ui[node]["figures"][0] for node in nodes}
 
-        reports: dict[str, dict[str, Any]] = self._kept.get(key, measure)
-        return reports
+        kept: dict[str, dict[str, Any]] = self._kept.get(key, measure)
+        return [kept[node] for node in nodes]
 
     def check_alive(self) -> None:
         """Raise HeadlessError where the server has ended, because a run then fails whatever its task is."""

@@ -1,7 +1,5 @@
 """The speed of the nodes against a negative prompt: what runs and in which order, and what is left out."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +9,8 @@ from dng_core.headless import memory
 from dng_core.headless.errors import HeadlessError
 from dng_core.headless.figures import speed_figures
 from dng_core.headless.figures.speed_prompts import NEGATIVE_PROMPT, WAYS, Subject, subjects
-from dng_core.headless.locate import Location
-from dng_core.headless.server import Server, comfyui_server
+from dng_core.headless.server import Server
 
-ROOT = Path(__file__).resolve().parents[3]
 NAMES = [way.name for way in WAYS]
 
 
@@ -106,22 +102,15 @@ def test_the_interval_is_that_of_the_median_by_the_order(count, low, high):
     assert text.endswith(f"({low:.2f} .. {high:.2f})")
 
 
-@pytest.fixture(scope="module")
-def server(comfyui_location: Location) -> Iterator[Server]:
-    """A real ComfyUI with the nodes of the benchmark."""
-    with comfyui_server(comfyui_location, ROOT, further=[ROOT / "nodes" / "bench"]) as started:
-        yield started
-
-
 def speeds(server: Server, subject: Subject) -> tuple[dict[tuple[str, float], float], speed_figures.Speeds]:
     """The predictions of each way in four steps, and all that was measured."""
     found = speed_figures.measure_speeds(server, subject, images=2, steps=4, repeats=2, seed=0)
     return {(row["node"], row["cfg"]): row["predictions an image"] for row in found.rows}, found
 
 
-def test_comfyui_counts_the_predictions_of_every_way(server):
+def test_comfyui_counts_the_predictions_of_every_way(bench_server):
     """One a step without a negative, two with one, three with Perp-Neg and with DNG beside guidance."""
-    counts, found = speeds(server, subjects("picture-book", 2)[0])
+    counts, found = speeds(bench_server, subjects("picture-book", 2)[0])
     assert found.left_out == []
     auto = {key: counts.pop(key) for key in list(counts) if "auto" in key[0]}
     assert list(counts.values()) == [4, 8, 8, 8, 12, 12]
@@ -131,22 +120,22 @@ def test_comfyui_counts_the_predictions_of_every_way(server):
     assert all(row["peak memory, MB"] == "" or row["peak memory, MB"] > 100 for row in found.rows)
 
 
-def test_the_digits_take_neither_nag_nor_perp_neg(server):
+def test_the_digits_take_neither_nag_nor_perp_neg(bench_server):
     """Their network has none of ComfyUI's attention, and without a prompt Perp-Neg has no direction."""
-    _, found = speeds(server, subjects("mnist", 2)[0])
+    _, found = speeds(bench_server, subjects("mnist", 2)[0])
     assert [why.split(" is left out: ")[1] for why in found.left_out] == [
         "the model takes no notice of it",
         "there is no prompt, across whose direction it pushes",
     ]
 
 
-def test_the_peak_of_the_memory_begins_anew(server):
-    if memory.peak_bytes(server.process.pid) is None:
+def test_the_peak_of_the_memory_begins_anew(bench_server):
+    if memory.peak_bytes(bench_server.process.pid) is None:
         pytest.skip("this system does not tell the peak of a process's memory")
     (digits,) = subjects("mnist", 512)
-    speed_figures._run(server, speed_figures.speed_prompt(digits, WAYS[0], speed_figures.Sampling(1, 1)))
-    large = memory.peak_bytes(server.process.pid)
-    memory.begin_peak(server.process.pid)
-    assert memory.peak_bytes(server.process.pid) < large
+    speed_figures._run(bench_server, speed_figures.speed_prompt(digits, WAYS[0], speed_figures.Sampling(1, 1)))
+    large = memory.peak_bytes(bench_server.process.pid)
+    memory.begin_peak(bench_server.process.pid)
+    assert memory.peak_bytes(bench_server.process.pid) < large
     assert memory.peak_bytes(2**31 - 1) is None  # no such process
     memory.begin_peak(2**31 - 1)
