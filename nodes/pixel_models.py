@@ -127,11 +127,13 @@ class PixelModel(comfy.model_base.BaseModel):
                 f"{shape_text(expected)} (channels x height x width): connect an Empty Pixel Latent node"
             )
         sizes = used_sizes(conditioning.get("area"), expected[1:])
-        if any(size < 1 or size % network.patch_size for size in sizes):
+        patch = network.patch_size
+        least = patch * 2 ** (len(network.channel_multipliers) - 1)  # every level but the last is halved
+        if any(size < least or size % patch for size in sizes):
             raise ValueError(
-                f"the conditioning {given} is used in an area of {shape_text(sizes)}, which the pixel model {name!r} "
-                f"cannot cut into patches of {network.patch_size}x{network.patch_size}: remove the area, use a mask, "
-                f"or make the area's height and width multiples of {network.patch_size} pixels"
+                f"the conditioning {given} is used in an area of {shape_text(sizes)}, which is not one that the pixel "
+                f"model {name!r} can draw in: remove the area, use a mask, or make the area's height and width at "
+                f"least {least} pixels, and multiples of {patch}"
             )
         if not conditioning["cross_attn"].any():  # no class, or zeroed by ConditioningZeroOut
             label = network.num_classes

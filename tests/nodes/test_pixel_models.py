@@ -207,13 +207,13 @@ def test_a_latent_of_another_size_is_refused(pixel, stock, model):
         ksampler(stock, model, none, none, latent)
 
 
-@pytest.mark.parametrize("area", [(1, 2, 0, 0), (4, 8, 25, 0), (8, 8, 28, 0)])
-def test_an_area_that_the_models_patches_do_not_fill_is_refused(pixel, stock, model, area):
+@pytest.mark.parametrize("area", [(1, 2, 0, 0), (8, 9, 0, 0), (6, 8, 0, 0), (8, 8, 22, 0), (8, 8, 28, 0)])
+def test_an_area_too_small_for_the_models_levels_or_not_of_whole_patches_is_refused(pixel, stock, model, area):
     ((embedding, options),) = label(pixel, model, "3")
     none, latent = label(pixel, model, "none"), pixel.EmptyPixelLatent.execute(model, 1)[0]
-    with pytest.raises(ValueError, match=r"`positive` is used in an area of .*patches of 2x2: remove the area"):
+    with pytest.raises(ValueError, match=r"`positive` is used in an area of .*at least 8 pixels, and multiples of 2"):
         ksampler(stock, model, [[embedding, options | {"area": area}]], none, latent)
-    ksampler(stock, model, [[embedding, options | {"area": (4, 8, 20, 0)}]], none, latent)
+    ksampler(stock, model, [[embedding, options | {"area": (8, 10, 20, 0)}]], none, latent)
 
 
 def test_other_models_are_refused(pixel):
