@@ -218,7 +218,8 @@ class LoadPixelModel(io.ComfyNode):
                     "name",
                     options=list(shipped_denoisers()),
                     tooltip="The model. mnist draws handwritten digits of 28x28 pixels, in the classes 0 to 9. "
-                    "cifar10 draws small photographs of 32x32 pixels, in ten classes from airplane to truck.",
+                    "cifar10 draws small, still blurred photographs of 32x32 pixels, in ten classes from airplane to "
+                    "truck.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="A MODEL for any sampler. Class Label gives its conditionings.")],

@@ -138,10 +138,11 @@ def _labels(labels: Sequence[str]) -> Prompt:
 
 
 def _models(names: Sequence[str]) -> Prompt:
-    prompt = _digits("mnist", 12)
+    prompt: Prompt = {}
     for name in names:
         prompt[f"{name} model"] = _node("DNGLoadPixelModel", name=name)
-        prompt |= _drawn(name, [f"{name} model", 0], "none", upscale=2)
+        prompt[f"{name} latent"] = _node("DNGEmptyPixelLatent", model=[f"{name} model", 0], batch_size=12)
+        prompt |= _drawn(name, [f"{name} model", 0], "none", upscale=2, latent=f"{name} latent")
     return prompt
 
 
