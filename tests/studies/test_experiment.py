@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dng_core.baselines import NegativePrompting
 from dng_core.calibration_files import load_calibration
 from dng_core.cli import report
 from dng_core.methods import STUDIED
@@ -180,10 +181,10 @@ def test_a_report_leaves_out_what_is_not_measured_for_a_class_yet(files):
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in PRESETS.glob("*.toml")))
-def test_presets_are_valid_and_have_all_methods_or_are_of_calibrated_dng_alone(name):
+def test_presets_are_valid_and_have_all_methods_or_negative_prompting_beside_calibrated_dng(name):
     preset = read_experiment(name)
-    fewer = {"mnist_calibrated": {Settings.method}, "cifar10_calibrated": {"NP", Settings.method}}
-    assert {plan.method for plan in preset.methods} == fewer.get(name, STUDIED.keys())
+    wanted = {NegativePrompting.method, Settings.method} if name.endswith("_calibrated") else STUDIED.keys()
+    assert {plan.method for plan in preset.methods} == wanted
 
 
 @pytest.mark.parametrize("network", ["mnist", "cifar10"])
