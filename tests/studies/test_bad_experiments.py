@@ -168,5 +168,6 @@ def test_data_of_other_classes_or_sizes_is_refused(files, capsys):
 
 
 def test_an_unknown_experiment_names_the_known_ones():
-    with pytest.raises(FileNotFoundError, match="cifar10, cifar10_calibrated, cifar10_conditional, mnist, mnist_calibrated, tiny"):
+    known = "cifar10, cifar10_calibrated, cifar10_conditional, mnist, mnist_calibrated, tiny"
+    with pytest.raises(FileNotFoundError, match=known):
         read_experiment("imagenet")
