@@ -197,7 +197,8 @@ def prepare(args: argparse.Namespace) -> Runner:
     workers = Workers(args.engine, args.jobs, args.device, args.ray_address)
     classifier = classifier.to(workers.devices()[0])
     denoiser, drawn = network(experiment.denoiser, "cpu")
-    check_denoiser(experiment.denoiser, denoiser, () if experiment.class_only else drawn.class_names, info)
+    classes = (drawn.class_names or None) if not experiment.class_only else None
+    check_denoiser(experiment.denoiser, denoiser, classes, info)
     folder = args.output or Path("output", experiment.name)
     require_own(folder, experiment)
     real: Dataset | None = None

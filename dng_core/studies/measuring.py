@@ -163,20 +163,24 @@ def check_data(data: Dataset, classifier: ClassifierInfo) -> None:
         )
 
 
-def check_denoiser(source: str, network: UNet, class_names: Sequence[str], classifier: ClassifierInfo) -> None:
-    """ValueError for a denoiser of other classes, if it has ``class_names``, or of another shape than a classifier."""
+def check_denoiser(source: str, network: UNet, class_names: Sequence[str] | None, classifier: ClassifierInfo) -> None:
+    """ValueError for a denoiser of other classes, or of another shape, than a classifier sees.
+
+    ``class_names``: None where it does not matter which classes the denoiser knows.
+    """
     if image_shape(network) != classifier.shape:
         raise ValueError(
             f"the denoiser {source} draws images of {image_shape(network)}, the classifier {classifier.name} sees "
             f"{classifier.shape} (channels, height, width): take one trained on the same data"
         )
-    if class_names:
+    if class_names is not None:
         _check_classes(f"the denoiser {source}", class_names, classifier)
 
 
 def _check_classes(what: str, class_names: Sequence[str], classifier: ClassifierInfo) -> None:
     if tuple(class_names) != classifier.class_names:
+        known = ", ".join(class_names) or "none"
         raise ValueError(
-            f"the classes of {what} ({', '.join(class_names)}) are not those of the classifier {classifier.name} "
+            f"the classes of {what} ({known}) are not those of the classifier {classifier.name} "
             f"({', '.join(classifier.class_names)}): take one trained on the same data"
         )

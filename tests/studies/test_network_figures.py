@@ -9,8 +9,10 @@ from dng_core.models.datasets import DIGITS, Dataset
 from dng_core.models.networks import UNet, UNetConfig
 from dng_core.models.weight_files import (
     ClassifierInfo,
+    DenoiserInfo,
     load_classifier,
     save_classifier,
+    save_denoiser,
     shipped_classifiers,
     shipped_denoisers,
 )
@@ -70,6 +72,14 @@ def test_another_set_of_classes_is_refused(tmp_path):
     save_classifier(tmp_path / "birds.safetensors", described.network().state_dict(), described)
     with pytest.raises(ValueError, match=r"denoiser mnist \(0, 1.*not those of the classifier birds \(crow, wren\)"):
         next(networks_figure(["mnist"], None, 4, 2, 0, judge=str(tmp_path / "birds.safetensors")))
+
+
+def test_a_denoiser_without_labels_is_refused(tmp_path):
+    network = UNetConfig(28, 1, 32, channel_multipliers=(1,), blocks_per_level=1, attention_levels=(), patch_size=2)
+    described = DenoiserInfo("plain", network, "linear", (-1.0, 1.0), ())
+    save_denoiser(tmp_path / "plain.safetensors", UNet(network).state_dict(), described)
+    with pytest.raises(ValueError, match=r"plain\.safetensors \(none\) are not those of the classifier mnist"):
+        next(networks_figure([str(tmp_path / "plain.safetensors")], None, 4, 2, 0))
 
 
 def test_noise_is_unclear():
