@@ -87,11 +87,15 @@ class Template:
             inputs["end_at_step"] = 2
         if inputs.get("start_at_step") == 10:
             inputs["start_at_step"] = 2
+        found = self.classes[kind]
+        declared = found.INPUT_TYPES()
+        known = {*declared.get("required", {}), *declared.get("optional", {})}
+        # ComfyUI leaves out a value that its node does not know (an older release). A choice's inputs have dots.
         values = {
             name: self.outputs(value[0])[value[1]] if isinstance(value, list) else value
             for name, value in inputs.items()
+            if name in known or isinstance(value, list) or "." in name
         }
-        found = self.classes[kind]
         if hasattr(found, "GET_SCHEMA"):
             return found.execute(**values).args
         return getattr(found(), found.FUNCTION)(**values)
