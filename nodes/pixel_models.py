@@ -249,7 +249,12 @@ class ClassLabel(io.ComfyNode):
                     "the unconditional prediction.",
                 ),
             ],
-            outputs=[io.Conditioning.Output(tooltip="A conditioning for `positive`, `negative` or `unconditional`.")],
+            outputs=[
+                io.Conditioning.Output(tooltip="A conditioning for `positive`, `negative` or `unconditional`."),
+                io.String.Output(
+                    display_name="label", tooltip="The label itself, for example for `forbidden` of Class Report."
+                ),
+            ],
         )
 
     @classmethod
@@ -258,7 +263,8 @@ class ClassLabel(io.ComfyNode):
         index = class_index(label, info.class_names, "label")
         # The tensor is 1 for a class and 0 for none, so that ConditioningZeroOut means none.
         marker = torch.zeros(1, 1, 1) if index is None else torch.ones(1, 1, 1)
-        return io.NodeOutput([[marker, {LABEL_KEY: info.network.num_classes if index is None else index}]])
+        entry = [marker, {LABEL_KEY: info.network.num_classes if index is None else index}]
+        return io.NodeOutput([entry], label)
 
 
 class EmptyPixelLatent(io.ComfyNode):

@@ -203,21 +203,37 @@ def test_a_loader_says_where_its_file_can_be_had(path: Path) -> None:
 
 
 @graphs
+def test_a_graph_with_a_checkpoint_says_what_was_run(path: Path) -> None:
+    nodes = read(path)["nodes"]
+    if any(node["type"] in LOADERS for node in nodes):
+        notes = [text for node in nodes if node["type"] in NOTES for text in node["widgets_values"]]
+        assert any("**What was run:**" in note for note in notes)
+
+
+@graphs
 def test_app_mode_shows_inputs_and_outputs_that_the_graph_has(path: Path, definitions: dict[str, Any]) -> None:
-    """The front end drops, without a word, what it does not find. MNIST's class removal has no app: its digit is to
-    be chosen in four nodes."""
+    """The front end drops, without a word, what it does not find."""
     graph = read(path)
     nodes = {str(node["id"]): node for node in graph["nodes"]}
-    app = graph["extra"].get("linearData")
-    assert (app is None) == (path.stem == "mnist_class_removal")
-    if app is not None:
-        assert app["inputs"] and app["outputs"]
-        for node, name in app["inputs"]:
-            assert name in widgets(nodes[node], definitions), (node, name)
-        shown = [slot.get("label", name) for node, name in app["inputs"] for slot in nodes[node]["inputs"]
-                 if slot["name"] == name]  # fmt: skip
-        assert len(set(shown)) == len(app["inputs"])
-        assert all(definitions[nodes[node]["type"]]["output_node"] for node in app["outputs"])
+    app = graph["extra"]["linearData"]
+    assert app["inputs"] and app["outputs"]
+    for node, name in app["inputs"]:
+        assert name in widgets(nodes[node], definitions), (node, name)
+    shown = [slot.get("label", name) for node, name in app["inputs"] for slot in nodes[node]["inputs"]
+             if slot["name"] == name]  # fmt: skip
+    assert len(set(shown)) == len(app["inputs"])
+    assert all(definitions[nodes[node]["type"]]["output_node"] for node in app["outputs"])
+
+
+@prompts
+def test_what_is_counted_is_what_is_avoided(path: Path) -> None:
+    """One input changes the class that a workflow avoids and the class that its reports count."""
+    prompt = load_workflow(path)
+    for node in prompt.values():
+        if node["class_type"] == "DNGClassReport":
+            origin, output = node["inputs"]["forbidden"]
+            assert prompt[origin]["class_type"] == "DNGClassLabel" and output == 1
+            assert any(other["inputs"].get("negative") == [origin, 0] for other in prompt.values())
 
 
 @graphs

@@ -111,8 +111,6 @@ def class_removal_prompt(
         prompt[kept]["inputs"]["cfg"] = 1.0 + scale
     del prompt[reports[dropped]]
     prompt[reports[kept]]["inputs"]["previous"] = [reports[unguided], 0]
-    for key in (reports[kept], reports[unguided]):
-        prompt[key]["inputs"]["forbidden"] = str(digit)
     return prompt
 
 
