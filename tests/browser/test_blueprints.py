@@ -1,5 +1,6 @@
 """The subgraph blueprints in the browser: the node library finds and inserts them, and what is sent then runs."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ EXPOSED = {
     AVOID_AT_CFG_1: {"model", "clip", "latent_image", "prompt", *SAMPLING},
 }
 EMPTY_PLACE = 700, 500
+SEARCH = re.compile(r"^Search( Nodes)?\.\.\.$")  # the search field's text in the pinned front end and in 1.58
 # Around the one node of the graph: the picture book, and what saves its pictures.
 WIRE = """(values) => {
   const [blueprint] = app.graph.nodes;
@@ -60,7 +62,7 @@ def library(frontend: Frontend) -> Iterator[Any]:
     with frontend.undisturbed():
         button = frontend.tab.get_by_label("Node Library (n)")
         button.click()
-        field = frontend.tab.get_by_placeholder("Search...").first
+        field = frontend.tab.get_by_placeholder(SEARCH).first
         field.wait_for()
         yield field
         button.click()
