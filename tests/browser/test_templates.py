@@ -8,7 +8,7 @@ import pytest
 
 from dng_core.headless.server import PACK_NAME, Server
 
-from .conftest import LOAD_SECONDS, VIEWPORT, WORKFLOWS, Frontend, read
+from .conftest import LOAD_SECONDS, NODES_2, READY, VIEWPORT, WORKFLOWS, Frontend, read
 from .small_checkpoint import write_small_checkpoint
 
 # No small checkpoint stands for these here; tests/nodes/test_templates.py runs them node by node.
@@ -64,8 +64,14 @@ def test_a_template_is_queued_finishes_and_shows_its_outputs(checkpoint: str, fr
     assert all(size > 28 for _, size in shown), shown
 
 
-def test_two_clicks_lead_to_a_finished_picture(browser: Any, comfyui_server: Server) -> None:
-    """The README's link, and Run, in a browser that never opened ComfyUI. The template is made smaller on its way."""
+@pytest.mark.parametrize(
+    ("way", "nodes_2"), [("link", False), ("template browser", False), ("template browser", True)]
+)
+def test_two_clicks_lead_to_a_finished_picture(browser: Any, comfyui_server: Server, way: str, nodes_2: bool) -> None:
+    """From the README's link, or from the pack's page in the template browser, in a browser that never opened ComfyUI.
+
+    The template is made smaller on its way.
+    """
     graph = read(WORKFLOWS / f"{FIRST}.json")
     for node in graph["nodes"]:
         if node["type"] == "DNGEmptyPixelLatent":
@@ -75,14 +81,24 @@ def test_two_clicks_lead_to_a_finished_picture(browser: Any, comfyui_server: Ser
     context = browser.new_context(viewport=VIEWPORT)
     tab = context.new_page()
     tab.set_default_timeout(LOAD_SECONDS * 1000)
-    address = f"**/workflow_templates/{PACK_NAME}/{FIRST}.json"
-    tab.route(address, lambda route: route.fulfill(json=graph))
-    tab.goto(f"{comfyui_server.url}/?template={FIRST}&source={PACK_NAME}", wait_until="domcontentloaded")
-    tab.wait_for_function("(count) => window.app?.graph?.nodes.length === count", arg=len(graph["nodes"]))
-    tab.get_by_test_id("queue-button").click()
-    saved = "() => app.graph.nodes.some(({ id, type }) => type === 'SaveImage' && app.nodeOutputs[id]?.images)"
-    tab.wait_for_function(saved)
-    context.close()
+    tab.route(f"**/workflow_templates/{PACK_NAME}/{FIRST}.json", lambda route: route.fulfill(json=graph))
+    link = f"/?template={FIRST}&source={PACK_NAME}"
+    tab.goto(comfyui_server.url + (link if way == "link" else ""), wait_until="domcontentloaded")
+    tab.wait_for_function(READY)
+    tab.evaluate(NODES_2, nodes_2)
+    try:
+        if way == "template browser":
+            tab.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+            tab.get_by_text(PACK_NAME, exact=True).click()
+            tab.get_by_test_id(f"template-workflow-{FIRST}").click()
+        tab.wait_for_function("(count) => window.app?.graph?.nodes.length === count", arg=len(graph["nodes"]))
+        tab.get_by_test_id("queue-button").click()
+        saved = "() => app.graph.nodes.some(({ id, type }) => type === 'SaveImage' && app.nodeOutputs[id]?.images)"
+        tab.wait_for_function(saved)
+        assert tab.evaluate("() => LiteGraph.vueNodesMode") == nodes_2
+    finally:
+        tab.evaluate(NODES_2, False)
+        context.close()
 
 
 def test_the_readmes_link_opens_the_template() -> None:
