@@ -1,6 +1,7 @@
 """The pack loads in the ComfyUI that people have, and an older one is told in one sentence what is needed."""
 
 import asyncio
+import importlib
 import sys
 from types import ModuleType
 
@@ -33,3 +34,16 @@ def test_an_older_comfyui_is_told_which_one_is_needed(pack, monkeypatch, version
 @pytest.mark.parametrize("version", ["0.16.3", "0.16.10", "0.100.0", "1.0.0", "v0.33.1-4-gabc1234"])
 def test_that_release_and_every_newer_one_load_it(pack, monkeypatch, version):
     assert entry(pack, monkeypatch, version)
+
+
+def test_nodes_stand_beside_comfyuis_own_and_those_of_the_oracle_in_its_dev_mode_alone(pack):
+    loaded = asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())
+    schemas = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in loaded}
+    stock = importlib.import_module("nodes").NODE_CLASS_MAPPINGS
+    patch = importlib.import_module("comfy_extras.nodes_nag").NAGuidance.GET_SCHEMA()
+    assert schemas["KSamplerDNG"].category == stock["KSampler"].CATEGORY
+    assert schemas["DNGConcept"].category == stock["CLIPTextEncode"].CATEGORY
+    assert schemas["DynamicNegativeGuidance"].category == patch.category
+    assert {key for key, schema in schemas.items() if schema.is_dev_only} == {
+        key for key, schema in schemas.items() if "Oracle" in key
+    }
