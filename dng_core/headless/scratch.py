@@ -15,16 +15,22 @@ OLD_SECONDS = 60.0  # a folder younger than this may belong to a process that is
 
 
 @contextlib.contextmanager
-def scratch_folder(prefix: str) -> Iterator[Path]:
-    """A new temporary folder; those with this prefix whose owners were killed are deleted first."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        with contextlib.suppress(OSError):
-            remove_if_left(folder)
+def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """A new temporary folder in `parent`, or in the system's; those whose owners were killed are deleted first."""
+    parent = parent or Path(tempfile.gettempdir())
+    remove_all_left(prefix, parent)
     with (
-        tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as name,
+        tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True) as name,
         exclusive(Path(name) / LOCK, wait=False),
     ):
         yield Path(name)
+
+
+def remove_all_left(prefix: str, parent: Path) -> None:
+    """Delete the folders of this module's in `parent`, with this prefix, whose owners live no more."""
+    for folder in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            remove_if_left(folder)
 
 
 def remove_if_left(folder: Path) -> None:

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from dng_core.cli import test as test_command
+from dng_core.headless import install as installing
 from dng_core.headless import releases
 from dng_core.headless.errors import HeadlessError
 from dng_core.headless.install import COMFYUI_VERSION
 from dng_core.headless.locate import Location
+from dng_core.headless.lock import exclusive
+from dng_core.headless.scratch import LOCK, scratch_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 WHEEL = "comfyui_frontend_package-{version}-py3-none-any.whl"
@@ -62,6 +65,39 @@ def test_a_front_end_that_the_index_lacks_leaves_nothing_behind(cache: Path) -> 
     with pytest.raises(HeadlessError, match="Fetching the front end failed"):
         releases.front_end("9.9.9")
     assert [path.name for path in (cache / "releases").iterdir()] == ["front-end.lock"]
+
+
+def test_what_a_killed_download_left_is_deleted_and_a_running_one_is_not(cache: Path) -> None:
+    """Also where everything is there already, so that nothing more is fetched."""
+    releases.front_end("1.2.3")
+    folder = cache / "releases"
+    with scratch_folder("fetch-", folder) as running:
+        left = folder / "fetch-left"
+        left.mkdir()
+        for owned in (running, left):
+            (owned / LOCK).touch()
+            os.utime(owned / LOCK, (0, 0))
+        releases.front_end("1.2.3")
+        assert running.is_dir() and not left.exists()
+
+
+def test_a_download_that_is_killed_can_be_told_from_one_that_runs(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = []
+
+    def download(python: Path, arguments: list[str | Path], purpose: str, variables: object = None) -> None:
+        with pytest.raises(BlockingIOError), exclusive(Path(arguments[-1]) / LOCK, wait=False):
+            pass
+        locked.append(purpose)
+        raise HeadlessError("stopped")
+
+    monkeypatch.setattr(releases, "run_pip", download)
+    monkeypatch.setattr(installing, "run_pip", download)
+    for fetch in (lambda: releases.front_end("1.2.3"), lambda: releases.comfyui_release(releases.OLDEST)):
+        with pytest.raises(HeadlessError, match="stopped"):
+            fetch()
+    assert len(locked) == 2
 
 
 def test_a_comfyui_that_is_not_known_is_refused_with_those_that_are(cache: Path) -> None:
