@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import HeadlessError
+from .install import managed
+from .locate import REINSTALL
 
 LAUNCHER = Path(__file__).with_name("launch.py")
 
@@ -24,11 +26,12 @@ def restart_under(python: Path, arguments: Sequence[str], missing: Sequence[str]
     Raises HeadlessError where this already is `python`, or where `python` cannot be started.
     """
     if Path(sys.executable).absolute() == python.absolute():
-        raise HeadlessError(
-            f"{python} lacks {' and '.join(missing)}.",
+        named = (
             "Name the Python that runs your ComfyUI with --comfyui-python or DNG_COMFYUI_PYTHON, use --install, or "
-            f"install what is missing: {python} -m pip install {' '.join(missing)}",
+            f"install what is missing: {python} -m pip install {' '.join(missing)}"
         )
+        remedy = REINSTALL if python == managed().location.python else named
+        raise HeadlessError(f"{python} lacks {' and '.join(missing)}.", remedy)
     command = [os.fspath(python), "-P", os.fspath(LAUNCHER), *arguments]
     sys.stdout.flush()
     sys.stderr.flush()

@@ -12,6 +12,7 @@ from .errors import HeadlessError
 from .paths import venv_python
 
 MANAGED = "the ComfyUI installed by this project"  # the origin of that location
+REINSTALL = "Repair it with `dng install --reinstall`."
 PROBE_SECONDS = 300  # a first import of torch can be slow: a choice
 
 
@@ -22,6 +23,13 @@ class Location:
     path: Path
     python: Path
     origin: str
+
+    @property
+    def remedy(self) -> str:
+        """What to do where a package is missing or broken."""
+        if self.origin == MANAGED:
+            return REINSTALL
+        return "Name the Python of that ComfyUI with --comfyui-python or DNG_COMFYUI_PYTHON, or use --install."
 
 
 def find_comfyui(
@@ -90,9 +98,7 @@ def has_accelerator(location: Location) -> bool:
         last_line = (probe.stderr.strip().splitlines() or ["no message"])[-1]
         raise HeadlessError(
             f"{location.python} cannot run the ComfyUI in {location.path}: importing torch fails ({last_line}).",
-            "Repair it with `dng install`."
-            if location.origin == MANAGED
-            else "Name the Python of that ComfyUI with --comfyui-python or DNG_COMFYUI_PYTHON, or use --install.",
+            location.remedy,
         )
     return probe.stdout.strip().endswith("accelerator")
 

@@ -29,6 +29,7 @@ PORT_ATTEMPTS = 3
 LOG_TAIL_LINES = 25
 FULL_BYTES = 1 << 16  # with less space than this left, a disk is taken to be full
 LOADING_ERROR = re.compile(r"Cannot import .* module for custom nodes|Error while calling comfy_entrypoint")
+IMPORT_ERROR = re.compile(r"(ModuleNotFoundError|ImportError): ")  # the last words where a package is missing
 ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # No user's copy should have this name, so that ComfyUI loads the copy that is meant.
 PACK_NAME = "dynamic-negative-guidance-checkout"
@@ -36,12 +37,13 @@ PACK_NAME = "dynamic-negative-guidance-checkout"
 
 @dataclass
 class Server:
-    """A ComfyUI that answers at `url`; `process` and `log` are set for one that was started here."""
+    """A ComfyUI that answers at `url`; `process`, `log` and `location` are set for one that was started here."""
 
     url: str
     stats: dict[str, Any] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     log: Path | None = None
+    location: Location | None = None
     start_seconds: float = 0.0
 
     def check_alive(self) -> None:
@@ -49,8 +51,15 @@ class Server:
         if self.process is not None and (status := self.process.poll()) is not None:
             if full := self.full_disk():
                 raise HeadlessError(f"ComfyUI ended because the disk of {full} is full.", FULL_DISK_REMEDY)
+            log = f"The end of its log:\n{self.log_tail()}"
+            last = self.log_lines()[-1:]
+            if self.location and status > 0 and last and IMPORT_ERROR.match(last[0]):
+                raise HeadlessError(
+                    f"{self.location.python} cannot run the ComfyUI in {self.location.path}: {last[0]}. {log}",
+                    self.location.remedy,
+                )
             raise HeadlessError(
-                f"ComfyUI ended unexpectedly ({describe_status(status)}). The end of its log:\n{self.log_tail()}",
+                f"ComfyUI ended unexpectedly ({describe_status(status)}). {log}",
                 "If memory ran out, use smaller batches; else the log says what failed.",
             )
 
@@ -180,7 +189,7 @@ def start_on_some_port(location: Location, arguments: list[str], log: Path, port
         log.unlink(missing_ok=True)
         with log.open("xb") as output:  # "x" follows no link that lies there
             process = start(location.python, command, output, location.path)
-        server = Server(f"http://{HOST}:{chosen}", process=process, log=log)
+        server = Server(f"http://{HOST}:{chosen}", process=process, log=log, location=location)
         try:
             server.stats = wait_until_ready(server, arguments)
             return server

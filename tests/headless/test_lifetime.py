@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ from dng_core.headless import client
 from dng_core.headless import server as servers
 from dng_core.headless.client import run_workflow
 from dng_core.headless.errors import HeadlessError
-from dng_core.headless.locate import Location
+from dng_core.headless.locate import MANAGED, Location
 from dng_core.headless.process import start, stop
 from dng_core.headless.server import comfyui_server, free_port, running_server
 
@@ -151,6 +152,19 @@ def test_a_server_that_does_not_start_is_reported_with_the_end_of_its_log(
     monkeypatch.setenv("FAKE_START", "die")
     with pytest.raises(HeadlessError, match=r"exit status 3.*\n.*has a bad day"), comfyui_server(fake, options=CPU):
         pass
+
+
+@pytest.mark.parametrize(
+    ("origin", "remedy"), [(MANAGED, "Repair it with `dng install --reinstall`"), ("the tests", "--comfyui-python")]
+)
+def test_a_package_that_comfyui_lacks_is_named_with_the_remedy(
+    fake: Location, monkeypatch: pytest.MonkeyPatch, origin: str, remedy: str
+) -> None:
+    monkeypatch.setenv("FAKE_START", "lack")
+    with pytest.raises(HeadlessError) as caught, comfyui_server(replace(fake, origin=origin), options=CPU):
+        pass
+    assert "ModuleNotFoundError: No module named 'a_package_that_is_missing'" in caught.value.problem.splitlines()[0]
+    assert remedy in caught.value.remedy and "memory" not in str(caught.value)
 
 
 def test_a_wished_for_port_that_is_in_use_is_named(fake: Location) -> None:

@@ -71,7 +71,7 @@ def test_a_python_without_torch_is_refused_with_the_remedy(tmp_path: Path) -> No
     python.chmod(0o755)
     with pytest.raises(HeadlessError, match=r"importing torch fails[\s\S]*No module named[\s\S]*--comfyui-python"):
         has_accelerator(Location(tmp_path, python, "the test"))
-    with pytest.raises(HeadlessError, match=r"importing torch fails[\s\S]*Repair it with `dng install`"):
+    with pytest.raises(HeadlessError, match=r"importing torch fails[\s\S]*Repair it with `dng install --reinstall`"):
         has_accelerator(Location(tmp_path, python, locate.MANAGED))
 
 

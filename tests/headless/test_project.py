@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
@@ -40,6 +41,21 @@ def test_a_bare_python_runs_a_workflow_in_the_installed_comfyui(
     assert done.returncode == 0, done.stderr
     assert str(installation.comfyui) in done.stderr
     assert (out / "record.json").is_file()
+
+
+def test_a_package_that_the_installed_comfyui_lacks_is_named_with_the_repair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: Location, workflow_file: Callable[..., Path]
+) -> None:
+    monkeypatch.setenv("DNG_CACHE", str(tmp_path / "cache"))
+    installation = managed()
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", installation.environment], check=True)
+    shutil.copytree(fake.path, installation.comfyui)
+    write_marker(installation, [])
+    done = bare_python(str(LAUNCHER), "run", str(workflow_file("Done")), "--install", "--cpu")
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"dng: {installation.location.python} lacks aiohttp and tqdm.\nRepair it with `dng install --reinstall`.\n"
+    )
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

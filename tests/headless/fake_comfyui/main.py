@@ -2,9 +2,9 @@
 
 It speaks as much of ComfyUI's protocol as the runner uses. A prompt's node classes say what it does: "Done" ends well,
 "Die" ends the process, "Hang" never ends, "Freeze" answers nothing any more, "Interrupted" reports an interruption.
-FAKE_START says how it starts: "die", "taken" (the first time it finds its port in use), "slow" (it takes its time to
-list its nodes) or "stubborn" (it ignores polite requests to stop). It notes its process ids in FAKE_PIDS: its own, and
-that of a child, which stands for what a node pack may start.
+FAKE_START says how it starts: "die", "lack" (a package is missing), "taken" (the first time it finds its port in use),
+"slow" (it takes its time to list its nodes) or "stubborn" (it ignores polite requests to stop). It notes its process
+ids in FAKE_PIDS: its own, and that of a child, which stands for what a node pack may start.
 """
 
 import argparse
@@ -32,6 +32,8 @@ routes = web.RouteTableDef()
 if behaviour == "die":
     print("the fake ComfyUI has a bad day")
     raise SystemExit(3)
+if behaviour == "lack":
+    import a_package_that_is_missing  # type: ignore[import-not-found]  # noqa: F401
 if behaviour == "taken" and pids and not Path(pids).exists():
     Path(pids).touch()
     print(f"Port {arguments.port} is already in use on address 127.0.0.1.")
