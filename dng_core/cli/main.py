@@ -19,7 +19,8 @@ from ..headless.environment import missing_modules, restart_under
 from ..headless.errors import HeadlessError
 from ..headless.install import ensure_installed, managed
 
-TORCH = ("torch", "tqdm")
+TORCH = ("torch", "tqdm", "PIL")
+PACKAGES = {"PIL": "pillow"}  # of modules that have another name than the package that brings them
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ COMMANDS = (
 def python_with(missing: Sequence[str], command: str) -> Path:
     """The Python of the managed ComfyUI, which is installed for PyTorch's sake alone.
 
-    Raises HeadlessError where it is not there and the missing modules are small.
+    Raises HeadlessError where it is not there and the missing packages are small.
     """
     if "torch" in missing or managed().is_whole():
         return ensure_installed().python
@@ -83,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.parse_args(arguments)
             return 2
         if missing := missing_modules(chosen.needs):
-            return restart_under(python_with(missing, chosen.name), arguments, missing)
+            packages = [PACKAGES.get(name, name) for name in missing]
+            return restart_under(python_with(packages, chosen.name), arguments, packages)
         module = importlib.import_module(f".{chosen.name}", __package__)
         module.add_arguments(subparsers_by_name[chosen.name])
         args, unknown = parser.parse_known_args(arguments)
