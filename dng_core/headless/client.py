@@ -1,7 +1,6 @@
 """Run one workflow on a ComfyUI server: send it, follow it over the WebSocket, fetch what it made."""
 
 import asyncio
-import json
 import sys
 import time
 import uuid
@@ -13,6 +12,7 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
+from ..files import parse_json
 from .errors import HeadlessError
 from .server import Server
 from .workflow import Prompt, check_node_types, describe_failure, describe_rejection, given_title, title
@@ -169,7 +169,7 @@ class Connection:
                         raise HeadlessError(f"ComfyUI at {self.server.url} no longer answers: {error}") from error
                 asked = time.monotonic()
             elif message.type == aiohttp.WSMsgType.TEXT:
-                event = json.loads(message.data)
+                event = json_object(message.data, "reports")
                 data = event.get("data") or {}
                 if data.get("prompt_id") != self.prompt_id:
                     continue
@@ -222,13 +222,17 @@ class Connection:
 
 async def decode(response: aiohttp.ClientResponse) -> dict[str, Any]:
     """The answer as a JSON object; raises HeadlessError where it is something else."""
-    text = await response.text()
+    return json_object(await response.text(), f"answers {response.status} with")
+
+
+def json_object(text: str, told: str) -> dict[str, Any]:
+    """The JSON object that ComfyUI sent; raises HeadlessError where it is something else, or nested too deeply."""
     try:
-        answer = json.loads(text)
+        answer = parse_json(text)
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
-        raise HeadlessError(f"ComfyUI answers {response.status} with something other than JSON: {text[:500]}")
+        raise HeadlessError(f"ComfyUI {told} something other than a JSON object: {text[:500]}")
     return answer
 
 

@@ -225,6 +225,18 @@ def test_an_interruption_by_another_user_of_the_server_is_told(fake: Location) -
         run_workflow(server, {"1": {"class_type": "Interrupted", "inputs": {}}})
 
 
+@pytest.mark.parametrize(
+    ("behaviour", "node", "told"),
+    [("nested", "Done", "answers 200 with something other"), ("", "Nest", "reports something other")],
+)
+def test_json_that_is_nested_too_deeply_is_no_answer(
+    fake: Location, monkeypatch: pytest.MonkeyPatch, behaviour: str, node: str, told: str
+) -> None:
+    monkeypatch.setenv("FAKE_START", behaviour)
+    with comfyui_server(fake, options=CPU) as server, pytest.raises(HeadlessError, match=told):
+        run_workflow(server, {"1": {"class_type": node, "inputs": {}}})
+
+
 def test_a_server_that_vanishes_is_reported(fake: Location, monkeypatch: pytest.MonkeyPatch, pids: Path) -> None:
     monkeypatch.setattr("dng_core.headless.client.LISTEN_SECONDS", 0.2)
     with comfyui_server(fake, options=CPU) as ours:

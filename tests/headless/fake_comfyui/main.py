@@ -4,7 +4,8 @@ It speaks as much of ComfyUI's protocol as the runner uses. A prompt's node clas
 "Die" ends the process, "Hang" never ends, "Freeze" answers nothing any more, "Interrupted" reports an interruption.
 FAKE_START says how it starts: "die", "lack" (a package is missing), "taken" (the first time it finds its port in use),
 "slow" (it takes its time to list its nodes) or "stubborn" (it ignores polite requests to stop). It notes its process
-ids in FAKE_PIDS: its own, and that of a child, which stands for what a node pack may start.
+ids in FAKE_PIDS: its own, and that of a child, which stands for what a node pack may start. With "Nest" it reports, and
+with FAKE_START "nested" it lists its nodes, in JSON that is nested far too deeply.
 """
 
 import argparse
@@ -25,6 +26,7 @@ arguments, _ = parser.parse_known_args()
 behaviour = os.environ.get("FAKE_START", "")
 pids = os.environ.get("FAKE_PIDS")
 runs: dict[str, str] = {}
+NESTED = "[" * 100_000 + "]" * 100_000
 sockets: list[web.WebSocketResponse] = []
 cancelled: list[str] = []
 routes = web.RouteTableDef()
@@ -55,7 +57,9 @@ async def system_stats(request: web.Request) -> web.Response:
 async def object_info(request: web.Request) -> web.Response:
     if behaviour == "slow":
         await asyncio.sleep(600)
-    return web.json_response({name: {} for name in ("Done", "Die", "Hang", "Freeze", "Interrupted")})
+    if behaviour == "nested":
+        return web.Response(text=NESTED, content_type="application/json")
+    return web.json_response({name: {} for name in ("Done", "Die", "Hang", "Freeze", "Interrupted", "Nest")})
 
 
 @routes.get("/ws")
@@ -90,6 +94,8 @@ async def execute(number: str) -> None:
     node = None if kind in ("Done", "Interrupted") else "1"
     for socket in sockets:
         if not socket.closed:
+            if kind == "Nest":
+                await socket.send_str(NESTED)
             await socket.send_json({"type": "executing", "data": {"node": node, "prompt_id": number}})
 
 
