@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+PARTIAL = ".partial"  # what is added to a file's name while it is being written
+
 
 def read_json(path: Path) -> Any:
     """The JSON in a file; ValueError where it is no JSON, or nested too deeply to be read."""
@@ -27,7 +29,7 @@ def write_json(path: Path, content: Any) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: an error on the way (a full disk) leaves what was there, and no remains."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     try:
         partial.unlink(missing_ok=True)
         with partial.open("xb") as file:  # "x" follows no link that lies there

@@ -3,18 +3,19 @@
 import json
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..files import read_json, write_whole
+from ..files import PARTIAL, read_json, write_json, write_whole
 from .client import RunResult, file_items
 from .server import Server
 from .workflow import Prompt, given_title, literal_inputs, seeds
 
 RECORD = "record.json"
+UNFINISHED = "record.unfinished.json"  # what a save writes and replaces, until it is done
 NAME_BYTES = 200  # file systems take 255; the rest is for what is added: a number, an ending, ".partial"
 ENDING_LETTERS = 12  # what follows a dot is a file's kind if it is no longer than this: a choice
 # A node is this pack's own if its class, name or category matches.
@@ -24,40 +25,52 @@ OURS = re.compile(r"\bDNG|Dynamic ?Negative ?Guidance", re.IGNORECASE)
 def save_run(folder: Path, workflow: Path, prompt: Prompt, server: Server, result: RunResult) -> list[Path]:
     """Save a run's files and texts and, last, its record; returns their paths.
 
-    They take the place of those that the record of an earlier run lists, so that a folder with a record holds one
-    whole run and its pictures alone.
+    They take the place of those of an earlier run, so that a folder with a record holds one whole run and its
+    pictures alone. A list of what is about to be written or replaced comes first: where a save is cut short, the next
+    one finds there what it left.
     """
     earlier = recorded_files(folder)
-    (folder / RECORD).unlink(missing_ok=True)
-    saved: list[Path] = []
+    contents: dict[Path, bytes] = {}
     outputs: dict[str, dict[str, Any]] = {}
     for node_id, ui in result.ui.items():
-        names = []
-        for filename, content in result.files[node_id]:
-            names.append(unused_name(folder, safe_name(filename), saved))
-            write_whole(names[-1], content)
-            saved.append(names[-1])
+        made = [(safe_name(filename), content) for filename, content in result.files[node_id]]
         if text := node_text(ui):
             ending = ".md" if re.search(r"^\s*(\||#)", text, re.MULTILINE) else ".txt"
             stem = given_title(prompt.get(node_id, {})) or f"node_{node_id}"
-            names.append(unused_name(folder, safe_name(stem) + ending, saved))
-            write_whole(names[-1], (text.rstrip() + "\n").encode())
-            saved.append(names[-1])
-        outputs[node_id] = {"files": [name.name for name in names], "ui": without_files(ui)}
+            made.append((safe_name(stem) + ending, (text.rstrip() + "\n").encode()))
+        names = []
+        for name, content in made:
+            path = unused_name(folder, name, [*contents, folder / RECORD, folder / UNFINISHED])
+            contents[path] = content
+            names.append(path.name)
+        outputs[node_id] = {"files": names, "ui": without_files(ui)}
+    # What lies there already and is in no list may be the user's: it is overwritten, but never deleted later.
+    listed = earlier | {path for path in contents if not path.exists()}
+    write_json(folder / UNFINISHED, {"outputs": {"": {"files": sorted(path.name for path in listed)}}})
+    (folder / RECORD).unlink(missing_ok=True)
+    for path, content in contents.items():
+        write_whole(path, content)
     record = describe_run(workflow, prompt, server, result, outputs)
     write_whole(folder / RECORD, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
-    for path in earlier - set(saved):
+    for path in earlier - contents.keys():
         path.unlink(missing_ok=True)
-    return [*saved, folder / RECORD]
+    (folder / UNFINISHED).unlink()
+    return [*contents, folder / RECORD]
 
 
 def recorded_files(folder: Path) -> set[Path]:
-    """The files in `folder` that its record lists; none where there is no record, or a damaged one."""
-    try:
-        outputs = read_json(folder / RECORD)["outputs"].values()
-        names = {str(name) for output in outputs for name in output["files"]}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return set()
+    """The files in `folder` that its record names, and the list of an unfinished save, half-written ones included.
+
+    There are none where there is no record and no such list, or a damaged one.
+    """
+    names: set[str] = set()
+    for listing in (RECORD, UNFINISHED):
+        try:
+            outputs = read_json(folder / listing)["outputs"].values()
+            found = {str(name) for output in outputs for name in output["files"]}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue
+        names |= found if listing == RECORD else found | {name + PARTIAL for name in found}
     return {folder / name for name in names if name == safe_name(name) and (folder / name).is_file()}
 
 
@@ -124,8 +137,8 @@ def safe_name(name: str) -> str:
     return stem.encode()[:NAME_BYTES].decode(errors="ignore") + dot + ending or "output"
 
 
-def unused_name(folder: Path, name: str, taken: list[Path]) -> Path:
-    """A path in `folder` for `name` that this run has not used yet."""
+def unused_name(folder: Path, name: str, taken: Collection[Path]) -> Path:
+    """A path in `folder` for `name` that is not taken yet."""
     path = folder / name
     number = 2
     while path in taken:

@@ -33,6 +33,18 @@ def result() -> RunResult:
     )
 
 
+def fail_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let the disk be full when a file of this name is to be put in its place."""
+    original = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if target.name == name:
+            raise OSError("disk full")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
 def test_a_run_is_saved_with_its_files_texts_and_record(tmp_path: Path, result: RunResult) -> None:
     folder = tmp_path / "deep" / "out"
     saved = save_run(folder, Path("w.json"), PROMPT, SERVER, result)
@@ -92,15 +104,43 @@ def test_a_save_that_fails_midway_leaves_no_record_and_no_part_of_a_file(
 ) -> None:
     save_run(tmp_path, Path("w.json"), PROMPT, SERVER, result)
 
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk full"):
+        fail_at(patched, "x.png")
         save_run(tmp_path, Path("w.json"), PROMPT, SERVER, result)
     assert not (tmp_path / "record.json").exists()
     assert (tmp_path / "x.png").read_bytes() == b"first"
-    assert {path.name for path in tmp_path.iterdir()} == {"x.png", "x_2.png", "Without_3.md"}
+    assert {path.name for path in tmp_path.iterdir()} == {"x.png", "x_2.png", "Without_3.md", "record.unfinished.json"}
+    save_run(tmp_path, Path("w.json"), PROMPT, SERVER, result)
+    assert {path.name for path in tmp_path.iterdir()} == {"x.png", "x_2.png", "Without_3.md", "record.json"}
+
+
+def test_what_a_killed_save_left_goes_with_the_next_run_and_the_users_files_stay(
+    tmp_path: Path, result: RunResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_run(tmp_path, Path("w.json"), PROMPT, SERVER, result)
+    for name in ("y_2.png", "y_9.png", "z.png.partial"):
+        (tmp_path / name).write_bytes(b"the user's")
+    other = RunResult("id", ui={"1": {}}, files={"1": [(f"y_{number}.png", b"new") for number in (1, 2, 3)]})
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk full"):
+        fail_at(patched, "y_2.png")
+        save_run(tmp_path, Path("w.json"), PROMPT, SERVER, other)
+    (tmp_path / "y_3.png.partial").write_bytes(b"ne")  # as a killed process leaves it
+    assert (tmp_path / "y_1.png").is_file()
+    last = RunResult("id", ui={"1": {}}, files={"1": [("x.png", b"last")]})
+    save_run(tmp_path, Path("w.json"), PROMPT, SERVER, last)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"x.png", "record.json", "y_2.png", "y_9.png", "z.png.partial"}
+    assert (tmp_path / "y_2.png").read_bytes() == b"the user's"
+
+
+def test_a_result_with_the_records_name_does_not_take_its_place(tmp_path: Path) -> None:
+    made = RunResult(
+        "id", ui={"1": {}}, files={"1": [("record.json", b"a node's"), ("record.unfinished.json", b"too")]}
+    )
+    for _ in range(2):
+        saved = save_run(tmp_path, Path("w.json"), PROMPT, SERVER, made)
+        assert [path.name for path in saved] == ["record_2.json", "record.unfinished_2.json", "record.json"]
+        assert (tmp_path / "record_2.json").read_bytes() == b"a node's"
 
 
 @pytest.mark.parametrize(
