@@ -1,11 +1,14 @@
 """The picture book's scenes, captions and words, and the training of its model."""
 
+import json
 import re
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dng_core.models.mnist import to_model_range
 from dng_core.models.picture_book import scenes
@@ -209,3 +212,65 @@ def test_weights_with_other_words_are_refused(tmp_path):
     save_picture_book(tmp_path / "w.safetensors", PictureBook(TEXT, SMALL).state_dict(), info)
     with pytest.raises(ValueError, match=re.escape("other words than this version of DNG has (a, dragon)")):
         load_picture_book(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "told"),
+    [
+        ("text", {"heads": 3}, "width must be a multiple of heads, 3, not 128"),
+        ("text", {"width": "a"}, "width must be a whole number from 1 to 4096, not 'a'"),
+        ("text", {"layers": 10**9}, "layers must be a whole number from 1 to 64, not 1000000000"),
+        ("text", {"words": 2}, f"words must be {len(WORDS) + 3}, not 2"),
+        ("text", {"width": 64}, "context_dim must be 64, not 128"),
+        ("unet", {"num_res_blocks": [10**9, 0]}, "num_res_blocks must be 2 whole numbers of at least 0 and together"),
+        ("unet", {"num_res_blocks": [1, 0]}, r"transformer_depth must be 1 whole numbers .*not \(\)"),
+        ("unet", {"transformer_depth_output": [0]}, r"transformer_depth_output must be 2 whole .*not \(0,\)"),
+        ("unet", {"channel_mult": 3}, "channel_mult must be 1 to 16 whole numbers of at least 1 .*not 3"),
+        ("unet", {"channel_mult": [1] * 17}, "channel_mult must be 1 to 16 whole numbers"),
+        ("unet", {"transformer_depth_middle": 10**9}, "transformer_depth_middle must be .*, not 1000000000"),
+        ("unet", {"model_channels": 33}, "model_channels must be a multiple of 32, not 33"),
+        (
+            "unet",
+            {"num_head_channels": 48},
+            r"num_head_channels must divide .* \(32\), not 48",
+        ),
+        ("unet", {"in_channels": 3}, "in_channels must be 48, not 3"),
+        ("words", 3, "words must be a list of texts, not 3"),
+        ("words", [1], r"words must be a list of texts, not \(1,\)"),
+    ],
+)
+def test_a_picture_book_that_cannot_be_made_is_refused_by_file_and_value(tmp_path, part, change, told):
+    info = json.loads(json.dumps(asdict(PictureBookInfo(TEXT, SMALL))))
+    info[part] = info[part] | change if isinstance(change, dict) else change
+    _described(tmp_path / "w.safetensors", "picture_book", info)
+    with pytest.raises(ValueError, match=rf"w\.safetensors describes a network .*{told}"):
+        load_picture_book(tmp_path / "w.safetensors")
+
+
+def test_a_picture_book_as_large_as_a_file_may_describe_is_refused_without_memory_for_it(tmp_path):
+    """Its first feed-forward layer alone would take terabytes."""
+    unet = {"model_channels": 4096, "channel_mult": [64], "num_res_blocks": [1], "transformer_depth": [1]}
+    info = json.loads(json.dumps(asdict(PictureBookInfo(TEXT, SMALL))))
+    info["unet"] |= unet | {"transformer_depth_output": [1, 1]}
+    _described(tmp_path / "w.safetensors", "picture_book", info)
+    with pytest.raises(ValueError, match="don't fit their network"):
+        load_picture_book(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"width": "a"}, "width must be a whole number from 1 to 1024, not 'a'"),
+        ({"width": 10**9}, "width must be a whole number from 1 to 1024, not 1000000000"),
+        ({"labels": [[]]}, r"labels must be a list of texts, not \(\[\],\)"),
+    ],
+)
+def test_a_judge_that_cannot_be_made_is_refused_by_file_and_value(tmp_path, change, told):
+    _described(tmp_path / "j.safetensors", "picture_book_judge", asdict(JudgeInfo(4)) | change)
+    with pytest.raises(ValueError, match=rf"j\.safetensors describes a network .*{told}"):
+        load_judge(tmp_path / "j.safetensors")
+
+
+def _described(path, kind, info):
+    """A weights file with this description, whose tensors are of no network."""
+    save_file({"x": torch.zeros(1)}, path, metadata={"kind": kind, "info": json.dumps(info)})

@@ -16,6 +16,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..networks import MOST_LEVELS, check_within_bounds
+
+MOST_BLOCKS = 64  # of a kind in all; like the bounds of the fields, a choice (Stable Diffusion XL has 36 at most)
+GROUPS = 32  # of each normalisation, as in Stable Diffusion
 FOLD = 4  # pixels on a side that become one latent pixel: 64x64 pictures in 3 channels are 16x16 latents in 48
 
 
@@ -39,6 +43,11 @@ class TextConfig:
     layers: int = 2
     heads: int = 4
 
+    def __post_init__(self) -> None:
+        check_within_bounds(self, words=100_000, length=4096, width=4096, layers=64, heads=4096)
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, {self.heads}, not {self.width}")
+
 
 @dataclass(frozen=True)
 class CrossUNetConfig:
@@ -60,6 +69,38 @@ class CrossUNetConfig:
     transformer_depth_middle: int = 1
     context_dim: int = 128
     num_head_channels: int = 32
+
+    def __post_init__(self) -> None:
+        check_within_bounds(self, in_channels=4096, model_channels=4096, context_dim=4096, num_head_channels=4096)
+        check_within_bounds(self, least=0, transformer_depth_middle=MOST_BLOCKS)
+        self._check_row("channel_mult", range(1, MOST_LEVELS + 1), least=1, most=64 * MOST_LEVELS)
+        levels = len(self.channel_mult)
+        self._check_row("num_res_blocks", range(levels, levels + 1))
+        blocks = sum(self.num_res_blocks)
+        self._check_row("transformer_depth", range(blocks, blocks + 1))
+        self._check_row("transformer_depth_output", range(blocks + levels, blocks + levels + 1))
+        if self.model_channels % GROUPS:
+            raise ValueError(f"model_channels must be a multiple of {GROUPS}, not {self.model_channels}")
+        widths = {self.model_channels * mult for mult in (self.channel_mult if blocks else (1, *self.channel_mult))}
+        if any(width % self.num_head_channels for width in widths):
+            raise ValueError(
+                f"num_head_channels must divide the channels of each level ({', '.join(map(str, sorted(widths)))}), "
+                f"not {self.num_head_channels}"
+            )
+
+    def _check_row(self, name: str, lengths: range, least: int = 0, most: int = MOST_BLOCKS) -> None:
+        """ValueError where a field is no row of whole numbers of one of these lengths, or sums up to too much."""
+        row = getattr(self, name)
+        if (
+            not isinstance(row, tuple)
+            or len(row) not in lengths
+            or not all(isinstance(number, int) and number >= least for number in row)
+            or sum(row) > most
+        ):
+            count = " to ".join(str(end) for end in dict.fromkeys((lengths[0], lengths[-1])))
+            raise ValueError(
+                f"{name} must be {count} whole numbers of at least {least} and together at most {most}, not {row!r}"
+            )
 
     def comfyui(self) -> dict[str, Any]:
         """The arguments that make ComfyUI's ``UNetModel`` of this shape."""
@@ -115,11 +156,11 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, width: int) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            nn.GroupNorm(GROUPS, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(width, out_channels))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels),
+            nn.GroupNorm(GROUPS, out_channels),
             nn.SiLU(),
             nn.Identity(),  # the place of dropout, so that the convolution has Stable Diffusion's name
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
@@ -193,7 +234,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, head_channels: int, depth: int, context_dim: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(GROUPS, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         blocks = (TransformerBlock(channels, channels // head_channels, context_dim) for _ in range(depth))
         self.transformer_blocks = nn.ModuleList(blocks)
@@ -285,7 +326,7 @@ class CrossUNet(nn.Module):
                 stages.append(Stage(*parts))
         self.output_blocks = nn.ModuleList(stages)
         self.out = nn.Sequential(
-            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, config.in_channels, 3, padding=1)
+            nn.GroupNorm(GROUPS, channels), nn.SiLU(), nn.Conv2d(channels, config.in_channels, 3, padding=1)
         )
         _zero(self.out[2])
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from torch import Tensor
 
 from ...schedules import ChainName, DDPMSchedule
+from ..networks import check_within_bounds
 from ..weight_files import SHIPPED, Numbers, filled, read_weights, reading, tuples, write_weights
 from .judge import Judge
-from .networks import CrossUNetConfig, PictureBook, TextConfig
+from .networks import FOLD, CrossUNetConfig, PictureBook, TextConfig
 from .scenes import PLACES, THINGS, TIMES
-from .words import WORDS
+from .words import LENGTH, TOKENS, WORDS
 
 KIND, JUDGE_KIND = "picture_book", "picture_book_judge"
 FULL_NAME = "picture book"  # what its calibration calls it
@@ -28,6 +29,20 @@ class PictureBookInfo:
     schedule: ChainName = "linear"
     words: tuple[str, ...] = WORDS
 
+    def __post_init__(self) -> None:
+        _check_texts("words", self.words)
+
+    def check_fits(self) -> None:
+        """ValueError where the networks take other shapes than prompts and pictures have, or do not fit together."""
+        for name, found, wanted in (
+            ("words", self.text.words, TOKENS),
+            ("length", self.text.length, LENGTH),
+            ("in_channels", self.unet.in_channels, 3 * FOLD**2),
+            ("context_dim", self.unet.context_dim, self.text.width),
+        ):
+            if found != wanted:
+                raise ValueError(f"{name} must be {wanted}, not {found}")
+
 
 @dataclass(frozen=True)
 class JudgeInfo:
@@ -35,6 +50,10 @@ class JudgeInfo:
 
     width: int
     labels: tuple[str, ...] = (*PLACES, *TIMES, *THINGS)
+
+    def __post_init__(self) -> None:
+        check_within_bounds(self, width=1024)
+        _check_texts("labels", self.labels)
 
 
 def save_picture_book(
@@ -62,6 +81,8 @@ def load_picture_book(path: Path) -> tuple[PictureBook, PictureBookInfo]:
             f"{path} was trained with other words than this version of DNG has ({', '.join(info.words)}): take the "
             f"weights that came with this version, or train them with `dng train picture_book`"
         )
+    with reading(path):
+        info.check_fits()
     return filled(path, lambda: PictureBook(info.text, info.unet), state_dict), info
 
 
@@ -81,3 +102,8 @@ def load_judge(path: Path = SHIPPED_JUDGE) -> Judge:
             f"that came with this version, or train them with `dng train picture_book_judge`"
         )
     return filled(path, lambda: Judge(info.width), state_dict)
+
+
+def _check_texts(name: str, found: object) -> None:
+    if not isinstance(found, tuple) or not all(isinstance(text, str) for text in found):
+        raise ValueError(f"{name} must be a list of texts, not {found!r}")
