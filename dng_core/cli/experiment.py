@@ -7,7 +7,7 @@ import itertools
 import platform
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..studies.picture_book.cases import CASES, KINDS
 from ..studies.picture_book.methods import METHODS as BOOK_METHODS
 from ..studies.picture_book.report import write_report
 from ..studies.picture_book.sampling import SAMPLERS
-from ..studies.picture_book.study import Plan, Study
+from ..studies.picture_book.study import RESULTS, ROWS, Plan, Study
 from ..studies.report.pages import write_reports
 from ..studies.report.results import read_results
 from ..studies.runner import MANIFEST, Runner
@@ -176,8 +176,10 @@ def prepare_picture_book(args: argparse.Namespace) -> Study:
     plan = Plan(settings=tuple((cfg, sampler, steps) for cfg, sampler in pairs), sweep=args.sweep, **changes)
     folder = args.output or Path("output", PICTURE_BOOK)
     if (folder / MANIFEST).exists():
-        raise ValueError(f"{folder} holds another experiment: name another --output")
-    return Study(plan, folder, args.weights)
+        raise ValueError(f"{folder} holds an experiment of class removal, not {PICTURE_BOOK}: name another --output")
+    study = Study(plan, folder, args.weights)
+    require_same(folder / RESULTS, "about", study.identity())
+    return study
 
 
 def provenance() -> dict[str, Any]:
@@ -200,7 +202,8 @@ def prepare(args: argparse.Namespace) -> Runner:
     classes = (drawn.class_names or None) if not experiment.class_only else None
     check_denoiser(experiment.denoiser, denoiser, classes, info)
     folder = args.output or Path("output", experiment.name)
-    require_own(folder, experiment)
+    if not args.estimate:
+        require_own(folder, experiment)
     real: Dataset | None = None
     note = "distances to real images: not yet measured (no --data)"
     if args.data is not None:
@@ -223,12 +226,30 @@ def prepare(args: argparse.Namespace) -> Runner:
 
 def require_own(folder: Path, experiment: Experiment) -> None:
     """ValueError if the folder holds another experiment, whose report this one would take the place of."""
+    if (folder / RESULTS).exists() or any((folder / ROWS).glob("*.json")):
+        raise ValueError(f"{folder} holds the experiment {PICTURE_BOOK}, not {experiment.name}: name another --output")
+    require_same(folder / MANIFEST, "experiment", experiment.identity())
+
+
+def require_same(path: Path, part: str, identity: Mapping[str, Any]) -> None:
+    """ValueError if the experiment that ``path`` describes in ``part`` is another one than that of ``identity``.
+
+    What is not said there, as by an older version, does not count.
+    """
     try:
-        found = read_json(folder / MANIFEST)["experiment"]["name"]
+        said: dict[str, Any] = dict(read_json(path)[part])
     except (OSError, ValueError, LookupError, TypeError):
         return
-    if found != experiment.name:
-        raise ValueError(f"{folder} holds the experiment {found}, not {experiment.name}: name another --output")
+    differing = [
+        f"{name} {said[name]!r}, not {value!r}"
+        for name, value in identity.items()
+        if said.get(name, "") not in ("", value)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path.parent} holds another experiment, with {'; '.join(differing)}: name another --output, so that its "
+            "report is kept"
+        )
 
 
 def changed(experiment: Experiment, args: argparse.Namespace) -> Experiment:

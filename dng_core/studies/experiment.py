@@ -174,6 +174,16 @@ class Experiment:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def identity(self) -> dict[str, Any]:
+        """Those of its fields that make it another experiment, whose points do not belong into the same report.
+
+        They say by which networks, over which steps and from which noise images are drawn, and by what they are
+        measured. What is tried out and how often (methods, scales, classes, images) may change from run to run.
+        """
+        networks, drawn = ("denoiser", "class_only", "classifier"), ("steps", "spacing", "variance", "seed")
+        names = ("name", *networks, "dataset", *drawn)
+        return {name: getattr(self, name) for name in names}
+
 
 def read_experiment(name: str) -> Experiment:
     """The experiment of a preset's name or a TOML file.

@@ -65,10 +65,55 @@ def test_a_damaged_run_is_named(files, capsys):
 
 def test_two_experiments_do_not_share_a_folder(files, capsys):
     assert dng_experiment(files, "--methods", "NP") == 0
-    experiment(files, lambda text: text.replace('name = "try"', 'name = "other"'))
+    before = {path: path.read_bytes() for path in (files / "out").iterdir() if path.is_file()}
+    for name, other in (("denoiser", "other"), ("classifier", "judge")):
+        (files / f"{other}.safetensors").write_bytes((files / f"{name}.safetensors").read_bytes())
+    for old, new, options, message in (
+        ('name = "try"', 'name = "other"', [], "name 'try', not 'other'"),
+        ("denoiser.safetensors", "other.safetensors", [], "/other.safetensors'"),
+        ("classifier.safetensors", "judge.safetensors", [], "/judge.safetensors'"),
+        ('dataset = "folder"', 'dataset = "mnist"', [], "dataset 'folder', not 'mnist'"),
+        ("steps = 3", 'steps = 3\nspacing = "karras"', [], "spacing 'ddpm', not 'karras'"),
+        ("", "", ["--steps", 2], "steps 3, not 2"),
+        ("", "", ["--seed", 1], "seed 0, not 1"),
+    ):
+        experiment(files, lambda text, old=old, new=new: text.replace(old, new))
+        assert dng_experiment(files, "--methods", "NP", *options) == 1
+        told = capsys.readouterr().err
+        assert f"{files / 'out'} holds another experiment, with " in told and "name another --output" in told
+        assert message in told
+    assert {path: path.read_bytes() for path in (files / "out").iterdir() if path.is_file()} == before
+    assert dng_experiment(files, "--methods", "NP", "--seed", 1, "--estimate") == 0  # which writes nothing
+
+
+def test_what_is_tried_out_may_change_within_an_experiment(files):
+    assert dng_experiment(files, "--methods", "NP") == 0
+    drawn = runs(files)
+    experiment(files, lambda text: text.replace("[0.0, 2.0]", "[1.0]"))
+    changed = ["--methods", "NP,DNG", "--classes", "bee", "--images", 4, "--batch", 4, "--undesired-every", 2]
+    assert dng_experiment(files, *changed, "--adaptive", "--data", files / "data") == 0
+    assert drawn < runs(files)
+    assert read_results(files / "out").removed == ["bee"]
+
+
+def test_a_manifest_of_an_older_version_is_of_the_same_experiment(files):
+    assert dng_experiment(files, "--methods", "NP") == 0
+    path = files / "out" / "experiment.json"
+    manifest = json.loads(path.read_text())
+    for name in ("spacing", "variance", "class_only"):
+        del manifest["experiment"][name]
+    path.write_text(json.dumps(manifest))
+    assert dng_experiment(files, "--methods", "NP") == 0
+
+
+@pytest.mark.parametrize("left", ["results.json", "rows/0123.json"])
+def test_a_folder_of_the_picture_book_is_not_taken(files, capsys, left):
+    (files / "out" / "rows").mkdir(parents=True)
+    (files / "out" / left).write_text("{}")
     assert dng_experiment(files, "--methods", "NP") == 1
-    assert f"{files / 'out'} holds the experiment try, not other: name another --output" in capsys.readouterr().err
-    assert read_results(files / "out").manifest["experiment"]["name"] == "try"
+    told = capsys.readouterr().err
+    assert f"{files / 'out'} holds the experiment picture_book, not try: name another --output" in told
+    assert not (files / "out" / "experiment.json").exists()
 
 
 def test_a_folder_in_which_another_process_works_is_left_alone(files, capsys):

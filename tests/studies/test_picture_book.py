@@ -416,6 +416,16 @@ def test_the_command_runs_the_study(weights, tmp_path, capsys, monkeypatch):
     assert rows[1]["rms"] == 0 < rows[3]["rms"]  # a stock negative prompt does nothing at cfg 1
     assert "Made by `dng" in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "report.html")
+    report = (tmp_path / "report.md").read_bytes()
+    for changed, told in ((["--seed", 1], "seed 0, not 1"), (["--steps", 4], "steps 3, not 4")):
+        again = ["--weights", weights, "--output", tmp_path, *options, *changed]
+        assert dng_experiment("picture_book", *again) == 1
+        assert f"{tmp_path} holds another experiment, with {told}: name another --output" in capsys.readouterr().err
+    assert dng_experiment("picture_book", "--output", tmp_path, *options) == 1
+    assert f"with weights {str(weights)!r}, not 'shipped'" in capsys.readouterr().err
+    assert (tmp_path / "report.md").read_bytes() == report
+    others = ["--weights", weights, "--output", tmp_path, *options, "--cfg", 1, "--methods", "nothing"]
+    assert dng_experiment("picture_book", *others) == 0  # other points of the same study
 
 
 def test_the_command_takes_kinds_scales_and_a_sweep(monkeypatch, tmp_path):
@@ -434,7 +444,7 @@ def test_a_folder_takes_one_study_and_one_process(tmp_path, capsys):
     (tmp_path / "removal").mkdir()
     (tmp_path / "removal" / MANIFEST).write_text("{}")
     assert dng_experiment("picture_book", "--output", tmp_path / "removal") == 1
-    assert "holds another experiment: name another --output" in capsys.readouterr().err
+    assert "holds an experiment of class removal, not picture_book: name another --output" in capsys.readouterr().err
     with exclusive(tmp_path / "book" / experiment.LOCK):
         assert dng_experiment("picture_book", "--output", tmp_path / "book") == 1
     assert "another process works in" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from ...files import write_whole
 from ..report.markdown import table_lines
 from .averages import Row, averaged
 from .cases import KINDS
+from .study import RESULTS, ROWS
 
 MEANINGS = (
     "left: percent of the pictures that show the thing. kept: percent of what the prompt asks for. rms: root mean "
@@ -54,7 +55,7 @@ class Part:
 
 def write_report(folder: Path) -> list[Path]:
     """Write report.md and report.html, whose paths are returned, and plots/, from results.json."""
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     made = sections(folder, results["rows"], results["scales"])
     for part in made:
         for name, content in part.plots.items():
@@ -119,7 +120,7 @@ def trace_plots(folder: Path, rows: Sequence[Row], setting: str, slug: str) -> d
     for method in dict.fromkeys(row["method"] for row in rows):
         shown, scale = {}, 0.0
         for row in rows:
-            path = folder / "rows" / f"{row['key']}.npz"
+            path = folder / ROWS / f"{row['key']}.npz"
             if row["method"] == method and row["case"] in pair and path.is_file():
                 scale = row["scale"]
                 with np.load(path) as arrays:
@@ -179,7 +180,7 @@ def page(about: Sequence[str], parts: Sequence[Part], folder: Path) -> str:
         for name, content in part.plots.items():
             body.append(f'<p><img class="plot" alt="{html.escape(name)}" src="{_inline(content)}"></p>')
         for row in part.rows:
-            strip = _inline((folder / "rows" / f"{row['key']}.png").read_bytes())
+            strip = _inline((folder / ROWS / f"{row['key']}.png").read_bytes())
             caption = f"<figcaption>{html.escape(row['method'])}</figcaption>"
             body.append(f'<figure><img alt="" src="{strip}">{caption}</figure>')
     style = (

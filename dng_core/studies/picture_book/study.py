@@ -36,6 +36,7 @@ MOST_LEFT = 0.02  # "equal removal": the mean over these cases, at most
 CALIBRATION_IMAGES = 64  # of the method "dng_calibrated"; like the rest, a choice
 KEPT = 4  # points without guidance whose pictures stay in memory, since they serve every method of a case
 STRIP = 8  # pictures of a point that are kept in its folder, side by side, with their traces
+RESULTS, ROWS = "results.json", "rows"  # in the study's folder
 VERSION = 2  # part of every key: raise it with each change of what a row holds
 OTHER_SEED, SEARCH_SEED, CALIBRATION_SEED = 1000, 2000, 3000  # added to the seed of the plan
 Drawn = tuple[Seen, dict[str, Any], dict[str, np.ndarray] | None]
@@ -107,6 +108,7 @@ class Study:
 
     def __init__(self, plan: Plan, folder: Path, weights: Path | None = None) -> None:
         self.plan, self.folder = plan, folder
+        self._named = "shipped" if weights is None else str(weights)
         path = weights or SHIPPED_PICTURE_BOOK
         self.book, info = load_picture_book(path)
         self.judge, self.chain = load_judge(), DDPMSchedule.named(info.schedule)
@@ -115,7 +117,7 @@ class Study:
         files = [file for file in (path, SHIPPED_JUDGE, measured) if file.is_file()]
         self._weights = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
         self._unguided: dict[Point, Drawn] = {}
-        (folder / "rows").mkdir(parents=True, exist_ok=True)
+        (folder / ROWS).mkdir(parents=True, exist_ok=True)
 
     def run(self, tell: Callable[[str], None], about: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """Choose every method's scale, measure every case at every setting, and return the rows.
@@ -127,9 +129,14 @@ class Study:
         for number, point in enumerate(points, start=1):
             rows.append(self.row(point))
             tell(f"[{number}/{len(points)}] {said(rows[-1])}")
-        plan = {name: getattr(self.plan, name) for name in ("scales", "sweep", "images", "search_images", "seed")}
-        write_json(self.folder / "results.json", {"about": plan | (about or {}), "scales": scales, "rows": rows})
+        plan = {name: getattr(self.plan, name) for name in ("scales", "sweep", "images", "search_images")}
+        told = plan | self.identity() | (about or {})
+        write_json(self.folder / RESULTS, {"about": told, "scales": scales, "rows": rows})
         return rows
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it another study, whose rows do not belong into the same report: network, steps and noise."""
+        return {"weights": self._named, "steps": self.plan.settings[0][2], "seed": self.plan.seed}
 
     def points(self, scales: dict[str, float]) -> list[Point]:
         """The points to measure: every case by every method at its scale and at every setting, and the sweep's."""
@@ -176,7 +183,7 @@ class Study:
 
     def row(self, point: Point) -> dict[str, Any]:
         """A point and its measures, from the folder if it was measured before."""
-        path = self.folder / "rows" / f"{self._key(point)}.json"
+        path = self.folder / ROWS / f"{self._key(point)}.json"
         if path.is_file():
             return dict(json.loads(path.read_text(encoding="utf-8")))
         without, *_ = self.seen(point.unguided())
