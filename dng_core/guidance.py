@@ -116,7 +116,8 @@ class Trace:
     the trace was not told where. ``looked``: (steps, concepts) bool, False where the last difference of an undesired
     prediction was held, or the concept does not apply; None if that was not noted. ``made`` and ``spared``: how often
     an undesired prediction was evaluated (at every call of the model, in between steps and by probes too), and at how
-    many calls it was not. All values are float32 on the CPU.
+    many calls it was not. ``priors``: of each concept, where the posterior began; None if that was not noted. All
+    values are float32 on the CPU.
     """
 
     sigmas: Tensor
@@ -126,6 +127,7 @@ class Trace:
     looked: Tensor | None = None
     made: int = 0
     spared: int = 0
+    priors: tuple[float, ...] | None = None
 
     def then(self, later: "Trace") -> "Trace":
         """This run and the one that went on from it, as one."""
@@ -139,6 +141,7 @@ class Trace:
             looked=None if len(noted) < len(runs) else torch.cat(noted),
             made=self.made + later.made,
             spared=self.spared + later.spared,
+            priors=self.priors or later.priors,
         )
 
 
@@ -339,15 +342,16 @@ class NegativeGuidance(Guidance):
         No predictions are known at ``end``. So the jump there is counted by Algorithm 2; the rule "probe" also
         subtracts the divergence that the step's noise does not cancel.
         """
-        paths, final = self.paths, None
+        paths, final, priors = self.paths, None, tuple(s.prior for s in self.settings)
         if end is not None:
             stepped = [step(p, Call(*end), s, self.chain) for p, s in zip(paths, self.settings, strict=True)]
             final = torch.stack([log_p for _, log_p in stepped]).float().cpu()
         if not paths[0].points:
             nothing = torch.zeros(0, len(paths), 0)
-            return Trace(torch.zeros(0), nothing, nothing, final, torch.zeros(0, len(paths), dtype=torch.bool))
+            looked = torch.zeros(0, len(paths), dtype=torch.bool)
+            return Trace(torch.zeros(0), nothing, nothing, final, looked, priors=priors)
         posterior, scale = (values.float().cpu() for values in tracked(paths, self.settings))
         looked = torch.tensor(looks_along(paths))
         made, spared = (sum(counts) for counts in zip(*((w.made, w.spared) for w in self._watches), strict=True))
         sigmas = torch.tensor([point.sigma for point in paths[0].points])
-        return Trace(sigmas, posterior, scale, final, looked, made, spared)
+        return Trace(sigmas, posterior, scale, final, looked, made, spared, priors)

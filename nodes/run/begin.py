@@ -1,5 +1,6 @@
 """How a guided run begins: what ComfyUI is about to sample, checked and described for dng_core."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ...dng_core.economy import ECONOMIES
 from ...dng_core.guidance import NegativeGuidance, Trace
-from ...dng_core.methods import guidance_by
+from ...dng_core.methods import MethodSettings, guidance_by
 from ...dng_core.posterior import SAME_SIGMA, Chain
 from ...dng_core.schedules import IntegratedOffset
 from ...dng_core.settings import Settings
@@ -57,7 +58,7 @@ def begin_run(
     Raises
     ------
     ValueError: where the guider, the sampler or the model cannot be tracked, the concepts do not go together, or
-        ``previous`` is of other concepts or images.
+        ``previous`` is of other concepts, priors or images.
     """
     check_guider(guider)
     check_sigmas(sigmas)
@@ -75,6 +76,8 @@ def begin_run(
             f"{len(concepts)} and {latent_shape[0]}; connect the trace of the node that the latent comes from, and "
             "avoid the same concepts in both"
         )
+    if previous is not None and start is not None:
+        check_same_priors(previous, [concept.settings for concept in concepts])
 
     model_sampling = guider.model_patcher.get_model_object("model_sampling")
     frame, options = noise_frame(model_sampling), options_of(sampler, model_sampling)
@@ -125,6 +128,24 @@ def check_goes_on(previous: Trace, sigma: float) -> None:
             f"{sigma:.4g}; let `start_at_step` be the step at which the run before ended, of as many `steps`, or "
             "disconnect `previous_trace`"
         )
+
+
+def check_same_priors(previous: Trace, settings: Sequence[MethodSettings]) -> None:
+    """Raise ValueError for a run by another prior than that of the run before it.
+
+    A posterior is that of its prior: the run before added the evidence to it, and a prior given now would count for
+    nothing. Everything else may change on the way, and the sum still means the same. Temperature, drift, offset and
+    rule say how the evidence of the steps to come is counted, and two models of one run (Wan 2.2) have calibrations of
+    their own. The bounds, the scale and its cap act on the steps to come alone. The words of a thing may change too,
+    and another text encoder (a refiner's) turns the same words into other numbers, so conditionings are not compared.
+    """
+    for number, (began, of) in enumerate(zip(previous.priors or (), settings, strict=False), start=1):
+        if isinstance(of, Settings) and not math.isclose(began, of.prior, rel_tol=1e-6):
+            raise ValueError(
+                f"`previous_trace` began at the prior {began:g} of concept {number}, which this run says is "
+                f"{of.prior:g}; it goes on from the posterior of the first, so that another `prior` would count for "
+                "nothing: set the same in both, or disconnect `previous_trace`"
+            )
 
 
 def check_together(concepts: Sequence[Concept]) -> None:

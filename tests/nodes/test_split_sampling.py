@@ -1,5 +1,6 @@
 """One run over two KSampler Advanced (DNG): the latent carries the image over, the trace the posterior."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -107,6 +108,49 @@ def test_a_trace_of_other_images_or_concepts_is_refused(bench):
         advanced(bench, model, {"samples": first["samples"][:4]}, 3, 6, previous_trace=upper)
     with pytest.raises(ValueError, match=r"`previous_trace` is of 1 concepts and 8 images, this run of 2 and 8"):
         advanced(bench, model, first, 3, 6, previous_trace=upper, more_concepts=(bench.concept("3"),))
+
+
+def test_a_trace_of_another_prior_is_refused(bench):
+    """The second node would go on from a posterior that is not the one of its own prior."""
+    model = bench.model()
+    first, upper = advanced(bench, model, bench.latent(), 0, 3, settings={"prior": 0.2})
+    told = r"`previous_trace` began at the prior 0\.2 of concept 1, which this run says is 0\.5.*`prior`.*same in both"
+    with pytest.raises(ValueError, match=told):
+        advanced(bench, model, first, 3, 6, previous_trace=upper, settings={"prior": 0.5})
+    _, whole = advanced(bench, model, first, 3, 5, previous_trace=upper, settings={"prior": 0.2})
+    with pytest.raises(ValueError, match=told):
+        advanced(bench, model, first, 5, 6, previous_trace=whole, settings={"prior": 0.5})
+    pair = {"more_concepts": (bench.concept("3", prior=0.1),)}
+    first, upper = advanced(bench, model, bench.latent(), 0, 3, **pair)
+    pair = {"more_concepts": (bench.concept("3", prior=0.3),)}
+    with pytest.raises(ValueError, match=r"the prior 0\.1 of concept 2, which this run says is 0\.3"):
+        advanced(bench, model, first, 3, 6, previous_trace=upper, **pair)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guidance_scale": 5.0, "max_scale": 3.0},
+        {"temperature": 0.2, "offset": 1.0, "offset_form": "total"},
+        {"p_min": 0.01, "p_max": 0.6},
+        {"rule": "probe"},
+        {"economy": "auto"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_all_but_the_prior_may_change_on_the_way(bench, settings):
+    """As for two models of one run, with calibrations of their own, and with other step counts."""
+    first, upper = advanced(bench, bench.model(), bench.latent(), 0, 3)
+    _, trace = advanced(bench, bench.model(), first, 6, 12, 12, previous_trace=upper, settings=settings)
+    assert len(trace.sigmas) >= 9
+    assert torch.equal(trace.posterior[:3], upper.posterior)
+
+
+def test_a_trace_that_does_not_say_its_priors_goes_on(bench):
+    first, upper = advanced(bench, bench.model(), bench.latent(), 0, 3)
+    untold = dataclasses.replace(upper, priors=None)
+    _, trace = advanced(bench, bench.model(), first, 3, 6, previous_trace=untold, settings={"prior": 0.5})
+    assert trace.posterior.shape == (6, 1, 8) and trace.priors == (0.5,)
 
 
 @pytest.mark.parametrize("start", [0, 2])
