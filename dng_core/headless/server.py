@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import parse_json
 from .errors import FULL_DISK_REMEDY, HeadlessError
 from .link import link_folder, unlink_folder
 from .locate import Location, has_accelerator
@@ -237,7 +238,7 @@ def system_stats(url: str, timeout: float) -> dict[str, Any]:
     # No proxy is used: a proxy for the internet cannot reach loopback.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"{url}/system_stats", timeout=timeout) as response:
-        stats = json.load(response)
+        stats = parse_json(response.read().decode())
     if not isinstance(stats, dict) or "comfyui_version" not in stats.get("system", {}):
         raise ValueError("the answer is not ComfyUI's")
     return stats

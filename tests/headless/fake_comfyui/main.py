@@ -4,8 +4,8 @@ It speaks as much of ComfyUI's protocol as the runner uses. A prompt's node clas
 "Die" ends the process, "Hang" never ends, "Freeze" answers nothing any more, "Interrupted" reports an interruption.
 FAKE_START says how it starts: "die", "lack" (a package is missing), "taken" (the first time it finds its port in use),
 "slow" (it takes its time to list its nodes) or "stubborn" (it ignores polite requests to stop). It notes its process
-ids in FAKE_PIDS: its own, and that of a child, which stands for what a node pack may start. With "Nest" it reports, and
-with FAKE_START "nested" it lists its nodes, in JSON that is nested far too deeply.
+ids in FAKE_PIDS: its own, and that of a child, which stands for what a node pack may start. With "Nest" it reports,
+and with FAKE_START "nested" it lists its nodes, in JSON that is nested far too deeply.
 """
 
 import argparse
