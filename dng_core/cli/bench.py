@@ -146,7 +146,8 @@ def experiment(args: argparse.Namespace) -> int:
         chain = DDPMSchedule.named(chain_name(info))
         compared = variants(unet.to(device), chain, args.undesired_every)
         tasks = [sampling(predict, every, unet, chain, args, device) for predict, every in compared.values()]
-        *turns, products = timings([*tasks, matrix_product(device)], args.repeats, device)
+        tasks += [sampling(no_network, 1, unet, chain, args, device), matrix_product(device)]
+        *turns, own, products = timings(tasks, args.repeats, device)
     except (OSError, ValueError) as error:
         print(f"dng bench: {error}", file=sys.stderr)
         return 1
@@ -159,6 +160,11 @@ def experiment(args: argparse.Namespace) -> int:
         rate = args.batch / (median(taken) / args.timed_steps * args.steps)
         low, ratio, high = quantiles([plain / other for plain, other in zip(turns[0], taken, strict=True)], n=4)
         print(line([name, f"{rate:.4g}", f"{ratio:.2f} x", f"{low:.2f} .. {high:.2f}"]))
+    share = median(mine / whole for mine, whole in zip(own, turns[1], strict=True))
+    print(
+        f"\nA step without its predictions takes {median(own) / args.timed_steps * 1e3:.2f} ms: posterior, scale, push "
+        f"and sampler.\nThat is {share:.1%} of the loop with both predictions in one batch."
+    )
     flops = flops_of_a_prediction(unet)
     plain, batched = (2 * args.batch * args.timed_steps * flops / median(taken) / 1e9 for taken in turns[:2])
     most = 2 * PRODUCT_SIZE**3 / median(products) / 1e9
@@ -188,6 +194,11 @@ def variants(unet: UNet, chain: DDPMSchedule, every: int) -> dict[str, tuple[Pre
         "both predictions in one batch": (together, 1),
         f"the undesired one once in {every} steps": (together, every),
     }
+
+
+def no_network(x: Tensor, sigma: float) -> tuple[Tensor, list[Tensor]]:
+    """Two predictions that differ and cost nothing: what is left of a step is the guidance and the sampler."""
+    return 0.5 * x, [0.49 * x]
 
 
 def sampling(
