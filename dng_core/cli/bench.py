@@ -162,8 +162,8 @@ def experiment(args: argparse.Namespace) -> int:
         print(line([name, f"{rate:.4g}", f"{ratio:.2f} x", f"{low:.2f} .. {high:.2f}"]))
     share = median(mine / whole for mine, whole in zip(own, turns[1], strict=True))
     print(
-        f"\nA step without its predictions takes {median(own) / args.timed_steps * 1e3:.2f} ms: posterior, scale, push "
-        f"and sampler.\nThat is {share:.1%} of the loop with both predictions in one batch."
+        f"\nPosterior, scale, push and sampler together take {median(own) / args.timed_steps * 1e3:.2f} ms a step.\n"
+        f"That is {share:.1%} of the loop with both predictions in one batch."
     )
     flops = flops_of_a_prediction(unet)
     plain, batched = (2 * args.batch * args.timed_steps * flops / median(taken) / 1e9 for taken in turns[:2])
