@@ -57,7 +57,8 @@ def concept_choices() -> dict[str, list[io.Input]]:
 
 def run_choices() -> dict[str, list[io.Input]]:
     """The choices of ``settings`` where they are a run's: some also say how all its concepts are evaluated."""
-    evaluation = {CUSTOM: [reference_input(), economy_input()]} | {name: [reference_input()] for name in BASELINES}
+    evaluation = {CALIBRATED: [economy_input()], CUSTOM: [reference_input(), economy_input()]}
+    evaluation |= {name: [reference_input()] for name in BASELINES}
     return {choice: [*inputs, *evaluation.get(choice, [])] for choice, inputs in concept_choices().items()}
 
 

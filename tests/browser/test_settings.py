@@ -21,6 +21,7 @@ CHOICES = {
     "safe_latent_diffusion": {"guidance_scale"},
 }
 OF_A_RUN = {
+    "calibrated": {"economy"},
     "custom": {"reference", "economy"},
     "negative_prompting": {"reference"},
     "safe_latent_diffusion": {"reference"},

@@ -89,6 +89,14 @@ def test_what_a_calibration_says_is_what_a_guided_run_tracks(bench, calibrate_mo
     assert trace.posterior.shape == (20, 1, 16)
 
 
+def test_a_calibrated_run_can_look_less_often(bench, calibrate_model):
+    measured = calibrate_model(bench.model(), alternatives(bench)).calibration
+    inputs = bench.inputs(settings="calibrated", prior=1 / 8, calibration=measured, economy="auto")
+    concepts = bench.node_inputs.concepts_from(bench.cond("0"), inputs)
+    _, trace = bench.dng(bench.model(), list(concepts), bench.latent(1), steps=20, seed=0)
+    assert trace.spared > 0
+
+
 def test_the_share_is_measured_and_is_the_prior(bench, calibrate):
     found = calibrate(bench.model(), bench.cond(), bench.cond("0"), bench.latent(256), steps=100)
     assert 0.06 < found.prior < 0.2
