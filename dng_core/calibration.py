@@ -193,7 +193,9 @@ EXACT = Calibration(1.0, (), 1.0, 1.0, FEWEST_IMAGES, FEWEST_STEPS)
 """What an exact model would measure."""
 
 
-def calibrate(evidence: Sequence[Evidence], shares: Sequence[float] | None = None) -> Calibration:
+def calibrate(
+    evidence: Sequence[Evidence], shares: Sequence[float] | None = None, are_labels: bool = False
+) -> Calibration:
     """Temperature and drift of a model, from one unguided run.
 
     Parameters
@@ -201,6 +203,8 @@ def calibrate(evidence: Sequence[Evidence], shares: Sequence[float] | None = Non
     evidence: of each concept, along one run.
     shares: the share of the model's images that shows each concept. None says that the concepts are *alternatives*, of
         which each image shows exactly one (classes; day and night): their shares add up to 1, and are measured along.
+    are_labels: whether these are a network's labels, which are alternatives by its training. They are then not
+        checked: a network that tells two of its labels poorly apart (cats and dogs) is to be calibrated too.
 
     Raises
     ------
@@ -223,7 +227,8 @@ def calibrate(evidence: Sequence[Evidence], shares: Sequence[float] | None = Non
         temperature = run.temperature(priors, SLOPE_ERRORS)
         if not shares:
             ends = run.course(priors, temperature)[-1]
-            _check_alternatives(ends)
+            if not are_labels:
+                _check_alternatives(ends)
             means = ends.mean(dim=1)
             priors = (means / means.sum()).clamp(min=1 / (2 * images), max=1 - 1 / (2 * images))
     return Calibration(

@@ -81,7 +81,7 @@ def calibrated_denoiser(
     """The calibration of a denoiser. It raises what :func:`record` raises."""
     network, info = open_denoiser(source)
     evidence, _ = record(network, DDPMSchedule.named(chain_name(info)), images, steps, seed, progress)
-    return ModelCalibration(calibrate(evidence), info.full_name, image_shape(network))
+    return ModelCalibration(calibrate(evidence, are_labels=True), info.full_name, image_shape(network))
 
 
 def calibration_figure(
@@ -102,7 +102,7 @@ def calibration_figure(
     judged, drawn = record(network, chain, images, steps, seed, lambda size: None)
     with torch.no_grad():
         verdict = classifier(drawn).argmax(dim=1)
-    found = calibrate(fitted)
+    found = calibrate(fitted, are_labels=True)
     others = [
         calibrate([e for other, e in enumerate(fitted) if other != label], [1 / len(fitted)] * (len(fitted) - 1))
         for label in range(len(fitted))
