@@ -90,7 +90,7 @@ def test_a_choice_and_its_values_are_sent_saved_and_loaded(frontend: Frontend, r
 
     expected = {
         "denoise": 0.5, "settings": "calibrated", "settings.calibration": 0, "settings.guidance_scale": 2.5,
-        "settings.prior": 0,
+        "settings.prior": 0, "settings.economy": "off",
     }  # fmt: skip
     assert sent() == expected
     saved = frontend.graph()
