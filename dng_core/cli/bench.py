@@ -1,6 +1,7 @@
 """``dng bench``: how fast the experiment draws, and how long the nodes take in ComfyUI, against what is comparable."""
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,14 @@ from ..settings import Settings
 from ..studies.class_removal import chain_name, image_shape, starting_noise
 from ..studies.report.markdown import line, table_lines
 
+LATENTS: dict[str, tuple[tuple[int, ...], float]] = {
+    "Stable Diffusion 1.5, 512 x 512": ((4, 64, 64), 8.03e11),
+    "SDXL, 1024 x 1024": ((4, 128, 128), 6.76e12),
+    "Wan 2.1 1.3B, 81 frames of 832 x 480": ((16, 21, 60, 104), 2.83e14),
+}
+"""Shapes of latents, and the floating-point operations of one prediction for them. The operations were counted by
+torch's FlopCounterMode in ComfyUI 0.30.0's own classes of these models, with 77 tokens of text (Wan: 512)."""
+
 PRODUCT_SIZE = 1024  # a choice: large enough that a product runs near the machine's full speed
 LEAST_SIZE = 64  # pixels: three times halved after the VAE's 8, sides stay whole
 
@@ -37,11 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "loop that evaluates the two predictions one after the other at every step. comfyui: measure predictions, "
         "seconds and memory of a real ComfyUI for an image, with KSampler (DNG), economy off and auto, with the stock "
         "KSampler without and with a negative prompt, and with ComfyUI's own NAG and Perp-Neg where the model takes "
-        "them. They all take turns; medians are printed."
+        "them. They all take turns; medians are printed. step: measure what guidance itself takes of a step, for "
+        "latents of known models."
     )
-    parser.add_argument("what", nargs="?", choices=("experiment", "comfyui"), default="experiment")
+    parser.add_argument("what", nargs="?", choices=("experiment", "comfyui", "step"), default="experiment")
     parser.add_argument("--denoiser", default="mnist", help="a label-conditional network (default: mnist)")
-    parser.add_argument("--batch", type=int, help="images drawn at once (default: 64; comfyui: 1)")
+    parser.add_argument("--batch", type=int, help="images drawn at once (default: 64; comfyui and step: 1)")
     parser.add_argument("--steps", type=int, help="sampling steps of an image (default: 1000; comfyui: 30)")
     parser.add_argument("--timed-steps", type=int, default=10, help="steps actually timed (default: 10)")
     parser.add_argument(
@@ -78,10 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns 1, with a message, if it cannot be measured."""
-    batch, steps = (1, 30) if args.what == "comfyui" else (64, 1000)
+    batch, steps = {"comfyui": (1, 30), "step": (1, 1000)}.get(args.what, (64, 1000))
     args.batch = batch if args.batch is None else args.batch
     args.steps = steps if args.steps is None else args.steps
-    return in_comfyui(args) if args.what == "comfyui" else experiment(args)
+    return {"comfyui": in_comfyui, "step": step, "experiment": experiment}[args.what](args)
 
 
 def in_comfyui(args: argparse.Namespace) -> int:
@@ -134,8 +144,7 @@ def _unfit(args: argparse.Namespace) -> str:
 def experiment(args: argparse.Namespace) -> int:
     """The experiment's own sampler."""
     try:
-        if min(args.batch, args.steps, args.timed_steps, args.undesired_every, args.repeats - 1) < 1:
-            raise ValueError("--batch and the numbers of steps must be at least 1, --repeats at least 2")
+        _check_numbers(args)
         if args.timed_steps % args.undesired_every:
             raise ValueError(
                 f"--timed-steps {args.timed_steps} is no multiple of --undesired-every {args.undesired_every}: the "
@@ -145,9 +154,10 @@ def experiment(args: argparse.Namespace) -> int:
         unet, info = open_denoiser(args.denoiser)
         chain = DDPMSchedule.named(chain_name(info))
         compared = variants(unet.to(device), chain, args.undesired_every)
-        tasks = [sampling(predict, every, unet, chain, args, device) for predict, every in compared.values()]
-        tasks += [sampling(no_network, 1, unet, chain, args, device), matrix_product(device)]
-        *turns, own, products = timings(tasks, args.repeats, device)
+        shape, bare = image_shape(unet), LabelConditional(unet, chain, None)
+        tasks = [sampling(predict, n, shape, chain, args, device, between=bare) for predict, n in compared.values()]
+        tasks += [sampling(no_network, 1, shape, chain, args, device, guided) for guided in (True, False)]
+        *turns, own, sampler, products = timings([*tasks, matrix_product(device)], args.repeats, device)
     except (OSError, ValueError) as error:
         print(f"dng bench: {error}", file=sys.stderr)
         return 1
@@ -160,10 +170,12 @@ def experiment(args: argparse.Namespace) -> int:
         rate = args.batch / (median(taken) / args.timed_steps * args.steps)
         low, ratio, high = quantiles([plain / other for plain, other in zip(turns[0], taken, strict=True)], n=4)
         print(line([name, f"{rate:.4g}", f"{ratio:.2f} x", f"{low:.2f} .. {high:.2f}"]))
-    share = median(mine / whole for mine, whole in zip(own, turns[1], strict=True))
+    guidance = [both - bare for both, bare in zip(own, sampler, strict=True)]
+    share = median(mine / whole for mine, whole in zip(guidance, turns[1], strict=True))
     print(
-        f"\nPosterior, scale, push and sampler together take {median(own) / args.timed_steps * 1e3:.2f} ms a step.\n"
-        f"That is {share:.1%} of the loop with both predictions in one batch."
+        f"\nPosterior, scale and push take {median(guidance) / args.timed_steps * 1e3:.2f} ms a step.\n"
+        f"That is {share:.1%} of the loop with both predictions in one batch. The sampler itself takes "
+        f"{median(sampler) / args.timed_steps * 1e3:.2f} ms."
     )
     flops = flops_of_a_prediction(unet)
     plain, batched = (2 * args.batch * args.timed_steps * flops / median(taken) / 1e9 for taken in turns[:2])
@@ -176,6 +188,35 @@ def experiment(args: argparse.Namespace) -> int:
         sep="\n",
     )
     return 0
+
+
+def step(args: argparse.Namespace) -> int:
+    """Guidance alone, beside what a prediction of known models takes at least."""
+    try:
+        _check_numbers(args)
+        device = devices(args.device)[0]
+    except ValueError as error:
+        print(f"dng bench: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.batch} latents at once, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}:\n")
+    print(*table_lines(["latent", "elements", "guidance, ms a step", "of two predictions, at most"], []), sep="\n")
+    chain = DDPMSchedule.named("linear")
+    for name, (shape, operations) in LATENTS.items():
+        tasks = [sampling(no_network, 1, shape, chain, args, device, guided) for guided in (True, False)]
+        *turns, products = timings([*tasks, matrix_product(device)], args.repeats, device)
+        seconds = median((both - bare) / args.timed_steps for both, bare in zip(*turns, strict=True))
+        share = seconds / (2 * args.batch * operations * median(products) / (2 * PRODUCT_SIZE**3))
+        print(line([name, f"{math.prod(shape):,}", f"{seconds * 1e3:.2f}", f"{share:.5%}"]), flush=True)
+    print(
+        f"\nThe last column is a bound. It takes predictions to run as fast as a product of two {PRODUCT_SIZE} x "
+        f"{PRODUCT_SIZE} matrices\nin float32, which is about as fast as this machine computes."
+    )
+    return 0
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    if min(args.batch, args.steps, args.timed_steps, args.undesired_every, args.repeats - 1) < 1:
+        raise ValueError("--batch and the numbers of steps must be at least 1, --repeats at least 2")
 
 
 def variants(unet: UNet, chain: DDPMSchedule, every: int) -> dict[str, tuple[Predictor, int]]:
@@ -202,17 +243,23 @@ def no_network(x: Tensor, sigma: float) -> tuple[Tensor, list[Tensor]]:
 
 
 def sampling(
-    predict: Predictor, every: int, network: UNet, chain: DDPMSchedule, args: argparse.Namespace, device: str
+    predict: Predictor,
+    every: int,
+    shape: tuple[int, ...],
+    chain: DDPMSchedule,
+    args: argparse.Namespace,
+    device: str,
+    guided: bool = True,
+    between: Predictor | None = None,
 ) -> Callable[[], object]:
-    """A run of ``args.timed_steps`` steps of DNG from ``args.batch`` images of noise."""
-    noise = starting_noise(0, args.batch, 0, image_shape(network))[0].to(device)
+    """A run of ``args.timed_steps`` steps from ``args.batch`` latents of noise, with DNG or without guidance."""
+    noise = starting_noise(0, args.batch, 0, shape)[0].to(device)
     levels = ddpm_sigmas(chain, max(args.timed_steps, 2))[: args.timed_steps]
-    reference = LabelConditional(network, chain, None)
 
     def run() -> None:
-        guidance = NegativeGuidance([Settings()], Chain(levels), economies=[Economy.every(every)])
-        generator = torch.Generator().manual_seed(1)
-        ddpm_sample(predict, noise, levels, guidance, generator, between=reference)
+        economies = [Economy.every(every)]
+        guidance = NegativeGuidance([Settings()], Chain(levels), economies=economies) if guided else None
+        ddpm_sample(predict, noise, levels, guidance, torch.Generator().manual_seed(1), between=between)
 
     return run
 

@@ -46,7 +46,7 @@ def test_the_command_prints_ratios_to_the_plain_loop(tmp_path, capsys, monkeypat
     original = UNet.forward
     monkeypatch.setattr(UNet, "forward", lambda self, x, *a: predicted.append(len(x)) or original(self, x, *a))
     assert bench_command.run(parser.parse_args(options)) == 0
-    turn = [2, 2] * 4 + [4] * 4 + [4, 2] * 2
+    turn = [2, 2] * 4 + [4] * 4 + [4, 2] * 2  # the two runs without a network predict nothing
     assert predicted[: 3 * len(turn)] == turn * 3  # one untimed
     printed = capsys.readouterr().out
     rows = [line for line in printed.split("\n") if line.startswith("| ")][2:]
@@ -56,6 +56,44 @@ def test_the_command_prints_ratios_to_the_plain_loop(tmp_path, capsys, monkeypat
     assert "--repeats at least 2" in capsys.readouterr().err
     assert bench_command.run(parser.parse_args([*options, "--undesired-every", "3"])) == 1
     assert "no multiple of --undesired-every 3" in capsys.readouterr().err
+
+
+def test_what_guidance_takes_of_a_step_is_printed_for_known_latents(capsys, monkeypatch):
+    """The share is that of two predictions which run at the rate of a product, of operations that are known here."""
+    monkeypatch.setattr(bench_command, "LATENTS", {"small": ((4, 8, 8), 1e9), "video": ((4, 3, 8, 8), 1e30)})
+    seconds = {True: 2.0, False: 1.5}  # with guidance and without
+
+    def sampling(predict, every, shape, chain, args, device, guided=True, between=None):
+        return guided, shape
+
+    product = 2 * bench_command.PRODUCT_SIZE**3 / 1e9  # a machine of 10^9 operations a second
+    monkeypatch.setattr(bench_command, "sampling", sampling)
+    taken = lambda tasks, repeats, device: [[seconds[guided]] for guided, _ in tasks[:2]] + [[product]]  # noqa: E731
+    monkeypatch.setattr(bench_command, "timings", taken)
+    assert dng_bench("step", "--device", "cpu", "--timed-steps", "5") == 0
+    small, video = [line for line in capsys.readouterr().out.split("\n") if line.startswith(("| small", "| video"))]
+    assert small == "| small | 256 | 100.00 | 5.00000% |"  # 0.5 seconds in 5 steps, of two predictions of a second
+    assert video == "| video | 768 | 100.00 | 0.00000% |"
+    assert dng_bench("step", "--device", "cpu", "--repeats", "1") == 1
+    assert "--repeats at least 2" in capsys.readouterr().err
+
+
+def test_guidance_is_measured_beside_the_same_run_without_it():
+    """Without guidance the sampler asks for no undesired prediction, and draws the same noise."""
+    drawn: list[list[torch.Tensor]] = []
+    chain = DDPMSchedule.named("linear")
+    args = argparse.Namespace(batch=2, timed_steps=4)
+    for guided in (True, False):
+        states: list[torch.Tensor] = []
+
+        def predict(x, sigma, states=states):
+            states.append(x)
+            return 0.5 * x, [0.5 * x]  # nothing to push away from
+
+        bench_command.sampling(predict, 1, (4, 3, 8, 8), chain, args, "cpu", guided)()
+        drawn.append(states)
+    assert [len(states) for states in drawn] == [4, 4]
+    torch.testing.assert_close(drawn[0], drawn[1])
 
 
 def test_operations_are_those_of_every_convolution_and_product():
