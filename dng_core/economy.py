@@ -17,10 +17,13 @@ A look can wait for two reasons, decided for each image from its last look:
   chance of p / c at most (Ville). Under classifier-free guidance and on deterministic samplers the bound is a rule of
   thumb, and so nothing is held for longer than a few calls.
 
-An undesired prediction is evaluated where one image of the batch needs it.
+An undesired prediction is evaluated for the images that need it where the model takes a part of a batch, and else for
+all images where one needs it. Where some images are evaluated, the others go on with the difference that was held for
+them as if it had been seen there: their posterior then moves from call to call, not from look to look.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,7 +78,7 @@ ECONOMIES: dict[EconomyName, Economy] = {
 class Watch:
     """The looks at one concept along one run: what the last one showed, and whether it still stands.
 
-    ``made`` and ``spared``: how many undesired predictions were evaluated, and how many calls did without one.
+    ``made`` and ``spared``: how many undesired predictions of single images were evaluated, and how many were not.
     """
 
     def __init__(self, economy: Economy) -> None:
@@ -83,35 +86,55 @@ class Watch:
         self._difference: Tensor | None = None
         self._length: Tensor | None = None
         self._sigma = 0.0
-        self._calls = 0
+        self._calls: list[int] = []  # since each image was last evaluated, with the call that evaluated it
         self._unrest: Arriving | None = None
         self.made = 0
         self.spared = 0
 
-    def due(self, sigma: float) -> bool:
-        """Whether the prediction is to be evaluated at the call at ``sigma``. It waits for no work of its device.
+    def awake(self, sigma: float) -> list[int] | None:
+        """The images whose prediction is to be evaluated at the call at ``sigma``, by their places in the batch.
 
-        True also where nothing was seen yet, and where the sampler went back to more noise.
+        None for all: where nothing was seen yet, where the sampler went back to more noise, and where each image needs
+        it. No work of the device is waited for.
         """
-        if self._difference is None or sigma > self._sigma or self._calls >= self._economy.longest:
-            return True
-        if self._economy.asleep == 1:
-            return False
-        return self._unrest is None or not self._unrest.value() <= self._economy.quiet * sigma
+        if self._difference is None or sigma > self._sigma or self._economy.off:
+            return None
+        late = [calls >= self._economy.longest for calls in self._calls]
+        if self._economy.asleep < 1:
+            if self._unrest is None:
+                return None
+            most = self._economy.quiet * sigma
+            late = [waited or not unrest <= most for waited, unrest in zip(late, self._unrest.values(), strict=True)]
+        return None if all(late) else [i for i, due in enumerate(late) if due]
 
-    def looked(self, sigma: float, negative: Tensor, reference: Tensor) -> None:
-        """A prediction was evaluated; both are (batch, ...), in float32 or better."""
-        self.made += 1
+    def looked(self, sigma: float, negative: Tensor, reference: Tensor, rows: Sequence[int] | None = None) -> None:
+        """A prediction was evaluated; both are (batch, ...), in float32 or better.
+
+        ``rows``: the images that were evaluated; None for all. The predictions of the others are :meth:`completed`.
+        """
+        count = len(negative)
+        evaluated = range(count) if rows is None else rows
+        self.made += len(evaluated)
+        self.spared += count - len(evaluated)
         if not self._economy.off:
-            self._difference, self._sigma, self._calls, self._length = negative - reference, sigma, 1, None
+            since = [calls + 1 for calls in self._calls] if rows is not None else [1] * count
+            for row in evaluated:
+                since[row] = 1
+            self._difference, self._sigma, self._calls, self._length = negative - reference, sigma, since, None
+
+    def completed(self, some: Tensor, index: Tensor, reference: Tensor) -> Tensor:
+        """The predictions of all images, (batch, ...), from those of the images ``index`` (long), in that order.
+
+        The difference of each other image is the held one.
+        """
+        return (reference + self._known()).index_copy(0, index, some)
 
     def held(self) -> Tensor:
         """The difference that stands in at a call that is not looked at, (batch, ...)."""
-        if self._difference is None:
-            raise ValueError("an undesired prediction cannot be held before it was evaluated once")
-        self.spared += 1
-        self._calls += 1
-        return self._difference
+        difference = self._known()
+        self.spared += len(difference)
+        self._calls = [calls + 1 for calls in self._calls]
+        return difference
 
     def forget(self) -> None:
         """The concept does not apply at this call: what was seen before it does not stand for what comes after."""
@@ -126,28 +149,40 @@ class Watch:
         unrest = scale.clamp(min=temperature) * self._length
         if self._economy.asleep > 0:
             unrest = unrest.masked_fill(log_p < math.log(self._economy.asleep), 0.0)
-        self._unrest = Arriving(unrest.amax())
+        self._unrest = Arriving(unrest)
+
+    def _known(self) -> Tensor:
+        if self._difference is None:
+            raise ValueError("an undesired prediction cannot be held before it was evaluated once")
+        return self._difference
 
 
 class Arriving:
-    """A number on its way from its device to the host, without the device being waited for when it is sent.
+    """Numbers, (n,), on their way from their device to the host. When they are sent, the device is not waited for.
 
     On CUDA the copy goes into pinned memory, and an event marks its end. ComfyUI's sampling reads each call's noise
     level from the device before a forward pass, and by then the copy has arrived. Elsewhere the copy is made at once.
     """
 
-    def __init__(self, number: Tensor) -> None:
+    def __init__(self, numbers: Tensor) -> None:
         self._event = None
-        if number.device.type == "cuda":
-            self._host = torch.empty((), dtype=number.dtype, pin_memory=True)
-            self._host.copy_(number, non_blocking=True)
+        if numbers.device.type == "cuda":
+            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
         else:
-            self._host = number.detach().cpu()
+            self._host = numbers.detach().cpu()
 
-    def value(self) -> float:
-        """The number; waits where it has not arrived."""
+    def values(self) -> list[float]:
+        """The numbers; waits where they have not arrived."""
         if self._event is not None:
             self._event.synchronize()
-        return float(self._host)
+        numbers: list[float] = self._host.tolist()
+        return numbers
+
+
+def places(rows: Sequence[int], device: torch.device) -> Tensor:
+    """The places of images in a batch, (n,) long, on a device, which is not waited for."""
+    index = torch.tensor(rows, dtype=torch.long)
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from .economy import Economy, Watch
+from .economy import Economy, Watch, places
 from .evidence import Call, Probe, Prober
 from .kernels import at_least_float32, float32_copy, per_image
 from .posterior import Chain, Path, step
@@ -35,12 +35,26 @@ class Held(Enum):
 HELD: Final = Held.HELD
 
 
+class Some(NamedTuple):
+    """Stands in the place of a prediction that was evaluated for some images alone (:meth:`Guidance.awake`).
+
+    ``rows``: their places in the batch, rising; ``negative``: their predictions, (len(rows), ...).
+    """
+
+    rows: Sequence[int]
+    negative: Tensor
+
+
 class Probed(NamedTuple):
     """A probe, and the reference and the undesired predictions at its state."""
 
     probe: Probe
     reference: Tensor
     negatives: Negatives
+
+
+Given = Tensor | Some | Held | None
+"""The undesired prediction that a call is given; None where its concept does not apply."""
 
 
 class Guided(NamedTuple):
@@ -114,10 +128,10 @@ class Trace:
     ``sigmas``: (steps,) VE noise levels, falling. ``posterior`` and ``scale``: (steps, concepts, batch).
     ``log_posterior``: (concepts, batch), log p where the sampler stopped, from which a later run may go on; None if
     the trace was not told where. ``looked``: (steps, concepts) bool, False where the last difference of an undesired
-    prediction was held, or the concept does not apply; None if that was not noted. ``made`` and ``spared``: how often
-    an undesired prediction was evaluated (at every call of the model, in between steps and by probes too), and at how
-    many calls it was not. ``priors``: of each concept, where the posterior began; None if that was not noted. All
-    values are float32 on the CPU.
+    prediction was held for all images, or the concept does not apply; None if that was not noted. ``made`` and
+    ``spared``: how many undesired predictions of single images were evaluated (at every call of the model, in between
+    steps and by probes too), and how many were not. ``priors``: of each concept, where the posterior began; None if
+    that was not noted. All values are float32 on the CPU.
     """
 
     sigmas: Tensor
@@ -187,7 +201,14 @@ class Guidance(ABC):
 
         Where it is not, hand :data:`HELD` to the call in its place. Evaluated all the same, it counts as a look.
         """
-        return [watch.due(sigma) for watch in self._watches]
+        return [rows is None or bool(rows) for rows in self.awake(sigma)]
+
+    def awake(self, sigma: float) -> list[list[int] | None]:
+        """For each concept, the images whose prediction should be evaluated at the call that comes; None for all.
+
+        Where these are some, the prediction may be evaluated for them alone: then hand :class:`Some` to the call.
+        """
+        return [watch.awake(sigma) for watch in self._watches]
 
     def probe(self, x: Tensor, sigma: float) -> Probe | None:
         """Where to evaluate the reference and the undesired once more; None where that is not needed.
@@ -203,7 +224,7 @@ class Guidance(ABC):
         sigma: float,
         base: Tensor,
         reference: Tensor,
-        negatives: Sequence[Tensor | Held | None],
+        negatives: Sequence[Given],
         probed: Probed | None = None,
     ) -> Tensor:
         """The guided denoised prediction at the VE state ``x`` (batch, ...), in the base's dtype.
@@ -214,8 +235,9 @@ class Guidance(ABC):
         ----------
         base: what the sampler would use without guidance.
         reference: the prediction that the undesired ones are compared with; often the base itself.
-        negatives: the prediction under each undesired concept; :data:`HELD` where it was not evaluated; None where a
-            concept does not apply at this noise level, so that it neither pushes nor moves its posterior.
+        negatives: the prediction under each undesired concept; :class:`Some` where it was evaluated for some images,
+            :data:`HELD` where it was for none; None where a concept does not apply at this noise level, so that it
+            neither pushes nor moves its posterior.
         probed: what :meth:`probe` gave, and the predictions there.
         """
         if len(negatives) != len(self._watches):
@@ -228,12 +250,21 @@ class Guidance(ABC):
                 watch.forget()
             elif isinstance(negative, Held):
                 held[i] = watch.held()
+            elif isinstance(negative, Some):
+                index = places(negative.rows, reference.device)
+                some = self._sound(negative.negative, reference[index])
+                seen[i] = known = watch.completed(some, index, reference)
+                watch.looked(sigma, known, reference, negative.rows)
             else:
-                sound = is_finite(negative)
-                self._all_finite = sound.all() if self._all_finite is None else self._all_finite & sound.all()
-                seen[i] = known = torch.where(sound, negative, reference)
+                seen[i] = known = self._sound(negative, reference)
                 watch.looked(sigma, known, reference)
         return self.guided(x, sigma, base, reference, seen, held, probed)
+
+    def _sound(self, negative: Tensor, reference: Tensor) -> Tensor:
+        """The prediction with the reference where it is NaN or infinite, which is noted."""
+        sound = is_finite(negative)
+        self._all_finite = sound.all() if self._all_finite is None else self._all_finite & sound.all()
+        return torch.where(sound, negative, reference)
 
     @abstractmethod
     def guided(
@@ -301,6 +332,11 @@ class NegativeGuidance(Guidance):
         self._gaps: list[Tensor | None] = [None] * len(settings)
         self._prober = Prober(seed, self.chain.weight)
 
+    def awake(self, sigma: float) -> list[list[int] | None]:
+        """As for all guidance. A rule that compares the differences of two calls needs both of all images."""
+        awake = zip(super().awake(sigma), self.settings, strict=True)
+        return [rows if settings.rule == "algorithm_2" or not rows else None for rows, settings in awake]
+
     def probe(self, x: Tensor, sigma: float) -> Probe | None:
         return self._prober.next(x, sigma) if any(s.rule == "probe" for s in self.settings) else None
 
@@ -329,7 +365,7 @@ class NegativeGuidance(Guidance):
     def _update_gaps(self, reference: Tensor, negatives: Negatives, probed: Probed) -> None:
         for i, (negative, beside) in enumerate(zip(negatives, probed.negatives, strict=True)):
             if negative is not None and beside is not None:
-                self._watches[i].made += 1
+                self._watches[i].made += len(beside)
                 beside = torch.where(is_finite(beside), beside, probed.reference)
                 here = negative - reference
                 there = at_least_float32(beside) - at_least_float32(probed.reference)

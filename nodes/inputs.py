@@ -231,9 +231,8 @@ def economy_input() -> io.Input:
         options=list(ECONOMIES),
         default="off",
         tooltip="When the prediction of what to avoid is evaluated. off: at every call of the model. auto: not where "
-        "it hardly differs from its reference, and not while every image of the batch is far from what is to be "
-        "avoided; the last difference then stands in, for up to seven calls. The trace says how many predictions were "
-        "spared.",
+        "it hardly differs from its reference, and not for images that are far from what is to be avoided; the last "
+        "difference then stands in, for up to seven calls. The trace says how many predictions were spared.",
     )
 
 

@@ -14,11 +14,13 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
+from ...dng_core.economy import places
 from ...dng_core.frames import NoiseFrame
-from ...dng_core.guidance import HELD, Guidance, Held, Probed, Trace
+from ...dng_core.guidance import HELD, Given, Guidance, Probed, Some, Trace
 from ...dng_core.kernels import at_least_float32
 from .concept import Reference
 from .live import LiveChart
+from .part import divisible
 from .regions import in_range, where_covered
 
 WRAPPER_KEY = "dynamic_negative_guidance"
@@ -32,8 +34,8 @@ class Evaluated:
     ----------
     level: the noise level of the call, in the sampler's frame.
     positive, unconditional: the sampler's own predictions; None where ComfyUI left the unconditional one out.
-    negatives: the prediction under each concept; HELD where it was not evaluated to save time, None where the concept
-        does not apply at this noise level.
+    negatives: the prediction under each concept; Some where only some images were evaluated, and HELD where none were,
+        to save time; None where the concept does not apply at this noise level.
     entries: the conditioning entries of each concept that apply.
     probed: the probe and the predictions at its state; None without one.
     """
@@ -41,7 +43,7 @@ class Evaluated:
     level: float
     positive: Tensor
     unconditional: Tensor | None
-    negatives: list[Tensor | Held | None]
+    negatives: list[Given]
     entries: list[list[dict]]
     probed: Probed | None
 
@@ -117,29 +119,42 @@ class Run:
         level = float(args["sigma"].flatten()[0])  # waits for the device, before the forward pass
         undesired = [self.guider.conds[key] for key in self.keys]
         active = [[c for c in entries if in_range(c, level)] for entries in undesired]
-        asked = self._asked(active, self.frame.sigma(level))
+        awake = self._awake(active, self.frame.sigma(level))
+        asked = [entries if rows is None or rows else [] for entries, rows in zip(active, awake, strict=True)]
         probed = self._evaluate_probe(args, level, asked)  # first: patches expect the sampler's own call to be last
 
-        out, extra = self._evaluate(args, conds, [entries for entries in asked if entries])
-        remaining = iter(extra)
-        unasked = [HELD if entries else None for entries in active]
-        negatives = [next(remaining) if a else u for a, u in zip(asked, unasked, strict=True)]
+        negatives: list[Given] = [HELD if entries else None for entries in active]
+        whole = []
+        for i, (entries, rows) in enumerate(zip(asked, awake, strict=True)):
+            if rows and self._inner_calc is None and divisible(args, entries):
+                negatives[i] = Some(rows, self._evaluate_some(args, entries, rows))
+            elif entries:
+                whole.append(i)
+        out, extra = self._evaluate(args, conds, [asked[i] for i in whole])
+        for i, negative in zip(whole, extra, strict=True):
+            negatives[i] = negative
         unconditional = out[1] if conds[1] is not None else None
         self._evaluated = Evaluated(level, out[0], unconditional, negatives, active, probed)
         return out
 
-    def _asked(self, active: list[list[dict]], sigma: float) -> list[list[dict]]:
-        """The entries of each concept to evaluate at this call; none where the last difference is to be held.
+    def _awake(self, active: list[list[dict]], sigma: float) -> list[list[int] | None]:
+        """For each concept, the images to evaluate at this call, by their places in the batch; None for all.
 
-        Where other entries apply than at the last look, by their timestep ranges, the concept is looked at again.
+        Where other entries apply than at the last look, by their timestep ranges, all images are looked at again.
         """
-        asked: list[list[dict]] = []
-        for i, (entries, due) in enumerate(zip(active, self.guidance.looks(sigma), strict=True)):
+        awake = self.guidance.awake(sigma)
+        for i, entries in enumerate(active):
             applying = [id(entry) for entry in entries]
-            asked.append(entries if due or applying != self._looked_at.get(i) else [])
-            if asked[-1]:
+            if applying != self._looked_at.get(i):
+                awake[i] = None
+            if awake[i] != []:
                 self._looked_at[i] = applying
-        return asked
+        return awake
+
+    def _evaluate_some(self, args: dict, entries: list[dict], rows: Sequence[int]) -> Tensor:
+        """The prediction under undesired entries for some images of the batch, in a call of their own."""
+        index = places(rows, args["input"].device)
+        return self._calc({**args, "input": args["input"][index], "sigma": args["sigma"][index]}, [entries])[0]
 
     def _evaluate(self, args: dict, conds: list, undesired: list) -> tuple[list[Tensor], list[Tensor]]:
         """The predictions under the sampler's ``conds`` and under the undesired.
@@ -196,7 +211,7 @@ class Run:
         else:
             reference = said.unconditional
         negatives = [
-            where_covered(negative, reference, entries) if isinstance(negative, Tensor) else negative
+            covered(negative, reference, entries)
             for negative, entries in zip(said.negatives, said.entries, strict=True)
         ]
         x = self.frame.to_ve(at_least_float32(args["input"]), said.level)
@@ -218,6 +233,14 @@ class Run:
         return comfy.samplers.calc_cond_batch(
             args["model"], conds, args["input"], args["sigma"], args["model_options"]
         )
+
+
+def covered(negative: Given, reference: Tensor, entries: list[dict]) -> Given:
+    """What was evaluated, with the reference where no entry reaches."""
+    if isinstance(negative, Some):
+        index = places(negative.rows, reference.device)
+        return Some(negative.rows, where_covered(negative.negative, reference[index], entries))
+    return where_covered(negative, reference, entries) if isinstance(negative, Tensor) else negative
 
 
 def failed(why: str) -> str:

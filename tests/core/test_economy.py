@@ -1,6 +1,7 @@
 """When to look at the undesired prediction, what is held in between, and what a step costs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dng_core.baselines import NegativePrompting
 from dng_core.economy import ECONOMIES, Economy, Watch
 from dng_core.evidence import Call, held_evidence
-from dng_core.guidance import HELD, NegativeGuidance, Trace
+from dng_core.guidance import HELD, NegativeGuidance, Some, Trace
 from dng_core.methods import guidance_by
 from dng_core.oracle import GaussianMixture
 from dng_core.posterior import Chain
@@ -51,8 +52,14 @@ def watch(log_p: float, scale: float, length: float, economy: Economy = AUTO, te
     return watch
 
 
+def due(watch: Watch, sigma: float) -> bool:
+    """Whether any image is to be looked at."""
+    rows = watch.awake(sigma)
+    return rows is None or bool(rows)
+
+
 @pytest.mark.parametrize(
-    ("p", "scale", "length", "temperature", "due"),
+    ("p", "scale", "length", "temperature", "wanted"),
     [
         (0.1, 0.1, 10.0, 1.0, True),  # awake
         (1e-4, 1e-4, 10.0, 1.0, False),  # asleep
@@ -63,39 +70,45 @@ def watch(log_p: float, scale: float, length: float, economy: Economy = AUTO, te
         (0.1, 0.1, float("nan"), 1.0, True),
     ],
 )
-def test_an_image_rests_where_it_is_asleep_or_quiet(p, scale, length, temperature, due):
+def test_an_image_rests_where_it_is_asleep_or_quiet(p, scale, length, temperature, wanted):
     log_p = float(torch.tensor(p).log())
-    assert watch(log_p, scale, length, temperature=temperature).due(3.0) is due
+    assert due(watch(log_p, scale, length, temperature=temperature), 3.0) is wanted
 
 
-def test_one_image_awake_is_enough():
-    asleep_and_awake = Watch(AUTO)
-    asleep_and_awake.looked(4.0, torch.full((2, 4), 5.0), torch.zeros(2, 4))
-    asleep_and_awake.note(torch.tensor([1e-5, 0.1]).log(), torch.tensor([0.0, 0.1]), 1.0)
-    assert asleep_and_awake.due(3.0)
+def test_each_image_of_a_batch_sleeps_on_its_own_and_is_looked_at_in_time():
+    """The second of three is awake; the others are looked at again at the fourth call after the first look."""
+    images = Watch(Economy(asleep=1e-3, longest=4))
+    images.looked(4.0, torch.full((3, 4), 5.0), torch.zeros(3, 4))
+    found = []
+    for sigma in (3.5, 3.0, 2.5, 2.0, 1.5):
+        images.note(torch.tensor([1e-5, 0.1, 1e-5]).log(), torch.tensor([0.0, 0.1, 0.0]), 1.0)
+        found.append(images.awake(sigma))
+        images.looked(sigma, torch.full((3, 4), 5.0), torch.zeros(3, 4), found[-1])
+    assert found == [[1], [1], [1], None, [1]]
+    assert (images.made, images.spared) == (3 + 1 + 1 + 1 + 3 + 1, 2 + 2 + 2 + 2)
 
 
 def test_nothing_is_held_for_longer_than_the_longest():
     asleep = watch(-20.0, 0.0, 10.0, Economy(asleep=1e-3, longest=4))
     answers = []
     for sigma in (3.0, 2.5, 2.0, 1.5, 1.0):
-        answers.append(asleep.due(sigma))
+        answers.append(due(asleep, sigma))
         asleep.held()
     assert answers == [False, False, False, True, True]
 
 
 def test_a_return_to_more_noise_and_a_concept_that_did_not_apply_are_looked_at():
     asleep = watch(-20.0, 0.0, 10.0)
-    assert not asleep.due(4.0) and asleep.due(4.1)
+    assert not due(asleep, 4.0) and due(asleep, 4.1)
     asleep.forget()
-    assert asleep.due(3.0)
+    assert due(asleep, 3.0)
 
 
 def test_every_so_many_th_call_needs_no_values():
     fixed = Watch(Economy.every(3))
     answers = []
     for sigma in range(9, 0, -1):
-        answers.append(fixed.due(float(sigma)))
+        answers.append(due(fixed, float(sigma)))
         if answers[-1]:
             fixed.looked(float(sigma), torch.full((1, 4), float("nan")), torch.zeros(1, 4))
         else:
@@ -162,7 +175,48 @@ def test_a_held_call_moves_the_posterior_by_one_jump_from_the_last_look_and_no_j
     trace = guidance.trace()
     torch.testing.assert_close(trace.posterior[1:, 0].log(), torch.tensor(0.3).log() + jumps)
     assert trace.looked[:, 0].tolist() == [True, False, False, True]
-    assert (trace.made, trace.spared) == (2, 2)
+    assert (trace.made, trace.spared) == (2 * 2, 2 * 2)
+
+
+def test_where_some_images_are_evaluated_the_others_go_on_as_if_the_held_difference_had_been_seen():
+    levels, generator = [4.0, 3.0, 2.0], torch.Generator().manual_seed(0)
+    xs, references, negatives = torch.randn(3, 3, 4, 8, generator=generator)
+    believed = negatives[1].clone()
+    held = (negatives[0] - references[0])[[0, 3]]
+    believed[[0, 3]] = references[1][[0, 3]] + held
+    given = {"some": [Some([1, 2], negatives[1][[1, 2]]), HELD], "all": [believed, HELD]}
+    outs, traces = {}, {}
+    for name, later in given.items():
+        guidance = NegativeGuidance([PRIOR], Chain(levels), economies=[AUTO])
+        outs[name] = [
+            guidance(xs[i], levels[i], references[i], references[i], [negative])
+            for i, negative in enumerate([negatives[0], *later])
+        ]
+        traces[name] = guidance.trace()
+    torch.testing.assert_close(outs["some"], outs["all"])
+    torch.testing.assert_close(traces["some"].posterior, traces["all"].posterior)
+    assert (traces["some"].made, traces["some"].spared) == (4 + 2, 2 + 4)
+    scale = traces["some"].scale[-1, 0][[0, 3], None]
+    torch.testing.assert_close(outs["some"][2][[0, 3]], references[2][[0, 3]] - scale * held)
+
+
+def test_a_part_of_a_prediction_that_is_not_finite_does_not_push():
+    x = torch.zeros(3, 8)
+    guidance = NegativeGuidance([PRIOR], Chain([4.0, 3.0]), economies=[AUTO])
+    guidance(x, 4.0, x, x, [x + 1])
+    out = guidance(x, 3.0, x, x, [Some([1], torch.full((1, 8), float("nan")))])
+    assert bool(out.isfinite().all()) and torch.equal(out[1], x[1]) and guidance.ignored()
+
+
+@pytest.mark.parametrize("rule", ["step_noise", "probe"])
+def test_rules_that_compare_two_calls_are_evaluated_for_all_images(rule):
+    """One of two images is awake."""
+    x = torch.zeros(2, 8)
+    for of, wanted in (("algorithm_2", [[1]]), (rule, [None])):
+        guidance = NegativeGuidance([Settings(prior=1e-5, p_min=1e-6, rule=of)], Chain([4.0, 3.0]), economies=[AUTO])
+        guidance.paths = [replace(guidance.paths[0], log_prior=torch.tensor([1e-5, 0.3]).log())]
+        guidance(x, 4.0, x, x, [x + 9])
+        assert guidance.awake(3.0) == wanted and guidance.looks(3.0) == [True]
 
 
 def test_images_that_sleep_are_left_as_they_are_and_half_the_predictions_are_spared():

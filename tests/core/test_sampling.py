@@ -197,8 +197,8 @@ def test_the_undesired_prediction_at_every_fourth_of_many_steps_removes_as_much(
         reference_alone = lambda x, sigma: (MIXTURE.denoised(x, sigma), [])  # noqa: E731
         out = ddpm_sample(both, start(samples), sigmas, guidance, generator, between=reference_alone)
         trace = guidance.trace()
-        assert counted == steps // every == trace.made == int(trace.looked.sum())
-        assert trace.made + trace.spared == steps == len(trace.sigmas)
+        assert counted == steps // every == trace.made / samples == int(trace.looked.sum())
+        assert (trace.made + trace.spared) / samples == steps == len(trace.sigmas)
         left.append(forbidden_share(out))
     assert forbidden_share(run(None, sigmas, samples)) > 0.1
     assert left[0] < 0.015 and abs(left[1] - left[0]) < 3 * (2 * 0.012 / samples) ** 0.5  # three standard errors

@@ -66,9 +66,105 @@ def test_the_patch_the_guider_and_the_node_sleep_alike(bench, count, cfg):
 def test_what_sleeps_is_not_part_of_the_forward_pass(bench, count):
     model = bench.model()
     calls = count(model)
-    _, trace = bench.dng(model, concept(bench), bench.latent(3), steps=20)
-    assert calls.batches == [2 if look else 1 for look in trace.looked[:, 0].tolist()]
-    assert calls.forwards == [3 * n for n in calls.batches]
+    _, trace = bench.dng(model, concept(bench), bench.latent(1), steps=20)
+    assert calls.batches == calls.forwards == [2 if look else 1 for look in trace.looked[:, 0].tolist()]
+
+
+def test_only_the_images_that_are_awake_are_evaluated(bench, count):
+    """Where all are, the sampler's own forward pass takes them; where some are, they have one of their own."""
+    model = bench.model()
+    calls = count(model)
+    _, trace = bench.dng(model, concept(bench), bench.latent(4), steps=20)
+    assert sum(calls.forwards) == 4 * 20 + trace.made and trace.made + trace.spared == 4 * 20
+    assert trace.made < 4 * int(trace.looked.sum())
+    assert set(calls.forwards) <= {1, 2, 3, 4, 8} and set(calls.forwards) & {1, 2, 3}
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+def test_an_image_is_drawn_in_a_batch_as_it_is_alone(bench, sampler):
+    """But for what its own sleep changes: a batch that is awake moves its posterior from call to call."""
+    options = {"steps": 20, "sampler_name": sampler}
+    together, trace = bench.dng(bench.model(), concept(bench), bench.latent(8, batch_index=range(8)), **options)
+    made = 0
+    for i in range(8):
+        alone, own = bench.dng(bench.model(), concept(bench), bench.latent(1, batch_index=[i]), **options)
+        torch.testing.assert_close(together[i], alone[0], rtol=0, atol=0.02)
+        made += own.made
+    assert abs(trace.made - made) <= 0.1 * made
+
+
+def through(bench: Any, model: Any) -> Any:
+    """The model behind a function that calls it as it is."""
+    model.set_model_unet_function_wrapper(lambda apply, args: apply(args["input"], args["timestep"], **args["c"]))
+    return model
+
+
+def wrapped(bench: Any, model: Any) -> Any:
+    """The model in a wrapper as EasyCache has one."""
+    kinds = importlib.import_module("comfy.patcher_extension").WrappersMP
+    model.add_wrapper_with_key(
+        kinds.DIFFUSION_MODEL, "another's", lambda executor, *args, **kwargs: executor(*args, **kwargs)
+    )
+    return model
+
+
+def patched(bench: Any, model: Any) -> Any:
+    model.set_model_attn1_patch(lambda q, k, v, extra: (q, k, v))
+    return model
+
+
+@pytest.mark.parametrize("change", [through, wrapped, patched], ids=["function wrapper", "wrapper", "patch"])
+def test_beside_what_may_know_each_image_the_whole_batch_is_evaluated(bench, count, change):
+    model = change(bench, bench.model().clone())
+    calls = count(model)
+    _, trace = bench.dng(model, concept(bench), bench.latent(4), steps=20)
+    assert set(calls.forwards) == {4, 8} and trace.spared > 0
+    assert trace.made == 4 * int(trace.looked.sum())
+
+
+def test_with_a_mask_for_each_image_the_whole_batch_is_evaluated(bench, count):
+    masks = torch.ones(4, 4, 4)
+    model = bench.model()
+    calls = count(model)
+    bench.dng(model, concept(bench, bench.cond("0", mask=masks)), bench.latent(4), steps=20)
+    assert set(calls.forwards) == {4, 8}
+    calls.forwards.clear()
+    bench.dng(model, concept(bench, bench.cond("0", mask=masks[:1])), bench.latent(4), steps=20)
+    assert set(calls.forwards) & {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("entry", "one"),
+    [
+        ({}, True),
+        ({"control": None, "mask": torch.ones(8, 8)}, True),
+        ({"control": object()}, False),
+        ({"hooks": object()}, False),
+        ({"gligen": ("position", None, [])}, False),
+        ({"mask": torch.ones(1, 8, 8)}, True),
+        ({"mask": torch.ones(2, 8, 8)}, False),
+        ({"model_conds": {"c_crossattn": "CONDCrossAttn(1, 77, 8)", "y": "CONDRegular(1, 4)"}}, True),
+        ({"model_conds": {"c_crossattn": "CONDCrossAttn(2, 77, 8)"}}, False),
+        ({"model_conds": {"c_concat": "CONDNoiseShape(2, 4, 8, 8)"}}, False),
+        ({"model_conds": {"num_video_frames": "CONDConstant(14)"}}, False),
+        ({"model_conds": {"ref_latents": "CONDList(1, 4, 8, 8)"}}, True),
+        ({"model_conds": {"ref_latents": "CONDList(2, 4, 8, 8)"}}, False),
+    ],
+    ids=str,
+)
+def test_a_batch_is_divided_where_a_conditioning_says_the_same_of_every_image(bench, entry, one):
+    part = importlib.import_module(bench.begin.__name__.replace(".begin", ".part"))
+    conds = importlib.import_module("comfy.conds")
+    made = {}
+    for name, described in entry.get("model_conds", {}).items():
+        kind, sizes = described.rstrip(")").split("(")
+        shape = [int(size) for size in sizes.split(",")]
+        value = torch.zeros(shape) if kind != "CONDConstant" else shape[0]
+        made[name] = getattr(conds, kind)([value] if kind == "CONDList" else value)
+    args = {"input": torch.zeros(2, 4, 8, 8), "sigma": torch.ones(2), "model_options": {}}
+    assert part.divisible(args, [entry | {"model_conds": made}]) is one
+    assert not part.divisible(args | {"sigma": torch.ones(1)}, [])
+    assert not part.divisible(args | {"model_options": {"context_handler": object()}}, [])
 
 
 def test_each_of_several_concepts_sleeps_on_its_own(bench, count):
@@ -133,7 +229,7 @@ def test_an_interruption_while_asleep_leaves_nothing_behind(bench, monkeypatch, 
 
     def stop(self: Any, args: dict) -> Tensor:
         out = post_cfg(self, args)
-        if self.guidance.trace().spared == 2:
+        if self.guidance.trace().spared >= 2:
             raise interrupted
         return out
 
