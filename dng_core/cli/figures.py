@@ -81,7 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="N",
-        help=f"step counts (most figures: 30; those on networks take one: {NETWORK_STEPS}, picture-book {BOOK_STEPS})",
+        help=f"step counts (most figures: 30; calibration measures with the first and judges with each; others on "
+        f"networks take one; default there: {NETWORK_STEPS}, picture-book {BOOK_STEPS})",
     )
     oracle.add_argument("--nodes", nargs="+", metavar="NAME", help="nodes of matrix and off: ksampler, guider, patch")
     oracle.add_argument("--batches", type=int, nargs="+", metavar="N", help="batch sizes of economy (default: 1 16)")
@@ -186,8 +187,9 @@ def networks(args: argparse.Namespace) -> Iterator[Row]:
 def calibration(args: argparse.Namespace) -> Iterator[Row]:
     from ..studies.calibrating import calibration_figure
 
+    steps = args.steps or [NETWORK_STEPS]
     for denoiser in args.denoisers:
-        yield from calibration_figure(args.samples, one_step_count(args), args.seed, denoiser, args.classifier)
+        yield from calibration_figure(args.samples, steps, args.seed, denoiser, args.classifier)
 
 
 def picture_book(args: argparse.Namespace) -> Iterator[Row]:

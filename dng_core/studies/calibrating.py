@@ -85,32 +85,34 @@ def calibrated_denoiser(
 
 
 def calibration_figure(
-    images: int, steps: int, seed: int, source: str = "mnist", judge: str = "mnist"
+    images: int, steps: Sequence[int], seed: int, source: str = "mnist", judge: str = "mnist"
 ) -> Iterator[dict[str, Any]]:
-    """One row per calibration of a denoiser, on held-out images that the classifier ``judge`` looks at.
+    """One row per step count and calibration of a denoiser, on held-out images that the classifier ``judge`` looks at.
 
-    The calibrations are measured on 64 images of the next seed: none (*exact*), on all classes, and on all classes but
-    the one that is judged (*left out*). *cross entropy*: of p against the classifier's verdict at sigma 0.65, in nats;
-    *slope*: of p at sigma 0.5 on p at sigma 3; *shares within 1.4*: of how many classes the measured share is within a
-    factor of 1.4 of the classifier's count. ValueError for a denoiser and a classifier of other classes.
+    The calibrations are measured with the first step count on 64 images of the next seed: none (*exact*), on all
+    classes, and on all classes but the one that is judged (*left out*). They are judged with each step count. *cross
+    entropy*: of p against the classifier's verdict at sigma 0.65, in nats; *slope*: of p at sigma 0.5 on p at sigma 3;
+    *shares within 1.4*: of how many classes the measured share is within a factor of 1.4 of the classifier's count.
+    ValueError for a denoiser and a classifier of other classes.
     """
     network, info = open_denoiser(source)
     classifier, seen = open_classifier(judge)
     check_denoiser(source, network, info.class_names, seen)
     chain = DDPMSchedule.named(chain_name(info))
-    fitted, _ = record(network, chain, FITTED, steps, seed + 1, lambda size: None)
-    judged, drawn = record(network, chain, images, steps, seed, lambda size: None)
-    with torch.no_grad():
-        verdict = classifier(drawn).argmax(dim=1)
+    fitted, _ = record(network, chain, FITTED, steps[0], seed + 1, lambda size: None)
     found = calibrate(fitted, are_labels=True)
     others = [
         calibrate([e for other, e in enumerate(fitted) if other != label], [1 / len(fitted)] * (len(fitted) - 1))
         for label in range(len(fitted))
     ]
-    for name, used in (("exact", [EXACT] * len(fitted)), ("all", [found] * len(fitted)), ("left out", others)):
-        yield {"denoiser": source, "calibration": name, "images": images, "steps": steps} | _judged(
-            judged, used, verdict
-        )
+    calibrations = {"exact": [EXACT] * len(fitted), "all": [found] * len(fitted), "left out": others}
+    for count in steps:
+        judged, drawn = record(network, chain, images, count, seed, lambda size: None)
+        with torch.no_grad():
+            verdict = classifier(drawn).argmax(dim=1)
+        for name, used in calibrations.items():
+            row = {"denoiser": source, "calibration": name, "images": images, "steps": count}
+            yield row | _judged(judged, used, verdict)
 
 
 def _judged(judged: Sequence[Evidence], used: Sequence[Calibration], verdict: Tensor) -> dict[str, Any]:

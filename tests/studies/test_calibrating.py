@@ -63,9 +63,12 @@ def test_the_command_refuses_what_it_cannot_measure(tmp_path, capsys):
 
 def test_the_figure_judges_three_calibrations(monkeypatch):
     monkeypatch.setattr(calibrating, "FITTED", 8)
-    rows = list(calibrating.calibration_figure(images=8, steps=8, seed=0))
-    assert [row["calibration"] for row in rows] == ["exact", "all", "left out"]
+    rows = list(calibrating.calibration_figure(images=8, steps=[8, 12], seed=0))
+    assert [row["calibration"] for row in rows] == ["exact", "all", "left out"] * 2
+    assert [row["steps"] for row in rows] == [8] * 3 + [12] * 3
     assert (rows[0]["temperature"], rows[0]["drift"]) == (1.0, 0.0)
+    assert all(rows[i][name] == rows[i + 3][name] for i in range(3) for name in ("temperature", "drift"))
+    assert rows[1]["cross entropy"] != rows[4]["cross entropy"]
     assert all(0 < row["cross entropy"] < 10 for row in rows)
 
 
