@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "experiment",
-        help="mnist, mnist_calibrated, cifar10, cifar10_conditional, tiny, a TOML file (see docs/experiments.md), or "
-        "picture_book",
+        help="mnist, mnist_calibrated, cifar10, cifar10_calibrated, cifar10_conditional, tiny, a TOML file (see "
+        "docs/experiments.md), or picture_book",
     )
     parser.add_argument("--data", type=Path, help="folder of the data set that distances are measured to")
     parser.add_argument("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data")

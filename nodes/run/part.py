@@ -22,7 +22,8 @@ def divisible(args: dict[str, Any], entries: list[dict[str, Any]]) -> bool:
     transformer = options.get("transformer_options", {})
     wrappers = transformer.get("wrappers", {})
     wrapped = [functions for kind in AROUND_THE_MODEL for functions in wrappers.get(kind, {}).values() if functions]
-    if transformer.get("patches") or transformer.get("patches_replace") or wrapped:
+    injected = getattr(getattr(args["model"], "current_patcher", None), "injections", None)  # as AnimateDiff is
+    if transformer.get("patches") or transformer.get("patches_replace") or wrapped or injected:
         return False
     if options.get("model_function_wrapper") or options.get("context_handler") or len(args["sigma"]) != len(state):
         return False

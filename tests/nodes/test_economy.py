@@ -108,12 +108,19 @@ def wrapped(bench: Any, model: Any) -> Any:
     return model
 
 
+def injected(bench: Any, model: Any) -> Any:
+    """The model with modules put in for the run, as AnimateDiff's, to which a batch is the frames of a video."""
+    injection = importlib.import_module("comfy.model_patcher").PatcherInjection
+    model.set_injections("another's", [injection(inject=lambda patcher: None, eject=lambda patcher: None)])
+    return model
+
+
 def patched(bench: Any, model: Any) -> Any:
     model.set_model_attn1_patch(lambda q, k, v, extra: (q, k, v))
     return model
 
 
-@pytest.mark.parametrize("change", [through, wrapped, patched], ids=["function wrapper", "wrapper", "patch"])
+@pytest.mark.parametrize("change", [through, wrapped, injected, patched])
 def test_beside_what_may_know_each_image_the_whole_batch_is_evaluated(bench, count, change):
     model = change(bench, bench.model().clone())
     calls = count(model)
@@ -161,7 +168,7 @@ def test_a_batch_is_divided_where_a_conditioning_says_the_same_of_every_image(be
         shape = [int(size) for size in sizes.split(",")]
         value = torch.zeros(shape) if kind != "CONDConstant" else shape[0]
         made[name] = getattr(conds, kind)([value] if kind == "CONDList" else value)
-    args = {"input": torch.zeros(2, 4, 8, 8), "sigma": torch.ones(2), "model_options": {}}
+    args = {"model": None, "input": torch.zeros(2, 4, 8, 8), "sigma": torch.ones(2), "model_options": {}}
     assert part.divisible(args, [entry | {"model_conds": made}]) is one
     assert not part.divisible(args | {"sigma": torch.ones(1)}, [])
     assert not part.divisible(args | {"model_options": {"context_handler": object()}}, [])
