@@ -77,6 +77,8 @@ OPTIONS = {  # fields of TrainingConfig and what they are
     "weighting": "weights of a denoiser's errors",
     "null_label_share": "share of a denoiser's labels or captions that is dropped",
     "mirror_share": "share of images that are mirrored left to right",
+    "optimiser": "optimiser: adamw, or sgd with Nesterov's momentum",
+    "shifts": "what a classifier's shifts are drawn for: a batch, or each image",
     "image_noise": "largest standard deviation of the noise on a classifier's images",
     "checkpoint_every": "steps between checkpoints, 0 for none",
     "checkpoint_minutes": "minutes between checkpoints, 0 for none",

@@ -23,20 +23,27 @@ from tqdm import tqdm
 from ..files import write_whole
 from ..schedules import DDPMSchedule
 from .mnist import images_digest, to_model_range
-from .networks import Prediction, UNet, UNetConfig
+from .networks import Prediction, UNet, UNetConfig, WhitenedClassifier
 from .weight_files import ClassifierInfo, read_safetensors
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["constant", "cosine"]
 Timesteps = Literal["uniform", "log_normal"]
 Weighting = Literal["simple", "min_snr"]
+Optimiser = Literal["adamw", "sgd"]
+Shifts = Literal["batch", "image"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "precision": get_args(Precision),
     "schedule": get_args(Schedule),
     "timesteps": get_args(Timesteps),
     "weighting": get_args(Weighting),
+    "optimiser": get_args(Optimiser),
+    "shifts": get_args(Shifts),
 }
 MIN_SNR = 5.0  # gamma of Hang et al. (2023)
+MOMENTUM, DECAY = 0.85, 1.33e-3  # of "sgd": those of Jordan (2024, arXiv 2404.00498), for the mean loss of a batch
+WHITENED_IMAGES = 5000  # of the training data, whose patches are whitened; as in the same paper
+MOST_SHIFT = 2  # pixels by which a classifier's images are shifted at most; a choice
 FREE = ("checkpoint_every", "checkpoint_minutes")  # settings that do not change the weights
 LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]  # (model, indices of the batch, generator)
 
@@ -58,6 +65,8 @@ class TrainingConfig:
         weighs the error of x_0 by min(SNR, 5) (Hang et al. 2023).
     null_label_share: the share of a denoiser's labels that is replaced by the null label, and of captions by none.
     mirror_share: the share of images that are mirrored left to right; 0 for digits, 0.5 for photographs.
+    optimiser: "adamw", or "sgd" with Nesterov's momentum, which suits a :class:`WhitenedClassifier`.
+    shifts: a classifier's images are shifted by up to two pixels, all of a "batch" alike, or each "image" by its own.
     image_noise: the largest standard deviation of the noise on a classifier's images, whose pixels are -1 to 1.
     checkpoint_every, checkpoint_minutes: steps, and minutes, after which a checkpoint is written; 0 for never. The
         last step always writes one.
@@ -83,6 +92,8 @@ class TrainingConfig:
     weighting: Weighting = "simple"
     mirror_share: float = 0.0
     image_noise: float = 0.3
+    optimiser: Optimiser = "adamw"
+    shifts: Shifts = "batch"
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -200,19 +211,22 @@ def train_classifier(
 ) -> TrainingResult:
     """Train a classifier by cross-entropy. ``images`` and ``initial`` are as in :func:`train_denoiser`.
 
-    Batches are shifted by up to two pixels (a choice). Each image gets Gaussian noise of a random size up to
+    Images are shifted as ``config.shifts`` says. Each image gets Gaussian noise of a random size up to
     ``config.image_noise``, so that noise left in generated images does not decide the class.
     """
     torch.manual_seed(config.seed)
     model = info.network()
+    if isinstance(model, WhitenedClassifier):
+        model.whiten(to_model_range(images[:WHITENED_IMAGES]))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a fifth faster on a CPU with AVX2
     identity = f"classifier {info} on {images_digest(images, labels)}"
     images, labels = images.to(device), labels.to(device)
+    together = config.shifts == "batch"
 
     def loss(model: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
-        dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
+        shift = torch.randint(-MOST_SHIFT, MOST_SHIFT + 1, (2, 1 if together else len(index)), generator=generator)
         index = index.to(device)
-        shifted = torch.roll(images[index], (dy, dx), dims=(2, 3))
+        shifted = _shifted(images[index], *shift.to(device))
         batch = to_model_range(_mirrored(shifted, config.mirror_share, generator))
         size = config.image_noise * torch.rand(len(index), 1, 1, 1, generator=generator)
         batch = batch + (size * torch.randn(batch.shape, generator=generator)).to(device)
@@ -279,6 +293,17 @@ def _mirrored(images: Tensor, share: float, generator: torch.Generator) -> Tenso
     return torch.where(chosen[:, None, None, None].to(images.device), images.flip(3), images)
 
 
+def _shifted(images: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
+    """The images, (n, channels, height, width), moved down and right by whole pixels, (n,) or (1,) each.
+
+    What leaves at one edge comes in at the opposite one.
+    """
+    rows = (torch.arange(images.shape[2], device=images.device) - dy[:, None]) % images.shape[2]
+    columns = (torch.arange(images.shape[3], device=images.device) - dx[:, None]) % images.shape[3]
+    number = torch.arange(len(images), device=images.device)
+    return images[number[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
+
+
 def optimise(
     model: nn.Module,
     loss: LossFunction,
@@ -303,7 +328,7 @@ def optimise(
         identity += f" from {hashlib.sha256(save(dict(initial))).hexdigest()}"
     model = model.to(device).train()
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimiser = _optimiser(model, config)
     total = math.ceil(config.epochs * count / config.batch_size)
     per_epoch = count // config.batch_size
     precision, _ = chosen_precision(config.precision, device)
@@ -364,6 +389,13 @@ def optimise(
                 metadata = {"identity": identity, "step": str(step + 1), "of": str(total), "seconds": f"{seconds:.1f}"}
                 _save_checkpoint(checkpoint, model, average, optimiser, metadata, losses)
     return TrainingResult(average, sum(losses) / len(losses), total, seconds)
+
+
+def _optimiser(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if config.optimiser == "sgd":
+        return torch.optim.SGD(trained, lr=config.learning_rate, momentum=MOMENTUM, nesterov=True, weight_decay=DECAY)
+    return torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
 
 
 def _save_checkpoint(

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from dng_core.models.networks import UNet, UNetConfig
+from dng_core.models.networks import UNet, UNetConfig, WhitenedClassifier
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -54,3 +55,20 @@ def test_patches_keep_the_size_and_cover_every_pixel():
     out.square().sum().backward()
     assert x.grad is not None
     assert (x.grad != 0).all()
+
+
+def test_the_first_layer_of_a_whitened_classifier_whitens_patches_and_starts_as_the_identity():
+    """Of correlated pixels, twelve filters give uncorrelated numbers of variance 1, and the others their negatives."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(256, 3, 12, 12, generator=generator)
+    images = images + 2 * images.mean(dim=1, keepdim=True) + images.roll(1, dims=3)
+    classifier = WhitenedClassifier(3, 5, width=32)
+    classifier.whiten(images)
+    with torch.no_grad():
+        seen = F.conv2d(images, classifier.whitening.weight)
+        found = seen[:, :12].transpose(0, 1).flatten(1).cov()
+        torch.testing.assert_close(found, torch.eye(12), atol=0.02, rtol=0)
+        assert torch.equal(seen[:, 12:], -seen[:, :12])
+        first = classifier.body[1]
+        torch.testing.assert_close(first(seen)[:, :24], seen)
+        assert classifier(images).shape == (256, 5) and classifier.features(images).shape == (256, 96)

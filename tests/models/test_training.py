@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dng_core.models import training
+from dng_core.models.mnist import to_model_range
 from dng_core.models.networks import UNet
 from dng_core.models.predictors import denoised
 from dng_core.models.training import TrainingConfig, chosen_precision, train_classifier, train_denoiser
@@ -94,6 +95,51 @@ def test_a_checkpoint_of_another_classifier_is_refused(tmp_path, images, labels)
     train_classifier(images, labels, CLASSIFIER, CONFIG, tmp_path / "checkpoint", CPU)
     with pytest.raises(ValueError, match="other settings, data or network"):
         train_classifier(images, labels, replace(CLASSIFIER, width=8), CONFIG, tmp_path / "checkpoint", CPU)
+
+
+@pytest.mark.parametrize("shifts", ["batch", "image"])
+def test_a_whitened_classifier_resumes_with_the_weights_of_an_unbroken_run(tmp_path, labels, monkeypatch, shifts):
+    """Its first layer stays as the training images make it."""
+    images = torch.randint(0, 256, (16, 3, 16, 16), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    info = ClassifierInfo("small", 16, 3, 4, (-1.0, 1.0), ("a", "b", "c"), whitened=True)
+    config = replace(CONFIG, optimiser="sgd", shifts=shifts, learning_rate=0.1)
+    whole = train_classifier(images, labels, info, config, tmp_path / "whole", CPU)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            train_classifier(images, labels, info, config, tmp_path / "broken", CPU)
+    resumed = train_classifier(images, labels, info, config, tmp_path / "broken", CPU)
+    assert same(whole.state_dict, resumed.state_dict)
+    expected = info.network()
+    expected.whiten(to_model_range(images))
+    assert torch.equal(whole.state_dict["whitening.weight"], expected.whitening.weight)
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+def test_either_optimiser_teaches_a_whitened_classifier(tmp_path, optimiser):
+    """Two kinds of images: dark and bright ones, with noise."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(64) % 2
+    images = (torch.rand(64, 3, 16, 16, generator=generator) * 100 + 100 * labels[:, None, None, None]).to(torch.uint8)
+    info = ClassifierInfo("small", 16, 3, 4, (-1.0, 1.0), ("dark", "bright"), whitened=True)
+    rate = {"adamw": 5e-3, "sgd": 0.4}[optimiser]
+    config = TrainingConfig(
+        epochs=20.0, batch_size=16, warmup_steps=4, learning_rate=rate, ema_decay=0.5, optimiser=optimiser
+    )
+    result = train_classifier(images, labels, info, config, tmp_path / "c", CPU)
+    model = info.network()
+    model.load_state_dict(result.state_dict)
+    assert training.classifier_accuracy(model.eval(), images, labels) == 1.0
+
+
+def test_images_are_shifted_as_rolling_does_each_by_its_own():
+    images = torch.randint(0, 256, (3, 2, 8, 6), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    dy, dx = torch.tensor([1, 0, -2]), torch.tensor([0, 2, -1])
+    moved = training._shifted(images, dy, dx)
+    for i in range(3):
+        assert torch.equal(moved[i], torch.roll(images[i], (int(dy[i]), int(dx[i])), dims=(1, 2)))
+    together = training._shifted(images, dy[:1], dx[:1])
+    assert torch.equal(together, torch.roll(images, (1, 0), dims=(2, 3)))
 
 
 def test_images_are_mirrored_in_the_share_asked_for_and_left_to_right(images):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dng_core.models.networks import Classifier, UNet, UNetConfig
+from dng_core.models.networks import SmallClassifier, UNet, UNetConfig, WhitenedClassifier
 from dng_core.models.weight_files import (
     SHIPPED,
     ClassifierInfo,
@@ -44,18 +44,29 @@ def test_denoiser_comes_back_as_it_was(denoiser_file):
         assert torch.equal(model(x, timestep), original(x, timestep))
 
 
-@pytest.mark.parametrize("early_pooling", [False, True])
-def test_classifier_comes_back_as_it_was(tmp_path, early_pooling):
-    original, described = Classifier(1, 2, 4, early_pooling).eval(), replace(CLASSIFIER, early_pooling=early_pooling)
+@pytest.mark.parametrize("whitened", [False, True])
+def test_classifier_comes_back_as_it_was(tmp_path, whitened):
+    described = replace(CLASSIFIER, image_size=16, whitened=whitened)
+    original = described.network().eval()
+    assert isinstance(original, WhitenedClassifier if whitened else SmallClassifier)
     save_classifier(tmp_path / "file", original.state_dict(), described)
     model, info = load_classifier(tmp_path / "file")
     assert info == described
-    assert torch.equal(model(torch.ones(2, 1, 8, 8)), original(torch.ones(2, 1, 8, 8)))
+    images = torch.rand(2, 1, 16, 16)
+    assert torch.equal(model(images), original(images))
 
 
-def test_where_a_classifier_pools_is_true_or_false():
-    with pytest.raises(ValueError, match="early_pooling must be true or false, not 'yes'"):
-        replace(CLASSIFIER, early_pooling="yes")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"whitened": "yes"}, "whitened must be true or false, not 'yes'"),
+        ({"whitened": True, "image_size": 8}, "a whitened classifier takes images of 9 pixels or more"),
+    ],
+    ids=str,
+)
+def test_a_classifier_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CLASSIFIER, **changes)
 
 
 def test_nothing_but_the_file_is_left_behind(denoiser_file):
@@ -95,7 +106,7 @@ def test_pickle_is_not_read(tmp_path):
 
 
 def test_a_classifier_is_no_denoiser(tmp_path):
-    save_classifier(tmp_path / "file", Classifier(1, 2, 4).state_dict(), CLASSIFIER)
+    save_classifier(tmp_path / "file", SmallClassifier(1, 2, 4).state_dict(), CLASSIFIER)
     with pytest.raises(ValueError, match="holds classifier, not a denoiser"):
         load_denoiser(tmp_path / "file")
 

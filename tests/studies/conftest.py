@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dng_core.models.networks import Classifier
+from dng_core.models.networks import SmallClassifier
 from dng_core.models.weight_files import ClassifierInfo, save_classifier
 from dng_core.studies import class_removal
 
@@ -29,7 +29,7 @@ def files(tmp_path: Path, few_resamples: None) -> Path:
     random_denoiser(tmp_path / "denoiser.safetensors")
     torch.manual_seed(1)
     info = ClassifierInfo("try", 8, 1, 4, (-1.0, 1.0), NAMES)
-    save_classifier(tmp_path / "classifier.safetensors", Classifier(1, 3, 4).state_dict(), info)
+    save_classifier(tmp_path / "classifier.safetensors", SmallClassifier(1, 3, 4).state_dict(), info)
     generator = np.random.default_rng(0)
     for name in NAMES:
         (tmp_path / "data" / name).mkdir(parents=True)

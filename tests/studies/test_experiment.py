@@ -14,7 +14,7 @@ from dng_core.baselines import NegativePrompting
 from dng_core.calibration_files import load_calibration
 from dng_core.cli import report
 from dng_core.methods import STUDIED
-from dng_core.models.networks import Classifier, UNetConfig
+from dng_core.models.networks import SmallClassifier, UNetConfig
 from dng_core.models.weight_files import ClassifierInfo, calibration_of, save_classifier, shipped_denoisers
 from dng_core.settings import CALIBRATED, Settings
 from dng_core.settings import PRESETS as SETTINGS
@@ -152,7 +152,7 @@ def test_the_cifar_10_path_runs_on_tiny_random_weights(files, monkeypatch, layou
     network = UNetConfig(8, 3, 64, (1,), blocks_per_level=1, attention_levels=())
     torch.manual_seed(1)
     info = ClassifierInfo("try", 8, 3, 4, (-1.0, 1.0), NAMES)
-    save_classifier(files / "classifier.safetensors", Classifier(3, 3, 4).state_dict(), info)
+    save_classifier(files / "classifier.safetensors", SmallClassifier(3, 3, 4).state_dict(), info)
     if layout == "public pair":
         monkeypatch.setattr(class_removal, "CIFAR10_NETWORK", network)
         public_unet(network).save_pretrained(files / "public")
