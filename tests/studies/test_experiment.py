@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from dng_core.baselines import NegativePrompting
 from dng_core.calibration_files import load_calibration
 from dng_core.cli import report
 from dng_core.methods import STUDIED
 from dng_core.models.networks import SmallClassifier, UNetConfig
 from dng_core.models.weight_files import ClassifierInfo, calibration_of, save_classifier, shipped_denoisers
-from dng_core.settings import CALIBRATED, Settings
+from dng_core.settings import CALIBRATED
 from dng_core.settings import PRESETS as SETTINGS
 from dng_core.studies import class_removal, runner, sweep
 from dng_core.studies.class_removal import NONE, Point
@@ -181,19 +180,18 @@ def test_a_report_leaves_out_what_is_not_measured_for_a_class_yet(files):
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in PRESETS.glob("*.toml")))
-def test_presets_are_valid_and_have_all_methods_but_the_first_look_at_cifar_10(name):
-    preset = read_experiment(name)
-    wanted = {NegativePrompting.method, Settings.method} if name == "cifar10_calibrated" else STUDIED.keys()
-    assert {plan.method for plan in preset.methods} == wanted
+def test_presets_are_valid_and_have_all_methods(name):
+    assert {plan.method for plan in read_experiment(name).methods} == STUDIED.keys()
 
 
-@pytest.mark.parametrize("network", ["mnist", "cifar10"])
-def test_the_calibrated_preset_takes_what_was_measured_of_its_network_and_the_presets_scale(network):
+@pytest.mark.parametrize(("network", "scale"), [("mnist", CALIBRATED.guidance_scale), ("cifar10", 15.0)])
+def test_the_calibrated_preset_takes_what_was_measured_of_its_network(network, scale):
+    """On MNIST at the scale of the nodes' settings; on the weak network of CIFAR-10 at one that leaves 2 %."""
     plan = read_experiment(f"{network}_calibrated").methods[-1]
     measured = load_calibration(calibration_of(shipped_denoisers()[network])).calibration
     (settings,) = plan.sweep({})
     assert (settings.temperature, settings.drift) == (measured.temperature, measured.drift)
-    assert settings.guidance_scale == CALIBRATED.guidance_scale and settings.prior == 0.1
+    assert settings.guidance_scale == scale and settings.prior == 0.1
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar10_conditional"])
