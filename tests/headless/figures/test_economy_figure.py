@@ -49,13 +49,16 @@ def test_the_interval_of_a_difference_is_that_of_pairs():
     assert paired_difference({"samples": 9, "forbidden_gained": 0, "forbidden_lost": 0}) == "+0.00 ± 0.00"
 
 
-def test_a_real_comfyui_sleeps_more_where_images_are_drawn_alone(bench_server: Server, tmp_path: Path) -> None:
+def test_in_a_real_comfyui_images_sleep_in_a_batch_as_they_do_alone(bench_server: Server, tmp_path: Path) -> None:
     runs = OracleRunner(bench_server, ROOT, tmp_path / "cache.json")
     rows = list(economy_figure(runs, Choice(Task(samples=16), ["euler_ancestral"], ["karras"], [12]), [1, 16]))
     assert [(row["case"], row["batch"]) for row in rows] == [(case, batch) for case in CASES for batch in (1, 16)]
     assert {row["note"] for row in rows} == {""} and {row["samples"] for row in rows} == {16}
     alone, together = (float(row["evaluated"].removesuffix(" %")) for row in rows[:2])
-    assert 8 < alone < together < 100  # one of twelve steps is looked at in any case
+    assert 8 < alone < 60 and 8 < together < 60  # one of twelve steps is looked at in any case
+    assert (
+        abs(alone - together) < 10
+    )  # points: other noise; one image awake would keep 16 awake at twice as many steps
     assert all(row["distance off"] == pytest.approx(row["distance auto"], rel=0.5) for row in rows)
 
 
