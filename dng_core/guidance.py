@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from .economy import Economy, Watch, places
+from .economy import Economy, Watch
 from .evidence import Call, Probe, Prober
 from .kernels import at_least_float32, float32_copy, per_image
 from .posterior import Chain, Path, step
@@ -38,10 +38,12 @@ HELD: Final = Held.HELD
 class Some(NamedTuple):
     """Stands in the place of a prediction that was evaluated for some images alone (:meth:`Guidance.awake`).
 
-    ``rows``: their places in the batch, rising; ``negative``: their predictions, (len(rows), ...).
+    ``rows``: the places of these images in the batch, rising. ``at``: the same places as a tensor, (len(rows),), on
+    the device of the predictions (:func:`~.economy.places`). ``negative``: their predictions, (len(rows), ...).
     """
 
     rows: Sequence[int]
+    at: Tensor
     negative: Tensor
 
 
@@ -251,9 +253,8 @@ class Guidance(ABC):
             elif isinstance(negative, Held):
                 held[i] = watch.held()
             elif isinstance(negative, Some):
-                index = places(negative.rows, reference.device)
-                some = self._sound(negative.negative, reference[index])
-                seen[i] = known = watch.completed(some, index, reference)
+                some = self._sound(negative.negative, reference[negative.at])
+                seen[i] = known = watch.completed(some, negative.at, reference)
                 watch.looked(sigma, known, reference, negative.rows)
             else:
                 seen[i] = known = self._sound(negative, reference)

@@ -154,8 +154,8 @@ def experiment(args: argparse.Namespace) -> int:
         unet, info = open_denoiser(args.denoiser)
         chain = DDPMSchedule.named(chain_name(info))
         compared = variants(unet.to(device), chain, args.undesired_every)
-        shape, bare = image_shape(unet), LabelConditional(unet, chain, None)
-        tasks = [sampling(predict, n, shape, chain, args, device, between=bare) for predict, n in compared.values()]
+        shape, alone = image_shape(unet), LabelConditional(unet, chain, None)
+        tasks = [sampling(predict, n, shape, chain, args, device, between=alone) for predict, n in compared.values()]
         tasks += [sampling(no_network, 1, shape, chain, args, device, guided) for guided in (True, False)]
         *turns, own, sampler, products = timings([*tasks, matrix_product(device)], args.repeats, device)
     except (OSError, ValueError) as error:

@@ -127,7 +127,7 @@ class Run:
         whole = []
         for i, (entries, rows) in enumerate(zip(asked, awake, strict=True)):
             if rows and self._inner_calc is None and divisible(args, entries):
-                negatives[i] = Some(rows, self._evaluate_some(args, entries, rows))
+                negatives[i] = self._evaluate_some(args, entries, rows)
             elif entries:
                 whole.append(i)
         out, extra = self._evaluate(args, conds, [asked[i] for i in whole])
@@ -151,10 +151,11 @@ class Run:
                 self._looked_at[i] = applying
         return awake
 
-    def _evaluate_some(self, args: dict, entries: list[dict], rows: Sequence[int]) -> Tensor:
+    def _evaluate_some(self, args: dict, entries: list[dict], rows: Sequence[int]) -> Some:
         """The prediction under undesired entries for some images of the batch, in a call of their own."""
         index = places(rows, args["input"].device)
-        return self._calc({**args, "input": args["input"][index], "sigma": args["sigma"][index]}, [entries])[0]
+        of_these = {**args, "input": args["input"][index], "sigma": args["sigma"][index]}
+        return Some(rows, index, self._calc(of_these, [entries])[0])
 
     def _evaluate(self, args: dict, conds: list, undesired: list) -> tuple[list[Tensor], list[Tensor]]:
         """The predictions under the sampler's ``conds`` and under the undesired.
@@ -238,8 +239,7 @@ class Run:
 def covered(negative: Given, reference: Tensor, entries: list[dict]) -> Given:
     """What was evaluated, with the reference where no entry reaches."""
     if isinstance(negative, Some):
-        index = places(negative.rows, reference.device)
-        return Some(negative.rows, where_covered(negative.negative, reference[index], entries))
+        return negative._replace(negative=where_covered(negative.negative, reference[negative.at], entries))
     return where_covered(negative, reference, entries) if isinstance(negative, Tensor) else negative
 
 

@@ -41,6 +41,7 @@ def _alike(entry: dict[str, Any], dims: int) -> bool:
 
 
 def _one(value: Any) -> bool:
+    """Whether what a model is told has one row for all images, or none."""
     if isinstance(value, Tensor):
         return value.ndim == 0 or len(value) == 1
     return all(map(_one, value)) if isinstance(value, list | tuple) else True

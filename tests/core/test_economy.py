@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dng_core.baselines import NegativePrompting
-from dng_core.economy import ECONOMIES, Economy, Watch
+from dng_core.economy import ECONOMIES, Economy, Watch, places
 from dng_core.evidence import Call, held_evidence
 from dng_core.guidance import HELD, NegativeGuidance, Some, Trace
 from dng_core.methods import guidance_by
@@ -178,13 +178,17 @@ def test_a_held_call_moves_the_posterior_by_one_jump_from_the_last_look_and_no_j
     assert (trace.made, trace.spared) == (2 * 2, 2 * 2)
 
 
+def some(rows: list[int], negative: Tensor) -> Some:
+    return Some(rows, places(rows, negative.device), negative)
+
+
 def test_where_some_images_are_evaluated_the_others_go_on_as_if_the_held_difference_had_been_seen():
     levels, generator = [4.0, 3.0, 2.0], torch.Generator().manual_seed(0)
     xs, references, negatives = torch.randn(3, 3, 4, 8, generator=generator)
     believed = negatives[1].clone()
     held = (negatives[0] - references[0])[[0, 3]]
     believed[[0, 3]] = references[1][[0, 3]] + held
-    given = {"some": [Some([1, 2], negatives[1][[1, 2]]), HELD], "all": [believed, HELD]}
+    given = {"some": [some([1, 2], negatives[1][[1, 2]]), HELD], "all": [believed, HELD]}
     outs, traces = {}, {}
     for name, later in given.items():
         guidance = NegativeGuidance([PRIOR], Chain(levels), economies=[AUTO])
@@ -204,7 +208,7 @@ def test_a_part_of_a_prediction_that_is_not_finite_does_not_push():
     x = torch.zeros(3, 8)
     guidance = NegativeGuidance([PRIOR], Chain([4.0, 3.0]), economies=[AUTO])
     guidance(x, 4.0, x, x, [x + 1])
-    out = guidance(x, 3.0, x, x, [Some([1], torch.full((1, 8), float("nan")))])
+    out = guidance(x, 3.0, x, x, [some([1], torch.full((1, 8), float("nan")))])
     assert bool(out.isfinite().all()) and torch.equal(out[1], x[1]) and guidance.ignored()
 
 

@@ -1,5 +1,6 @@
 """Training: a seed gives the same weights, stopped and resumed or not; bad checkpoints and settings are refused."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from dng_core.models import training
 from dng_core.models.mnist import to_model_range
 from dng_core.models.networks import UNet
 from dng_core.models.predictors import denoised
-from dng_core.models.training import TrainingConfig, chosen_precision, train_classifier, train_denoiser
+from dng_core.models.training import TrainingConfig, TrainingResult, chosen_precision, train_classifier, train_denoiser
 from dng_core.models.weight_files import ClassifierInfo
 from dng_core.schedules import DDPMSchedule
 
@@ -48,26 +49,32 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
     monkeypatch.setattr(training, "_save_checkpoint", save)
 
 
+def stopped_and_resumed(
+    monkeypatch: pytest.MonkeyPatch, saves: int, train: Callable[[], TrainingResult]
+) -> TrainingResult:
+    """What a training gives that broke off after so many checkpoints, and then went on."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, saves)
+        with pytest.raises(Stopped):
+            train()
+    return train()
+
+
 def test_resumed_denoiser_has_the_weights_of_an_unbroken_run(tmp_path, images, labels, monkeypatch):
     whole = train_denoiser(images, labels, NETWORK, CONFIG, tmp_path / "whole", CPU)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(Stopped):
-            train_denoiser(images, labels, NETWORK, CONFIG, tmp_path / "broken", CPU)
-    resumed = train_denoiser(images, labels, NETWORK, CONFIG, tmp_path / "broken", CPU)
+    resumed = stopped_and_resumed(
+        monkeypatch, 3, lambda: train_denoiser(images, labels, NETWORK, CONFIG, tmp_path / "broken", CPU)
+    )
     assert same(whole.state_dict, resumed.state_dict)
     assert (whole.loss, whole.steps) == (resumed.loss, 12)
 
 
 def test_resumed_classifier_has_the_weights_of_an_unbroken_run(tmp_path, images, labels, monkeypatch):
     whole = train_classifier(images, labels, CLASSIFIER, CONFIG, tmp_path / "whole", CPU)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(Stopped):
-            train_classifier(images, labels, CLASSIFIER, CONFIG, tmp_path / "broken", CPU)
-    assert same(
-        whole.state_dict, train_classifier(images, labels, CLASSIFIER, CONFIG, tmp_path / "broken", CPU).state_dict
+    resumed = stopped_and_resumed(
+        monkeypatch, 2, lambda: train_classifier(images, labels, CLASSIFIER, CONFIG, tmp_path / "broken", CPU)
     )
+    assert same(whole.state_dict, resumed.state_dict)
 
 
 def test_a_finished_checkpoint_only_gives_its_weights(tmp_path, images, labels, monkeypatch):
@@ -104,11 +111,9 @@ def test_a_whitened_classifier_resumes_with_the_weights_of_an_unbroken_run(tmp_p
     info = ClassifierInfo("small", 16, 3, 4, (-1.0, 1.0), ("a", "b", "c"), whitened=True)
     config = replace(CONFIG, optimiser="sgd", shifts=shifts, learning_rate=0.1)
     whole = train_classifier(images, labels, info, config, tmp_path / "whole", CPU)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(Stopped):
-            train_classifier(images, labels, info, config, tmp_path / "broken", CPU)
-    resumed = train_classifier(images, labels, info, config, tmp_path / "broken", CPU)
+    resumed = stopped_and_resumed(
+        monkeypatch, 2, lambda: train_classifier(images, labels, info, config, tmp_path / "broken", CPU)
+    )
     assert same(whole.state_dict, resumed.state_dict)
     expected = info.network()
     expected.whiten(to_model_range(images))
