@@ -62,10 +62,10 @@ class CrossUNetConfig:
 
     in_channels: int = 3 * FOLD**2
     model_channels: int = 64
-    channel_mult: tuple[int, ...] = (2, 1, 2)  # twice the width where v is made, whose noise alone fills 48 channels
-    num_res_blocks: tuple[int, ...] = (0, 1, 1)
-    transformer_depth: tuple[int, ...] = (0, 1)
-    transformer_depth_output: tuple[int, ...] = (0, 1, 0, 1, 0)
+    channel_mult: tuple[int, ...] = (2, 2)  # v is made of 128 channels, since its noise alone fills 48
+    num_res_blocks: tuple[int, ...] = (0, 1)
+    transformer_depth: tuple[int, ...] = (1,)  # at 8x8, where a cat is one place large
+    transformer_depth_output: tuple[int, ...] = (0, 1, 1)
     transformer_depth_middle: int = 1
     context_dim: int = 128
     num_head_channels: int = 32
