@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -21,6 +21,7 @@ from ..headless.lock import exclusive
 from ..methods import MethodSettings
 from ..models.datasets import Dataset, load_dataset
 from ..models.devices import machine
+from ..models.predictors import Precision
 from ..models.weight_files import open_classifier
 from ..studies.class_removal import METHOD_NAMES, network
 from ..studies.experiment import METHOD_OF, Experiment, read_experiment
@@ -71,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("seed", "seed of the noise"),
     ):
         parser.add_argument(f"--{name}", type=int, help=f"{text} (default: the experiment's)")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        help="in which the networks compute; bfloat16 takes half as long on a processor with AMX (default: the "
+        "experiment's, float32)",
+    )
     parser.add_argument(
         "--settings-of",
         type=Path,
@@ -155,14 +162,25 @@ def refuse(args: argparse.Namespace, options: Iterable[str]) -> None:
 
 def prepare_picture_book(args: argparse.Namespace) -> Study:
     """The study on the picture book that the command line asks for."""
-    given = {"images", "search_images", "steps", "batch", "seed", "methods", "output", "experiment", "help"}
-    refuse(args, args.defaults.keys() - given - set(BOOK_OPTIONS))
+    ours = {
+        "images",
+        "search_images",
+        "steps",
+        "batch",
+        "seed",
+        "precision",
+        "methods",
+        "output",
+        "experiment",
+        "help",
+    }
+    refuse(args, args.defaults.keys() - ours - set(BOOK_OPTIONS))
     for name in ("matplotlib", "scipy"):
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"the study needs {name}: pip install {name}")
     changes: dict[str, Any] = {
         name: getattr(args, name)
-        for name in ("images", "search_images", "batch", "seed")
+        for name in ("images", "search_images", "batch", "seed", "precision")
         if getattr(args, name) is not None
     }
     if args.methods is not None:
@@ -256,7 +274,7 @@ def changed(experiment: Experiment, args: argparse.Namespace) -> Experiment:
     """The experiment with the changes that the command line asks for."""
     changes: dict[str, Any] = {
         name: getattr(args, name)
-        for name in ("images", "search_images", "steps", "batch", "undesired_every", "seed")
+        for name in ("images", "search_images", "steps", "batch", "undesired_every", "seed", "precision")
         if getattr(args, name) is not None
     }
     for name in ("classes", "search_classes"):

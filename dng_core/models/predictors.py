@@ -6,19 +6,24 @@ on a training chain. The denoised estimates are kept in the images' range -1 .. 
 
 import math
 from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..schedules import DDPMSchedule
 from .networks import Prediction, UNet
+
+Network = TypeVar("Network", bound=nn.Module)
+Precision = Literal["float32", "bfloat16"]
+"""The numbers in which a network computes. Its states, and all of guidance, stay in float32."""
 
 
 def denoised(network: UNet, chain: DDPMSchedule, x: Tensor, sigma: float, label: Tensor | None = None) -> Tensor:
     """The denoised estimate D of VE states x, (n, channels, height, width), clamped to -1 .. 1; ``label``: (n,)."""
 
     def predict(x_t: Tensor, timestep: Tensor) -> Tensor:
-        return network(x_t, timestep, label)
+        return network(x_t.to(dtype_of(network)), timestep, label)
 
     return estimate(predict, network.config.prediction, chain, x, sigma)
 
@@ -28,15 +33,26 @@ def estimate(
 ) -> Tensor:
     """The denoised estimate D of VE states x by a network on VP states and timesteps, (n,); clamped to -1 .. 1.
 
+    The prediction may come in another precision than the states; D has theirs.
     D = x - sigma epsilon, or D = (x - sigma sqrt(1 + sigma^2) v) / (1 + sigma^2), by what the network predicts.
 
     A prediction that is not finite becomes NaN, because the clamp would hide infinity.
     """
     timestep = int(chain.timestep(torch.tensor(sigma, dtype=torch.float64)))
     scale = (1 + sigma**2) ** 0.5
-    predicted = predict(x / scale, torch.full((len(x),), timestep, device=x.device))
+    predicted = predict(x / scale, torch.full((len(x),), timestep, device=x.device)).to(x.dtype)
     clean = x - sigma * predicted if prediction == "epsilon" else x / scale**2 - sigma / scale * predicted
     return torch.where(predicted.isfinite(), clean, math.nan).clamp(-1, 1)
+
+
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """The numbers in which a network computes: those of its weights."""
+    return next(network.parameters()).dtype
+
+
+def in_precision(network: Network, precision: Precision) -> Network:
+    """The network, changed in place to compute in a precision, as ComfyUI runs models that are too large."""
+    return network.to(getattr(torch, precision))
 
 
 class LabelConditional:

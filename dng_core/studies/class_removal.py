@@ -21,7 +21,7 @@ from ..kernels import ReverseKernel
 from ..methods import STUDIED, MethodSettings, guidance_by
 from ..models.checkpoints import CIFAR10_NETWORK, open_denoiser
 from ..models.networks import UNet
-from ..models.predictors import LabelConditional, NetworkPair
+from ..models.predictors import LabelConditional, NetworkPair, Precision, in_precision
 from ..models.weight_files import DenoiserInfo
 from ..posterior import Chain
 from ..sampling import ddpm_sample
@@ -55,6 +55,7 @@ class Point:
     forbidden: the class to remove; None without guidance.
     settings: the guidance's settings; None without guidance.
     undesired_every: N, to predict the class at every N-th step only (:meth:`~dng_core.economy.Economy.every`).
+    precision: in which the networks compute.
     """
 
     denoiser: str
@@ -69,6 +70,7 @@ class Point:
     spacing: Spacing = "ddpm"
     variance: Variance = "posterior"
     undesired_every: int = 1
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         for name in ("steps", "images", "batch", "undesired_every"):
@@ -145,15 +147,15 @@ class Drawn:
 
 
 @lru_cache(maxsize=4)
-def network(source: str, device: str) -> tuple[UNet, DenoiserInfo]:
+def network(source: str, device: str, precision: Precision = "float32") -> tuple[UNet, DenoiserInfo]:
     """A denoiser on its device. It is cached, because a sweep asks for it again and again."""
     unet, info = open_denoiser(source, CIFAR10_NETWORK)
-    return unet.to(device), info
+    return in_precision(unet.to(device), precision), info
 
 
 def predictor_of(point: Point, device: str) -> LabelConditional | NetworkPair:
     """The networks of a point as one function; ValueError if they don't fit each other or the forbidden class."""
-    reference, info = network(point.denoiser, device)
+    reference, info = network(point.denoiser, device, point.precision)
     chain = DDPMSchedule.named(chain_name(info))
     if reference.config.num_classes and not point.class_only:
         return LabelConditional(reference, chain, point.forbidden)
@@ -162,7 +164,9 @@ def predictor_of(point: Point, device: str) -> LabelConditional | NetworkPair:
             f"{point.denoiser} knows no labels, so class {point.forbidden} needs a class-only network: name it under "
             f"[class_only] in the experiment's file"
         )
-    undesired = network(point.class_only, device)[0] if point.class_only and point.forbidden is not None else None
+    undesired = None
+    if point.class_only and point.forbidden is not None:
+        undesired, _ = network(point.class_only, device, point.precision)
     return NetworkPair(reference, undesired, chain)
 
 

@@ -9,10 +9,11 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..calibration_files import load_calibration
 from ..methods import STUDIED, MethodSettings
+from ..models.predictors import Precision
 from ..models.weight_files import calibration_of, shipped_denoisers
 from .class_removal import METHOD_NAMES, Point, Spacing, Variance
 
@@ -90,7 +91,7 @@ class Experiment:
         class on its own.
     adaptive: begin each sweep at the smallest scale that is safe with few images, and end it at the first that is safe
         with all images (:func:`~.selection.next_scale`).
-    undesired_every: see :class:`~.class_removal.Point`.
+    undesired_every, precision: see :class:`~.class_removal.Point`.
     target_share: the largest forbidden share that is safe. The best settings have the least KL among the safe ones.
     reference_images: the most real images that distances are measured against.
     """
@@ -112,6 +113,7 @@ class Experiment:
     spacing: Spacing = "ddpm"
     variance: Variance = "posterior"
     undesired_every: int = 1
+    precision: Precision = "float32"
     target_share: float = 0.01
     reference_images: int = 10_000
 
@@ -134,6 +136,8 @@ class Experiment:
             raise ValueError(f"target_share must be at least 0 and below 1, not {self.target_share}")
         if self.spacing not in ("ddpm", "karras"):
             raise ValueError(f"spacing must be 'ddpm' or 'karras', not {self.spacing!r}")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision must be 'float32' or 'bfloat16', not {self.precision!r}")
         if self.variance not in ("posterior", "forward"):
             raise ValueError(f"variance must be 'posterior' or 'forward', not {self.variance!r}")
 
@@ -169,6 +173,7 @@ class Experiment:
             spacing=self.spacing,
             variance=self.variance,
             undesired_every=self.undesired_every,
+            precision=self.precision,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,7 +185,10 @@ class Experiment:
         They say by which networks, over which steps and from which noise images are drawn, and by what they are
         measured. What is tried out and how often (methods, scales, classes, images) may change from run to run.
         """
-        networks, drawn = ("denoiser", "class_only", "classifier"), ("steps", "spacing", "variance", "seed")
+        networks, drawn = (
+            ("denoiser", "class_only", "classifier"),
+            ("steps", "spacing", "variance", "seed", "precision"),
+        )
         names = ("name", *networks, "dataset", *drawn)
         return {name: getattr(self, name) for name in names}
 

@@ -100,7 +100,7 @@ def test_a_manifest_of_an_older_version_is_of_the_same_experiment(files):
     assert dng_experiment(files, "--methods", "NP") == 0
     path = files / "out" / "experiment.json"
     manifest = json.loads(path.read_text())
-    for name in ("spacing", "variance", "class_only"):
+    for name in ("spacing", "variance", "class_only", "precision"):
         del manifest["experiment"][name]
     path.write_text(json.dumps(manifest))
     assert dng_experiment(files, "--methods", "NP") == 0

@@ -120,12 +120,25 @@ def test_the_undesired_class_is_predicted_at_every_so_many_th_step(files, monkey
     assert not np.array_equal(drawn.images, always.images) and always.sigmas.tolist() == drawn.sigmas.tolist()
 
 
+def test_networks_compute_in_bfloat16_and_guidance_in_float32(files, monkeypatch):
+    """The network gets bfloat16 states; the images stay close, and what is tracked has float32's digits."""
+    plain, seen = point(files, steps=12), set()
+    original = UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda self, x, *a: seen.add(x.dtype) or original(self, x, *a))
+    exact, lowered = draw(plain), draw(replace(plain, precision="bfloat16"))
+    assert seen == {torch.float32, torch.bfloat16}
+    difference = np.abs(lowered.images.astype(int) - exact.images.astype(int))
+    assert 0 < difference.mean() < 3 and not np.array_equal(lowered.posterior, exact.posterior)
+    posterior = torch.from_numpy(lowered.posterior)
+    assert posterior.dtype == torch.float32 and not torch.equal(posterior, posterior.bfloat16().float())
+
+
 def test_a_points_key_is_everything_that_decides_its_images(files):
     plain = point(files)
     changes = [
         {"forbidden": 1}, {"settings": Settings(prior=0.3)}, {"steps": 4}, {"images": 7}, {"batch": 3}, {"seed": 1},
         {"spacing": "karras"}, {"variance": "forward"}, {"weights": "other"}, {"class_only": "x"},
-        {"undesired_every": 2},
+        {"undesired_every": 2}, {"precision": "bfloat16"},
     ]  # fmt: skip
     assert len({plain.key(), *(replace(plain, **c).key() for c in changes)}) == len(changes) + 1
     assert replace(plain, denoiser="moved.safetensors").key() == plain.key()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...schedules import DDPMSchedule
-from ..predictors import estimate
+from ..predictors import dtype_of, estimate
 from .networks import PictureBook
 from .words import split, tokens
 
@@ -29,6 +29,6 @@ def denoised(book: PictureBook, chain: DDPMSchedule, x: Tensor, sigma: float, te
     context = torch.cat([text.expand(n, -1, -1) for text in texts])
 
     def predict(x_t: Tensor, timestep: Tensor) -> Tensor:
-        return book.unet(x_t, timestep, context)
+        return book.unet(x_t.to(dtype_of(book.unet)), timestep, context)
 
     return list(estimate(predict, "v", chain, x.repeat(len(texts), 1, 1, 1), sigma).split(n))

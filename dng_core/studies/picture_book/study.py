@@ -23,6 +23,7 @@ from ...files import write_json, write_whole
 from ...guidance import Trace
 from ...methods import MethodSettings
 from ...models.picture_book.weights import SHIPPED_JUDGE, SHIPPED_PICTURE_BOOK, load_judge, load_picture_book
+from ...models.predictors import Precision, in_precision
 from ...models.weight_files import calibration_of
 from ...schedules import DDPMSchedule, ddpm_sigmas
 from ..class_removal import starting_noise
@@ -71,6 +72,7 @@ class Plan:
     settings: (cfg, sampler, steps) in turn; the first is the main one, the others show what depends on it.
     scales: among which each method's is chosen. A single one is taken as it is, without a search.
     sweep: draw every scale with all images too, at the first setting.
+    precision: in which the model computes.
     """
 
     cases: tuple[Case, ...] = CASES
@@ -82,6 +84,7 @@ class Plan:
     search_images: int = 32
     seed: int = 0
     batch: int = 64
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.methods if name not in METHODS]:
@@ -110,7 +113,8 @@ class Study:
         self.plan, self.folder = plan, folder
         self._named = "shipped" if weights is None else str(weights)
         path = weights or SHIPPED_PICTURE_BOOK
-        self.book, info = load_picture_book(path)
+        book, info = load_picture_book(path)
+        self.book = in_precision(book, plan.precision)
         self.judge, self.chain = load_judge(), DDPMSchedule.named(info.schedule)
         measured = calibration_of(path)
         self.calibration = load_calibration(measured).calibration if measured.is_file() else EXACT
@@ -136,7 +140,8 @@ class Study:
 
     def identity(self) -> dict[str, Any]:
         """What makes it another study, whose rows do not belong into the same report: network, steps and noise."""
-        return {"weights": self._named, "steps": self.plan.settings[0][2], "seed": self.plan.seed}
+        plan = self.plan
+        return {"weights": self._named, "steps": plan.settings[0][2], "seed": plan.seed, "precision": plan.precision}
 
     def points(self, scales: dict[str, float]) -> list[Point]:
         """The points to measure: every case by every method at its scale and at every setting, and the sweep's."""
@@ -248,7 +253,8 @@ class Study:
         return Seen.by(self.judge, torch.cat(parts)), costs, traced
 
     def _key(self, point: Point) -> str:
-        told = json.dumps([VERSION, asdict(point), asdict(METHODS[point.method]), self._weights], sort_keys=True)
+        how = [self._weights, self.plan.precision]
+        told = json.dumps([VERSION, asdict(point), asdict(METHODS[point.method]), *how], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:24]
 
 
