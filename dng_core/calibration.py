@@ -184,6 +184,10 @@ class Calibration:
         """The noise level at which the images are decided, as far as the model tells; 0 for the end of the run."""
         return self.drift[-1][0] if self.drift else 0.0
 
+    def decided_step(self, sigmas: Sequence[float]) -> int:
+        """The number of the step of a run over these noise levels at which its images are decided."""
+        return next((i for i, sigma in enumerate(sigmas) if sigma <= self.decided), len(sigmas) - 1)
+
     def applied(self, settings: Settings) -> Settings:
         """``settings`` with the measured temperature and drift, and no offset."""
         return settings.with_(temperature=self.temperature, drift=self.drift, offset=0.0)

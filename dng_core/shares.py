@@ -61,7 +61,7 @@ def share_of(evidence: Evidence, calibration: Calibration) -> Share:
     """
     stacked([evidence])  # refuses what is not finite
     images = evidence.increments.shape[1]
-    decided = next((i for i, s in enumerate(evidence.sigmas) if s <= calibration.decided), len(evidence.sigmas) - 1)
+    decided = calibration.decided_step(evidence.sigmas)
     settings, mean, p = calibration.applied(FIT), SHARE_GUESS, torch.empty(0)
     for _ in range(2):
         prior = min(max(mean, 1 / (2 * images)), SHARE_GUESS)

@@ -30,11 +30,11 @@ from ..studies.measuring import Measurer, check_denoiser
 from ..studies.picture_book.cases import CASES, KINDS
 from ..studies.picture_book.methods import METHODS as BOOK_METHODS
 from ..studies.picture_book.report import write_report
-from ..studies.picture_book.sampling import SAMPLERS
 from ..studies.picture_book.study import RESULTS, ROWS, Plan, Study
 from ..studies.report.pages import write_reports
 from ..studies.report.results import read_results
 from ..studies.runner import MANIFEST, Runner
+from ..studies.samplers import SAMPLERS
 from ..studies.sweep import ENGINES, Workers
 
 LOCK = ".lock"  # the file in an experiment's folder that a process which works there holds

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from tqdm import tqdm
@@ -27,8 +27,10 @@ from ..headless.locate import Location, find_comfyui
 from ..headless.paths import BENCH_NODES, checkout
 from ..models.datasets import DATASETS
 from ..models.devices import machine
+from ..models.predictors import Precision
 from ..studies import oracle_figures
 from ..studies.report.markdown import line, table_lines
+from ..studies.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from ..headless.figures.oracle_runs import OracleRunner
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 ALL = ("all",)
 TYPICAL_SAMPLERS = ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_2m")  # ancestral, SDE and deterministic
-NETWORK_STEPS, BOOK_STEPS = 50, 30  # of the figures on the MNIST network and on the picture book: a choice
+NETWORK_STEPS, BOOK_STEPS = 50, {"picture-book": 30, "shares": 20}  # of the figures on networks: a choice
 WORKFLOW = Path("workflows", "api", "mnist_class_removal.json")
 
 
@@ -70,7 +72,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     networks.add_argument(
         "--classifier", default="mnist", metavar="SOURCE", help="shipped one or file (default: mnist)"
     )
-    parser.add_argument("--weights", type=Path, help="of picture-book (default: the shipped ones)")
+    parser.add_argument(
+        "--weights", type=Path, help="of picture-book, carry-over and shares (default: the shipped ones)"
+    )
+    parser.add_argument("--cfg", type=float, default=3.0, help="of shares (default: 3)")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="float32",
+        help="in which the networks of calibration and carry-over compute while they are judged (default: float32)",
+    )
     oracle = parser.add_argument_group(
         "the figures " + ", ".join(name for name, figure in FIGURES.items() if figure.over_samplers)
     )
@@ -82,7 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="N",
         help=f"step counts (most figures: 30; calibration measures with the first and judges with each; others on "
-        f"networks take one; default there: {NETWORK_STEPS}, picture-book {BOOK_STEPS})",
+        f"networks take one; default there: {NETWORK_STEPS}, "
+        + ", ".join(f"{name} {steps}" for name, steps in BOOK_STEPS.items())
+        + ")",
     )
     oracle.add_argument("--nodes", nargs="+", metavar="NAME", help="nodes of matrix and off: ksampler, guider, patch")
     oracle.add_argument("--batches", type=int, nargs="+", metavar="N", help="batch sizes of economy (default: 1 16)")
@@ -187,9 +200,24 @@ def networks(args: argparse.Namespace) -> Iterator[Row]:
 def calibration(args: argparse.Namespace) -> Iterator[Row]:
     from ..studies.calibrating import calibration_figure
 
-    steps = args.steps or [NETWORK_STEPS]
+    steps, samplers = args.steps or [NETWORK_STEPS], args.samplers or ["euler_ancestral"]
+    if unknown := [name for name in samplers if name not in SAMPLERS]:
+        raise HeadlessError(f"--samplers: the figure calibration has {', '.join(SAMPLERS)}, not {unknown[0]}.")
+    told = (args.classifier, samplers, args.precision)
     for denoiser in args.denoisers:
-        yield from calibration_figure(args.samples, steps, args.seed, denoiser, args.classifier)
+        yield from calibration_figure(args.samples, steps, args.seed, denoiser, *told)
+
+
+def carry_over(args: argparse.Namespace) -> Iterator[Row]:
+    from ..studies.picture_book.posteriors import carry_over_figure
+
+    yield from carry_over_figure(args.weights, args.samples, args.seed, args.precision)
+
+
+def shares(args: argparse.Namespace) -> Iterator[Row]:
+    from ..studies.picture_book.posteriors import shares_figure
+
+    yield from shares_figure(args.weights, args.samples, one_step_count(args), args.seed, args.cfg)
 
 
 def picture_book(args: argparse.Namespace) -> Iterator[Row]:
@@ -201,7 +229,7 @@ def picture_book(args: argparse.Namespace) -> Iterator[Row]:
 
 def one_step_count(args: argparse.Namespace) -> int:
     """The step count of a figure on networks; raises HeadlessError for several."""
-    steps: list[int] = args.steps or [BOOK_STEPS if args.figure == "picture-book" else NETWORK_STEPS]
+    steps: list[int] = args.steps or [BOOK_STEPS.get(args.figure, NETWORK_STEPS)]
     if len(steps) > 1:
         raise HeadlessError(f"--steps: the figure {args.figure} takes one step count, not {len(steps)}.")
     return steps[0]
@@ -345,6 +373,16 @@ FIGURES = {
     ),
     "picture-book": Figure(
         "what the picture book draws without guidance, against what was asked and what scenes show", picture_book, 256
+    ),
+    "carry-over": Figure(
+        "how well the picture book's calibration serves at other cfg, samplers and step counts than its own",
+        carry_over,
+        64,
+    ),
+    "shares": Figure(
+        "what Calibrate says of things that the picture book draws often, at times and never, and the judge",
+        shares,
+        32,
     ),
     "matrix": over_samplers(
         "every sampler and scheduler of a real ComfyUI against the oracle's exact answer, through every node",

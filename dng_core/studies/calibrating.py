@@ -1,5 +1,6 @@
 """The calibration of label-conditional networks, whose classes are alternatives, and how good it is."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,15 +12,16 @@ from ..calibration_files import ModelCalibration
 from ..guidance import NegativeGuidance
 from ..models.checkpoints import open_denoiser
 from ..models.networks import UNet
-from ..models.predictors import EveryLabel
+from ..models.predictors import EveryLabel, Precision, in_precision
 from ..models.weight_files import open_classifier
 from ..posterior import Chain
-from ..sampling import Predictor, ddpm_sample
+from ..sampling import Predictor
 from ..schedules import DDPMSchedule, ddpm_sigmas
 from ..settings import Settings
 from ..shares import share_of
 from .class_removal import chain_name, image_shape, starting_noise
 from .measuring import check_denoiser
+from .samplers import Sampler, sample
 
 BATCH = 64  # images drawn at once: a choice
 LEVELS = (3.0, 0.65, 0.5)  # sigma; the posterior is judged at the second, and the slope is from the first to the third
@@ -27,7 +29,13 @@ FITTED = 64  # images on which the figure calibrates
 
 
 def record(
-    network: UNet, chain: DDPMSchedule, images: int, steps: int, seed: int, progress: Callable[[int], object]
+    network: UNet,
+    chain: DDPMSchedule,
+    images: int,
+    steps: int,
+    seed: int,
+    progress: Callable[[int], object],
+    sampler: Sampler = "euler_ancestral",
 ) -> tuple[list[Evidence], Tensor]:
     """The evidence for every class along the network's unguided chain, and the images (n, channels, height, width).
 
@@ -36,7 +44,8 @@ def record(
     classes, levels = network.config.num_classes, ddpm_sigmas(chain, steps)
     if classes < 2:
         raise ValueError("the denoiser knows no classes, which are the alternatives to calibrate on")
-    return observed(EveryLabel(network, chain), classes, image_shape(network), levels, images, seed, progress)
+    shape = image_shape(network)
+    return observed(EveryLabel(network, chain), classes, shape, levels, images, seed, progress, sampler=sampler)
 
 
 @torch.no_grad()
@@ -49,6 +58,7 @@ def observed(
     seed: int,
     progress: Callable[[int], object],
     batch: int = BATCH,
+    sampler: Sampler = "euler_ancestral",
 ) -> tuple[list[Evidence], Tensor]:
     """The evidence for each of ``alternatives`` along the reference's own chain, and the samples, (n, ...).
 
@@ -61,7 +71,12 @@ def observed(
         noise, generator = starting_noise(start, size, seed, shape)
         settings = Settings(prior=0.5 / alternatives, guidance_scale=0.0)
         guidance = NegativeGuidance([settings] * alternatives, Chain(levels))
-        drawn.append(ddpm_sample(predict, noise, levels, guidance, generator))
+
+        def denoise(x: Tensor, sigma: float, guidance: NegativeGuidance = guidance) -> Tensor:
+            reference, undesired = predict(x, sigma)
+            return guidance(x, sigma, reference, reference, undesired)
+
+        drawn.append(sample(denoise, noise, levels, sampler, generator))
         found.append(evidence_of(guidance))
         progress(size)
     joined = [
@@ -85,33 +100,41 @@ def calibrated_denoiser(
 
 
 def calibration_figure(
-    images: int, steps: Sequence[int], seed: int, source: str = "mnist", judge: str = "mnist"
+    images: int,
+    steps: Sequence[int],
+    seed: int,
+    source: str = "mnist",
+    judge: str = "mnist",
+    samplers: Sequence[Sampler] = ("euler_ancestral",),
+    precision: Precision = "float32",
 ) -> Iterator[dict[str, Any]]:
-    """One row per step count and calibration of a denoiser, on held-out images that the classifier ``judge`` looks at.
+    """One row per sampler, step count and calibration of a denoiser, on held-out images that a classifier looks at.
 
-    The calibrations are measured with the first step count on 64 images of the next seed: none (*exact*), on all
-    classes, and on all classes but the one that is judged (*left out*). They are judged with each step count. *cross
-    entropy*: of p against the classifier's verdict at sigma 0.65, in nats; *slope*: of p at sigma 0.5 on p at sigma 3;
-    *shares within 1.4*: of how many classes the measured share is within a factor of 1.4 of the classifier's count.
-    ValueError for a denoiser and a classifier of other classes.
+    The calibrations are measured with the first sampler and step count, in float32, on 64 images of the next seed:
+    none (*exact*), on all classes, and on all classes but the one that is judged (*left out*). They are judged with
+    each sampler and step count, in ``precision``, by the classifier ``judge``. *cross entropy*: of p against its
+    verdict at sigma 0.65, in nats; *slope*: of p at sigma 0.5 on p at sigma 3; *shares within 1.4*: of how many
+    classes the measured share is within a factor of 1.4 of the classifier's count. ValueError for a denoiser and a
+    classifier of other classes.
     """
     network, info = open_denoiser(source)
     classifier, seen = open_classifier(judge)
     check_denoiser(source, network, info.class_names, seen)
     chain = DDPMSchedule.named(chain_name(info))
-    fitted, _ = record(network, chain, FITTED, steps[0], seed + 1, lambda size: None)
+    fitted, _ = record(network, chain, FITTED, steps[0], seed + 1, lambda size: None, samplers[0])
     found = calibrate(fitted, are_labels=True)
     others = [
         calibrate([e for other, e in enumerate(fitted) if other != label], [1 / len(fitted)] * (len(fitted) - 1))
         for label in range(len(fitted))
     ]
     calibrations = {"exact": [EXACT] * len(fitted), "all": [found] * len(fitted), "left out": others}
-    for count in steps:
-        judged, drawn = record(network, chain, images, count, seed, lambda size: None)
+    network = in_precision(network, precision)
+    for sampler, count in itertools.product(samplers, steps):
+        judged, drawn = record(network, chain, images, count, seed, lambda size: None, sampler)
         with torch.no_grad():
             verdict = classifier(drawn).argmax(dim=1)
         for name, used in calibrations.items():
-            row = {"denoiser": source, "calibration": name, "images": images, "steps": count}
+            row = {"denoiser": source, "calibration": name, "images": images, "sampler": sampler, "steps": count}
             yield row | _judged(judged, used, verdict)
 
 

@@ -97,12 +97,12 @@ def foretold(posterior: Tensor, truth: Tensor) -> dict[str, float]:
         "cross entropy, mean": float(entropy.mean()),
         "middle": float(entropy[middle]),
         "end": float(entropy[end]),
-        "ROC area, middle": _roc_area(posterior[middle], truth),
-        "ROC area, end": _roc_area(posterior[end], truth),
+        "ROC area, middle": roc_area(posterior[middle], truth),
+        "ROC area, end": roc_area(posterior[end], truth),
     }
 
 
-def _roc_area(posterior: Tensor, truth: Tensor) -> float:
+def roc_area(posterior: Tensor, truth: Tensor) -> float:
     """How often an image of a class has a larger posterior than others; ties count half; mean over the classes."""
     areas = []
     for given, of_class in zip(posterior, truth, strict=True):

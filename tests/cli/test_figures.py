@@ -21,6 +21,7 @@ from dng_core.headless.figures import (
 )
 from dng_core.studies import calibrating, evidence_figures, network_figures, oracle_figures
 from dng_core.studies.picture_book import figure as book_figure
+from dng_core.studies.picture_book import posteriors
 
 
 def dng_figures(*arguments: object) -> int:
@@ -46,6 +47,7 @@ def test_a_figure_is_printed_and_recorded_with_its_default_samples(tmp_path, cap
         ("rules", ["--steps", 0], "--steps must be at least 1, not 0"),
         ("economy", ["--batches", 1, 0], "--batches must be at least 1, not 0"),
         ("rules", ["--steps", 20, 50], "takes one step count"),
+        ("calibration", ["--samplers", "heun"], "the figure calibration has euler_ancestral, .*, not heun"),
     ],
 )
 def test_numbers_that_make_no_figure_are_refused(tmp_path: Path, figure, options, message):
@@ -66,7 +68,7 @@ def test_every_figure_finds_the_function_that_measures_it(tmp_path, monkeypatch,
     monkeypatch.setattr(figures, "server_with_pack", lambda args: nullcontext(("server", Path("pack"))))
     monkeypatch.setattr(figures, "comfyui_and_pack", lambda args: ("location", Path("pack")))
     monkeypatch.setattr(figures, "write_matrix", lambda args, table: [])
-    local = (calibrating, evidence_figures, network_figures, oracle_figures, book_figure)
+    local = (calibrating, evidence_figures, network_figures, oracle_figures, book_figure, posteriors)
     inside = (comfyui_figures, cost_figures, economy_figure, exact_figures, help_pictures, sampler_matrix)
     for module in (*inside, *local):
         for name, function in vars(module).items():

@@ -1,4 +1,4 @@
-"""A tiny experiment's files, and networks in the layouts of others."""
+"""A tiny experiment's files, a small picture book, and networks in the layouts of others."""
 
 from pathlib import Path
 
@@ -8,6 +8,9 @@ import torch
 from PIL import Image
 
 from dng_core.models.networks import SmallClassifier
+from dng_core.models.picture_book.networks import CrossUNetConfig, PictureBook
+from dng_core.models.picture_book.training import TEXT
+from dng_core.models.picture_book.weights import PictureBookInfo, save_picture_book
 from dng_core.models.weight_files import ClassifierInfo, save_classifier
 from dng_core.studies import class_removal
 
@@ -38,3 +41,20 @@ def files(tmp_path: Path, few_resamples: None) -> Path:
             grey.save(tmp_path / "data" / name / f"{i}.jpg")
     experiment(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small picture book's, all random, for many layers begin at 0, and then no text would matter."""
+    torch.manual_seed(0)
+    small = CrossUNetConfig(
+        model_channels=32, channel_mult=(1, 1), num_res_blocks=(0, 0), transformer_depth=(),
+        transformer_depth_output=(0, 0),
+    )  # fmt: skip
+    model = PictureBook(TEXT, small)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) / parameter[0].numel() ** 0.5)
+    path = tmp_path_factory.mktemp("book") / "book.safetensors"
+    save_picture_book(path, model.state_dict(), PictureBookInfo(TEXT, small))
+    return path

@@ -17,12 +17,10 @@ from dng_core.calibration import EXACT
 from dng_core.cli import experiment
 from dng_core.headless.lock import exclusive
 from dng_core.models.picture_book.judge import Verdict
-from dng_core.models.picture_book.networks import CrossUNetConfig, PictureBook
 from dng_core.models.picture_book.prompting import contexts, denoised
 from dng_core.models.picture_book.scenes import PLACES, THINGS, TIMES, caption, random_scene
 from dng_core.models.picture_book.shares import shares_given
-from dng_core.models.picture_book.training import TEXT
-from dng_core.models.picture_book.weights import PictureBookInfo, load_picture_book, save_picture_book
+from dng_core.models.picture_book.weights import load_picture_book
 from dng_core.models.picture_book.words import split
 from dng_core.oracle import GaussianMixture
 from dng_core.sampling import ddpm_sample
@@ -36,31 +34,15 @@ from dng_core.studies.picture_book.figure import label_rows, picture_book_figure
 from dng_core.studies.picture_book.measures import Seen, measure
 from dng_core.studies.picture_book.methods import METHODS, calibrated, guided
 from dng_core.studies.picture_book.report import write_report
-from dng_core.studies.picture_book.sampling import SAMPLERS, sample
 from dng_core.studies.picture_book.study import Plan, Study
 from dng_core.studies.runner import MANIFEST
-
-SMALL = CrossUNetConfig(model_channels=32, channel_mult=(1, 1), num_res_blocks=(0, 0), transformer_depth=(),
-                        transformer_depth_output=(0, 0))  # fmt: skip
+from dng_core.studies.samplers import SAMPLERS, sample
 
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
     """A bootstrap of distances takes most of the time of so small a study."""
     monkeypatch.setattr(measures, "FEATURE_RESAMPLES", 9)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """All random, for many layers begin at 0, and then no text would matter."""
-    torch.manual_seed(0)
-    model = PictureBook(TEXT, SMALL)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) / parameter[0].numel() ** 0.5)
-    path = tmp_path_factory.mktemp("book") / "book.safetensors"
-    save_picture_book(path, model.state_dict(), PictureBookInfo(TEXT, SMALL))
-    return path
 
 
 def test_exact_shares_are_those_of_scenes_with_such_captions():
@@ -266,7 +248,8 @@ def test_a_study_is_measured_reported_and_goes_on_where_it_stopped(weights, tmp_
     ]
     for row in rows:
         assert 0 <= row["left_low"] <= row["left"] <= row["left_high"] <= 1
-        assert row["evaluations"] == {"nothing": 6, "negative_prompt": 6, "dng_joint": 9}[row["method"]]
+        # three steps of two predictions, or of three, which euler asks to be probed
+        assert row["evaluations"] == {"nothing": 6, "negative_prompt": 6, "dng_joint": 9 + 9}[row["method"]]
         assert (row["rms"] == 0) == (row["method"] == "nothing")
         assert (row["late_scale"] is None) == (row["method"] != "dng_joint")
     markdown_file, page_file = write_report(tmp_path)

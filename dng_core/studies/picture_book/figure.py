@@ -20,7 +20,8 @@ from ...models.picture_book.words import split
 from ...plots.drawing import Drawing
 from ...schedules import DDPMSchedule, ddpm_sigmas
 from ..class_removal import starting_noise
-from .sampling import LATENT, pictures_of, prompted, sample
+from ..samplers import sample
+from .sampling import LATENT, pictures_of, prompted
 
 CFGS = (1.0, 3.0)
 BATCH = 64  # pictures drawn at once; like the numbers below, a choice

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ...baselines import ContrastiveCFG, NegativePrompting, PerpNeg, SafeLatentDiffusion, perp_neg
-from ...calibration import Calibration, evidence_of
-from ...guidance import Guidance, NegativeGuidance, Trace
+from ...calibration import Calibration, Evidence, evidence_of
+from ...guidance import Guidance, NegativeGuidance, Probed, Trace
 from ...methods import MethodSettings, guidance_by
 from ...models.picture_book.networks import PictureBook
 from ...models.picture_book.prompting import contexts, denoised
@@ -15,8 +15,9 @@ from ...schedules import DDPMSchedule, IntegratedOffset, ddpm_sigmas
 from ...settings import Settings
 from ...shares import share_of
 from ..class_removal import starting_noise
+from ..samplers import NOISY, Sampler, sample
 from .cases import Case
-from .sampling import LATENT, sample
+from .sampling import LATENT
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ class Method:
     def at(self, scale: float) -> "Method":
         """The same with another guidance scale; methods without one stay as they are."""
         return self if self.settings is None else replace(self, settings=replace(self.settings, guidance_scale=scale))
+
+    def under(self, sampler: Sampler) -> "Method":
+        """The same by the rule that a sampler asks for: DNG probes where no noise tells the covariance gap."""
+        if not isinstance(self.settings, Settings) or sampler in NOISY:
+            return self
+        return replace(self, settings=self.settings.with_(rule="probe"))
 
 
 LEAST_PRIOR = 0.001  # the smallest that the nodes take
@@ -89,18 +96,24 @@ class Guided:
             return perp_neg(positive, negative, empty, self.cfg, self.method.settings.guidance_scale)
         if self.guidance is None:
             return self._extrapolated(x, sigma, self.empty)
-        texts = [self.positive, *self.things, *([self.empty] if self.cfg != 1 else [])]
-        positive, *others = self._predicted(x, sigma, texts)
-        base = reference = positive
-        if self.cfg != 1:
-            unconditional = others.pop()
-            base = unconditional + self.cfg * (positive - unconditional)
-            reference = positive if self.method.joint else unconditional
-        return self.guidance(x, sigma, base, reference, others)
+        base, reference, things = self._compared(x, sigma)
+        probe = self.guidance.probe(x, sigma)
+        probed = Probed(probe, *self._compared(probe.x, sigma)[1:]) if probe else None
+        return self.guidance(x, sigma, base, reference, things, probed)
 
     def trace(self) -> Trace | None:
         """What guidance did so far; None where nothing is tracked."""
         return self.guidance.trace() if self.guidance else None
+
+    def _compared(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The prediction without guidance, the reference, and the predictions under each thing."""
+        texts = [self.positive, *self.things, *([self.empty] if self.cfg != 1 else [])]
+        positive, *others = self._predicted(x, sigma, texts)
+        if self.cfg == 1:
+            return positive, positive, others
+        unconditional = others.pop()
+        base = unconditional + self.cfg * (positive - unconditional)
+        return base, positive if self.method.joint else unconditional, others
 
     def _extrapolated(self, x: Tensor, sigma: float, start: Tensor) -> Tensor:
         """Classifier-free guidance from the prediction of ``start``."""
@@ -134,14 +147,31 @@ def calibrated(
     images: int,
     seed: int,
     model: Calibration,
+    sampler: Sampler = "euler_ancestral",
 ) -> Method:
     """The method by the calibration ``model``, with the prior that an unguided run shows of the first thing."""
     if not isinstance(method.settings, Settings):
         raise ValueError("only DNG's settings can be calibrated")
-    levels = ddpm_sigmas(chain, steps)
-    run = guided(book, chain, case, method.at(0.0), cfg, levels)
-    noise, generator = starting_noise(0, images, seed, LATENT)
-    sample(run, noise, levels, "euler_ancestral", generator)
-    assert isinstance(run.guidance, NegativeGuidance)
-    prior = share_of(evidence_of(run.guidance)[0], model).prior(LEAST_PRIOR)
+    evidence, _ = unguided(book, chain, case, method, cfg, sampler, steps, images, seed)
+    prior = share_of(evidence, model).prior(LEAST_PRIOR)
     return replace(method, settings=model.applied(method.settings.with_(prior=min(prior, method.settings.p_max))))
+
+
+def unguided(
+    book: PictureBook,
+    chain: DDPMSchedule,
+    case: Case,
+    method: Method,
+    cfg: float,
+    sampler: Sampler,
+    steps: int,
+    images: int,
+    seed: int,
+) -> tuple[Evidence, Tensor]:
+    """What a run without guidance shows of the first thing, as the method sees it, and the run's latents."""
+    levels = ddpm_sigmas(chain, steps)
+    run = guided(book, chain, case, method.at(0.0).under(sampler), cfg, levels)
+    noise, generator = starting_noise(0, images, seed, LATENT)
+    latents = sample(run, noise, levels, sampler, generator)
+    assert isinstance(run.guidance, NegativeGuidance)
+    return evidence_of(run.guidance)[0], latents

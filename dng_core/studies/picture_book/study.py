@@ -17,20 +17,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...baselines import PerpNeg
-from ...calibration import EXACT
-from ...calibration_files import load_calibration
 from ...files import write_json, write_whole
 from ...guidance import Trace
 from ...methods import MethodSettings
-from ...models.picture_book.weights import SHIPPED_JUDGE, SHIPPED_PICTURE_BOOK, load_judge, load_picture_book
-from ...models.predictors import Precision, in_precision
-from ...models.weight_files import calibration_of
-from ...schedules import DDPMSchedule, ddpm_sigmas
+from ...models.predictors import Precision
+from ...schedules import ddpm_sigmas
 from ..class_removal import starting_noise
+from ..samplers import Sampler, sample
 from .cases import CASES, Case
 from .measures import Seen, measure
 from .methods import METHODS, calibrated, guided
-from .sampling import LATENT, Sampler, pictures_of, sample
+from .opened import open_book
+from .sampling import LATENT, pictures_of
 
 LEAST_SHOWN = 0.25  # the scale is chosen on related cases in which so many pictures show the thing without guidance
 MOST_LEFT = 0.02  # "equal removal": the mean over these cases, at most
@@ -38,7 +36,7 @@ CALIBRATION_IMAGES = 64  # of the method "dng_calibrated"; like the rest, a choi
 KEPT = 4  # points without guidance whose pictures stay in memory, since they serve every method of a case
 STRIP = 8  # pictures of a point that are kept in its folder, side by side, with their traces
 RESULTS, ROWS = "results.json", "rows"  # in the study's folder
-VERSION = 2  # part of every key: raise it with each change of what a row holds
+VERSION = 3  # part of every key: raise it with each change of what a row holds
 OTHER_SEED, SEARCH_SEED, CALIBRATION_SEED = 1000, 2000, 3000  # added to the seed of the plan
 Drawn = tuple[Seen, dict[str, Any], dict[str, np.ndarray] | None]
 """Pictures as the judge sees them, and what they cost. And of the first STRIP pictures, where something is tracked:
@@ -112,14 +110,9 @@ class Study:
     def __init__(self, plan: Plan, folder: Path, weights: Path | None = None) -> None:
         self.plan, self.folder = plan, folder
         self._named = "shipped" if weights is None else str(weights)
-        path = weights or SHIPPED_PICTURE_BOOK
-        book, info = load_picture_book(path)
-        self.book = in_precision(book, plan.precision)
-        self.judge, self.chain = load_judge(), DDPMSchedule.named(info.schedule)
-        measured = calibration_of(path)
-        self.calibration = load_calibration(measured).calibration if measured.is_file() else EXACT
-        files = [file for file in (path, SHIPPED_JUDGE, measured) if file.is_file()]
-        self._weights = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
+        opened = open_book(weights, plan.precision)
+        self.book, self.chain, self.judge = opened.book, opened.chain, opened.judge
+        self.calibration, self._digests = opened.calibration, opened.digests
         self._unguided: dict[Point, Drawn] = {}
         (folder / ROWS).mkdir(parents=True, exist_ok=True)
 
@@ -215,12 +208,12 @@ class Study:
         return self._unguided[point]
 
     def _drawn(self, point: Point) -> Drawn:
-        method = METHODS[point.method].at(point.scale)
+        method = METHODS[point.method].at(point.scale).under(point.sampler)
         if method.calibrated:
             images = min(CALIBRATION_IMAGES, point.images)
             seed = point.seed + CALIBRATION_SEED
-            told = (point.case, method, point.cfg, point.steps, images, seed)
-            method = calibrated(self.book, self.chain, *told, self.calibration)
+            told = (point.case, method, point.cfg, point.steps, images, seed, self.calibration, point.sampler)
+            method = calibrated(self.book, self.chain, *told)
         levels, began = ddpm_sigmas(self.chain, point.steps), time.monotonic()
         parts: list[Tensor] = []
         traces: list[Trace] = []
@@ -253,7 +246,7 @@ class Study:
         return Seen.by(self.judge, torch.cat(parts)), costs, traced
 
     def _key(self, point: Point) -> str:
-        how = [self._weights, self.plan.precision]
+        how = [self._digests, self.plan.precision]
         told = json.dumps([VERSION, asdict(point), asdict(METHODS[point.method]), *how], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:24]
 
