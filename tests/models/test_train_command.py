@@ -280,9 +280,13 @@ def test_a_disk_that_fills_up_during_training_costs_no_more_than_since_the_last_
 
 
 def test_a_killed_training_goes_on_with_the_same_weights(image_folder, tmp_path):
-    """The run writes a checkpoint at each step, and SIGKILL comes at any moment."""
+    """The run writes a checkpoint at each step, and SIGKILL comes at any moment.
+
+    In float32: in bfloat16 a step of a new process now and then differs from that of this one by rounding (AMX).
+    """
     path = plan(tmp_path, "try", "denoiser")
     options = ["--data", image_folder, "--epochs", 20, "--checkpoint-every", 1, "--threads", 1, "--device", "cpu"]
+    options += ["--precision", "float32"]
     command = [sys.executable, "-m", "dng_core", "train", path, *options, "--output", tmp_path / "killed"]
     process = subprocess.Popen([str(a) for a in command], cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / "killed" / "try.checkpoint"
