@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -47,6 +48,11 @@ class Share:
     def told_apart(self) -> bool:
         """Whether the model tells images with the concept from images without."""
         return self.undecided < UNDECIDED
+
+    @property
+    def verdict(self) -> Literal["seen", "not seen", "cannot tell"]:
+        """What is to be said of the concept. The mean says nothing where the model cannot tell."""
+        return "cannot tell" if not self.told_apart else "seen" if self.seen else "not seen"
 
     def prior(self, least: float) -> float:
         """The prior to guide by: the share, and ``least``, by which guidance stays off, where it is not known."""
@@ -107,13 +113,13 @@ def outlook(evidence: Evidence, settings: Settings) -> Outlook:
 
 def share_explained(share: Share, seen: Outlook, settings: Settings) -> str:
     """What was found of one concept, and what to expect of ``settings``, in Markdown."""
-    if not share.told_apart:
+    if share.verdict == "cannot tell":
         lines = [
             "**The model cannot tell** images that show this from images that do not: the posterior hardly moves from "
             f"its first value. The prior is {settings.prior:.2g}, so that guidance stays off. Name it in other words, "
             "or use the reference *positive* with a joint negative."
         ]
-    elif not share.seen:
+    elif share.verdict == "not seen":
         lines = [
             f"**Not seen** in {share.images} images: at most {share.high:.0%} show it. The prior is "
             f"{settings.prior:.2g}, so that guidance stays off."

@@ -162,27 +162,13 @@ def refuse(args: argparse.Namespace, options: Iterable[str]) -> None:
 
 def prepare_picture_book(args: argparse.Namespace) -> Study:
     """The study on the picture book that the command line asks for."""
-    ours = {
-        "images",
-        "search_images",
-        "steps",
-        "batch",
-        "seed",
-        "precision",
-        "methods",
-        "output",
-        "experiment",
-        "help",
-    }
-    refuse(args, args.defaults.keys() - ours - set(BOOK_OPTIONS))
+    changeable = ("images", "search_images", "batch", "seed", "precision")
+    ours = {*changeable, *BOOK_OPTIONS, "steps", "methods", "output", "experiment", "help"}
+    refuse(args, args.defaults.keys() - ours)
     for name in ("matplotlib", "scipy"):
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"the study needs {name}: pip install {name}")
-    changes: dict[str, Any] = {
-        name: getattr(args, name)
-        for name in ("images", "search_images", "batch", "seed", "precision")
-        if getattr(args, name) is not None
-    }
+    changes: dict[str, Any] = {name: getattr(args, name) for name in changeable if getattr(args, name) is not None}
     if args.methods is not None:
         changes["methods"] = tuple(dict.fromkeys(args.methods.split(",")))
     if args.kinds is not None:

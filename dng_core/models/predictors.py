@@ -51,7 +51,7 @@ def dtype_of(network: nn.Module) -> torch.dtype:
 
 
 def in_precision(network: Network, precision: Precision) -> Network:
-    """The network, changed in place to compute in a precision, as ComfyUI runs models that are too large."""
+    """The network, changed in place: it then computes in this precision, and takes states in it."""
     return network.to(getattr(torch, precision))
 
 

@@ -62,8 +62,8 @@ def observed(
 ) -> tuple[list[Evidence], Tensor]:
     """The evidence for each of ``alternatives`` along the reference's own chain, and the samples, (n, ...).
 
-    ``predict`` gives the reference and as many predictions. ``progress`` is told how many samples of this ``shape``
-    were drawn, batch by batch.
+    ``predict`` gives the reference and as many predictions. ``sampler`` draws samples of this ``shape`` over the noise
+    ``levels``, ``batch`` at once. ``progress`` is told after each batch how many.
     """
     found, drawn = [], []
     for start in range(0, images, batch):

@@ -282,7 +282,7 @@ def test_a_disk_that_fills_up_during_training_costs_no_more_than_since_the_last_
 def test_a_killed_training_goes_on_with_the_same_weights(image_folder, tmp_path):
     """The run writes a checkpoint at each step, and SIGKILL comes at any moment.
 
-    In float32: in bfloat16 a step of a new process now and then differs from that of this one by rounding (AMX).
+    In float32: in bfloat16, on a processor with AMX, the two differed by rounding in one of five runs.
     """
     path = plan(tmp_path, "try", "denoiser")
     options = ["--data", image_folder, "--epochs", 20, "--checkpoint-every", 1, "--threads", 1, "--device", "cpu"]

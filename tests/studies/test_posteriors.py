@@ -82,7 +82,7 @@ def test_a_sampler_without_noise_is_tracked_by_probes(weights, sampler):
     ("mean", "undecided", "word"), [(0.2, 0.1, "seen"), (0.01, 0.1, "not seen"), (0.4, 0.9, "cannot tell")]
 )
 def test_what_is_said_of_a_share(mean, undecided, word):
-    assert posteriors.said(Share(mean, 0.0, 1.0, 32, undecided)) == word
+    assert Share(mean, 0.0, 1.0, 32, undecided).verdict == word
 
 
 def test_the_commands_print_and_record(weights, tmp_path: Path, capsys):

@@ -15,12 +15,12 @@ from ...models.picture_book.pictures import page
 from ...models.picture_book.prompting import contexts
 from ...models.picture_book.scenes import PLACES, THINGS, TIMES
 from ...models.picture_book.shares import shares_given
-from ...models.picture_book.weights import SHIPPED_PICTURE_BOOK, load_judge, load_picture_book
 from ...models.picture_book.words import split
 from ...plots.drawing import Drawing
-from ...schedules import DDPMSchedule, ddpm_sigmas
+from ...schedules import ddpm_sigmas
 from ..class_removal import starting_noise
 from ..samplers import sample
+from .opened import open_book
 from .sampling import LATENT, pictures_of, prompted
 
 CFGS = (1.0, 3.0)
@@ -38,8 +38,8 @@ def picture_book_figure(
     *expected*: the exact share of these scenes. At cfg 1, drawn and expected should agree. The first pictures of the
     last cfg are drawn to ``sheet``.
     """
-    book, info = load_picture_book(weights or SHIPPED_PICTURE_BOOK)
-    judge, chain = load_judge(), DDPMSchedule.named(info.schedule)
+    opened = open_book(weights)
+    book, chain = opened.book, opened.chain
     captions = [page(i, CAPTIONS + seed)[2] for i in range(images)]
     for cfg in CFGS:
         parts = []
@@ -49,7 +49,7 @@ def picture_book_figure(
             denoise = prompted(book, chain, texts, contexts(book, [""]), cfg)
             parts.append(pictures_of(sample(denoise, noise, ddpm_sigmas(chain, steps), "euler_ancestral", generator)))
         pictures = torch.cat(parts)
-        for row in label_rows(captions, judge.look(pictures)):
+        for row in label_rows(captions, opened.judge.look(pictures)):
             yield {"cfg": cfg} | row
     caption_sheet(pictures[: COLUMNS * ROWS], captions).save(sheet)
 

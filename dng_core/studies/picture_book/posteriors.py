@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...calibration import EXACT, FIT, Calibration, Evidence, track
 from ...models.predictors import Precision
-from ...shares import Share, share_of
+from ...shares import share_of
 from ..evidence_figures import roc_area
 from ..samplers import SAMPLERS, Sampler
 from .cases import CASES, Case
@@ -62,13 +62,8 @@ def shares_figure(weights: Path | None, images: int, steps: int, seed: int, cfg:
         if case.kind != "absurd" and len(case.avoid) == 1:
             evidence, shown = _recorded(opened, case, cfg, "euler_ancestral", steps, images, seed)
             share = share_of(evidence, opened.calibration)
-            row = {"kind": case.kind, "case": case.name, "judged": float(shown.double().mean()), "said": said(share)}
+            row = {"kind": case.kind, "case": case.name, "judged": float(shown.double().mean()), "said": share.verdict}
             yield row | {"share": share.mean, "low": share.low, "high": share.high, "undecided": share.undecided}
-
-
-def said(share: Share) -> str:
-    """The verdict of :func:`~.shares.share_explained` in two words."""
-    return "cannot tell" if not share.told_apart else "seen" if share.seen else "not seen"
 
 
 def _recorded(
