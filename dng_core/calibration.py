@@ -45,9 +45,9 @@ drift of the MNIST network is 5 to 15 standard errors in each octave, with 64 im
 
 SLOPE_ERRORS = 1.0
 """Where at temperature 1 the slope is within this many standard errors of 1, the temperature is 1, and else it is
-shrunk accordingly. With 64 images of eight alternatives of the oracle, it is within 0.9 to 1.1 in 23 of 24 runs (30, 100
-and 400 Karras steps, eight seeds; without shrinkage in 20). On the MNIST network it is 0.67 (without: 0.64), and the
-cross entropy at sigma 0.65 on other images is 0.160 (0.152)."""
+shrunk accordingly. With 64 images of eight alternatives of the oracle, it is within 0.9 to 1.1 in 23 of 24 runs (30,
+100 and 400 Karras steps, eight seeds; without shrinkage in 20). On the MNIST network it is 0.67 (without: 0.64), and
+the cross entropy at sigma 0.65 on other images is 0.160 (0.152)."""
 
 OPEN = 0.15
 """The drift ends where the mean of p (1 - p) has fallen to this share of its first value. Most images are decided

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .economy import Economy, Watch
-from .evidence import Call, Probe, Prober
+from .evidence import Call, Foretold, Probe, Prober
 from .kernels import at_least_float32, float32_copy, per_image
 from .posterior import Chain, Path, step
 from .settings import Settings
@@ -133,7 +133,8 @@ class Trace:
     prediction was held for all images, or the concept does not apply; None if that was not noted. ``made`` and
     ``spared``: how many undesired predictions of single images were evaluated (at every call of the model, in between
     steps and by probes too), and how many were not. ``priors``: of each concept, where the posterior began; None if
-    that was not noted. All values are float32 on the CPU.
+    that was not noted. ``foretold``: of each concept, what such a later run needs by the rule "elbo". All values are
+    float32 on the CPU.
     """
 
     sigmas: Tensor
@@ -144,6 +145,7 @@ class Trace:
     made: int = 0
     spared: int = 0
     priors: tuple[float, ...] | None = None
+    foretold: tuple[Foretold | None, ...] | None = None
 
     def then(self, later: "Trace") -> "Trace":
         """This run and the one that went on from it, as one."""
@@ -158,7 +160,12 @@ class Trace:
             made=self.made + later.made,
             spared=self.spared + later.spared,
             priors=self.priors or later.priors,
+            foretold=later.foretold,
         )
+
+
+def _on_cpu(foretold: Foretold | None) -> Foretold | None:
+    return None if foretold is None else Foretold(*(values.float().cpu() for values in foretold))
 
 
 def looks_along(paths: Sequence[Path], span: slice = slice(None)) -> list[list[bool]]:
@@ -311,6 +318,7 @@ class NegativeGuidance(Guidance):
     settings: one for each concept.
     chain: what is known of the sampler's steps.
     log_priors: (batch,) start values for each concept, in place of their priors.
+    foretold: of each concept, by the run that this one goes on from (:class:`Trace`).
     seed: of the probes of concepts with the rule "probe".
     economies: for each concept, when its prediction is evaluated; at every call if None.
     """
@@ -322,6 +330,7 @@ class NegativeGuidance(Guidance):
         log_priors: Sequence[Tensor] | Tensor | None = None,
         seed: int = 0,
         economies: Sequence[Economy] | None = None,
+        foretold: Sequence[Foretold | None] | None = None,
     ) -> None:
         super().__init__(len(settings), economies)
         if sum(s.prior for s in settings) >= 1:
@@ -329,14 +338,15 @@ class NegativeGuidance(Guidance):
         self.settings = tuple(settings)
         self.chain = chain or Chain()
         priors = [None] * len(settings) if log_priors is None else log_priors
-        self.paths = [Path(log_prior=prior) for prior in priors]
+        before = foretold or [None] * len(settings)
+        self.paths = [Path(log_prior=prior, foretold=known) for prior, known in zip(priors, before, strict=True)]
         self._gaps: list[Tensor | None] = [None] * len(settings)
         self._prober = Prober(seed, self.chain.weight)
 
     def awake(self, sigma: float) -> list[list[int] | None]:
         """As for all guidance. A rule that compares the differences of two calls needs both of all images."""
         awake = zip(super().awake(sigma), self.settings, strict=True)
-        return [rows if settings.rule == "algorithm_2" or not rows else None for rows, settings in awake]
+        return [None if rows and settings.rule in ("step_noise", "probe") else rows for rows, settings in awake]
 
     def probe(self, x: Tensor, sigma: float) -> Probe | None:
         return self._prober.next(x, sigma) if any(s.rule == "probe" for s in self.settings) else None
@@ -387,8 +397,9 @@ class NegativeGuidance(Guidance):
             nothing = torch.zeros(0, len(paths), 0)
             looked = torch.zeros(0, len(paths), dtype=torch.bool)
             return Trace(torch.zeros(0), nothing, nothing, final, looked, priors=priors)
+        left = None if end is None else tuple(_on_cpu(path.points[-1].foretold) for path, _ in stepped)
         posterior, scale = (values.float().cpu() for values in tracked(paths, self.settings))
         looked = torch.tensor(looks_along(paths))
         made, spared = (sum(counts) for counts in zip(*((w.made, w.spared) for w in self._watches), strict=True))
         sigmas = torch.tensor([point.sigma for point in paths[0].points])
-        return Trace(sigmas, posterior, scale, final, looked, made, spared, priors)
+        return Trace(sigmas, posterior, scale, final, looked, made, spared, priors, left)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .baselines import Baseline, BaselineGuidance, ContrastiveCFG, NegativePrompting, SafeLatentDiffusion
 from .economy import Economy
+from .evidence import Foretold
 from .guidance import Guidance, NegativeGuidance
 from .posterior import Chain
 from .settings import Settings
@@ -26,8 +27,9 @@ def guidance_by(
     log_priors: Sequence[Tensor] | Tensor | None = None,
     seed: int = 0,
     economies: Sequence[Economy] | None = None,
+    foretold: Sequence[Foretold | None] | None = None,
 ) -> Guidance:
-    """The guidance of one run away from one or more concepts; ``chain``, ``log_priors`` and ``seed`` are DNG's.
+    """The guidance of one run away from one or more concepts; all but ``settings`` and ``economies`` are DNG's.
 
     Raises
     ------
@@ -40,4 +42,4 @@ def guidance_by(
     constant = [s for s in settings if not isinstance(s, Settings)]
     if constant:
         return BaselineGuidance(constant, economies)
-    return NegativeGuidance(dynamic, chain, log_priors, seed, economies)
+    return NegativeGuidance(dynamic, chain, log_priors, seed, economies, foretold)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 OffsetForm = Literal["integrated", "total", "per_step"]
 OFFSET_FORMS: tuple[OffsetForm, ...] = ("integrated", "total", "per_step")
 
-Rule = Literal["algorithm_2", "step_noise", "probe"]
-RULES: tuple[Rule, ...] = ("algorithm_2", "step_noise", "probe")
+Rule = Literal["auto", "algorithm_2", "elbo", "step_noise", "probe"]
+RULES: tuple[Rule, ...] = ("auto", "algorithm_2", "elbo", "step_noise", "probe")
 
 
 def check(settings: Any, name: str, valid: bool, wanted: str) -> None:
@@ -47,10 +47,13 @@ class Settings:
         measured (:mod:`~.calibration`).
     max_scale: cap on the product lambda_0 p / (1 - p); infinity for none. A larger push seldom removes more, and can
         throw a state off its chain where steps are few.
-    rule: how a jump's evidence is computed. "algorithm_2" is the paper's. The other two add a term that Algorithm 2
-        lacks on large steps and on deterministic samplers: "step_noise" estimates the term from the noise that the
-        sampler drew, which is good where predictions are exact and fails on large latents of trained networks;
-        "probe" estimates it by one more pair of predictions at some of the steps (:func:`~.evidence.path_evidence`).
+    rule: how a jump's evidence is computed. "auto" is the next where the sampler adds noise, and the one after that
+        where it adds none. "algorithm_2" is the paper's. "elbo" asks how well the predictions so far foretold the
+        image that the model now expects (:func:`~.evidence.elbo_evidence`). The other two add a term that Algorithm 2
+        lacks on large steps and without noise: "step_noise" estimates the term from the noise that the sampler drew,
+        which is good where predictions are exact and fails on large latents of trained networks; "probe" estimates it
+        by one more pair of predictions at some of the steps (:func:`~.evidence.path_evidence`), for exact predictions
+        too.
     """
 
     method: ClassVar[str] = "dng"
@@ -62,7 +65,7 @@ class Settings:
     p_min: float = 1e-6
     p_max: float = 0.99
     max_scale: float = 10.0
-    rule: Rule = "algorithm_2"
+    rule: Rule = "auto"
     drift: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:

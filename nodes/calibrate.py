@@ -39,6 +39,7 @@ from .inputs import (
 )
 from .run.concept import Concept, Reference
 from .run.live import current_listener
+from .run.samplers import NOISELESS, name_of
 from .sampling import Conditionings, Schedule, run_guider
 
 ALTERNATIVES, PRIORS = "alternatives", "priors"
@@ -112,13 +113,24 @@ def trace_of(evidence: Sequence[Evidence], settings: Sequence[Settings]) -> Trac
     return Trace(torch.tensor(evidence[0].sigmas), posterior, scale)
 
 
-def _sampler_input() -> io.Input:
+def _sampler_input(tooltip: str) -> io.Input:
     return io.Combo.Input(
-        "sampler_name",
-        options=comfy.samplers.KSampler.SAMPLERS,
-        default="euler_ancestral",
-        tooltip="The sampling algorithm that you will use afterwards. lcm is refused.",
+        "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler_ancestral", tooltip=tooltip
     )
+
+
+def check_noise(sampler_name: str) -> None:
+    """Raise ValueError for a sampler along whose run no temperature can be measured.
+
+    What a temperature is measured by, that the posterior is a martingale, holds for a chain with noise. A
+    deterministic run's image is settled from the beginning, so that its posterior moves further than a martingale
+    would.
+    """
+    if name_of(comfy.samplers.sampler_object(sampler_name)) in NOISELESS:
+        raise ValueError(
+            f"`sampler_name` is {sampler_name}, which adds no noise, so that no temperature can be measured with it; "
+            f"choose an ancestral or SDE sampler, such as euler_ancestral: its calibration serves {sampler_name} too"
+        )
 
 
 def _courses() -> list[io.Output]:
@@ -150,7 +162,10 @@ class CalibrateModel(io.ComfyNode):
                 io.Int.Input(
                     "steps", default=30, min=FEWEST_STEPS, max=10000, tooltip="The number of denoising steps."
                 ),
-                _sampler_input(),
+                _sampler_input(
+                    "The sampling algorithm: an ancestral or SDE one, such as euler_ancestral. The calibration then "
+                    "serves all others."
+                ),
                 scheduler_input(),
                 io.Conditioning.Input(
                     "positive",
@@ -211,6 +226,7 @@ class CalibrateModel(io.ComfyNode):
                 f"`sampler_name` is {sampler_name}, which needs an unconditional prediction, and this run has none; "
                 "choose another, such as euler_ancestral"
             )
+        check_noise(sampler_name)
         if shares not in (ALTERNATIVES, PRIORS):
             raise ValueError(f"`shares` must be {ALTERNATIVES} or {PRIORS}; it is {shares!r}")
         if shares == ALTERNATIVES and len(concepts) < 2:
@@ -259,7 +275,7 @@ class Calibrate(io.ComfyNode):
                     "steps", default=20, min=FEWEST_STEPS, max=10000, tooltip="The number of denoising steps."
                 ),
                 cfg_input(),
-                _sampler_input(),
+                _sampler_input("The sampling algorithm that you will use afterwards. lcm is refused."),
                 scheduler_input(),
                 io.Conditioning.Input("positive", tooltip="What the images should show, as in your graph."),
                 io.Conditioning.Input("negative", tooltip="What is to be avoided."),

@@ -208,9 +208,10 @@ def rule_input(**options: bool) -> io.Input:
         optional=True,
         options=list(RULES),
         default=DEFAULTS.rule,
-        tooltip="How the evidence of a step is computed. algorithm_2: as in the paper. probe: with one more pair of "
-        "predictions at some of the steps, by which deterministic samplers (euler, dpmpp_2m) remove more. step_noise: "
-        "with an estimate for large steps that costs nothing, and that is good for small latents only.",
+        tooltip="How the evidence of a step is computed. auto: algorithm_2 where the sampler adds noise, and elbo "
+        "where it adds none (euler, dpmpp_2m). algorithm_2: as in the paper. elbo: by how well the predictions so far "
+        "foretold the image that the model now expects. step_noise: with an estimate for large steps, for small "
+        "latents only. probe: with one more pair of predictions at some of the steps, for exact predictions only.",
         **options,
     )
 

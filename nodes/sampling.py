@@ -183,8 +183,7 @@ def _run_inputs() -> list[io.Input]:
         io.Combo.Input(
             "sampler_name",
             options=comfy.samplers.KSampler.SAMPLERS,
-            tooltip="The sampling algorithm. Ancestral and SDE samplers are tracked best. Deterministic ones remove "
-            "less, unless rule is probe (among the custom settings). lcm is refused.",
+            tooltip="The sampling algorithm. lcm is refused.",
         ),
         scheduler_input(),
         io.Conditioning.Input("positive", tooltip=POSITIVE_TIP),

@@ -21,7 +21,7 @@ from ..settings import Settings
 from ..shares import share_of
 from .class_removal import chain_name, image_shape, starting_noise
 from .measuring import check_denoiser
-from .samplers import Sampler, sample
+from .samplers import Sampler, added_noise, sample
 
 BATCH = 64  # images drawn at once: a choice
 LEVELS = (3.0, 0.65, 0.5)  # sigma; the posterior is judged at the second, and the slope is from the first to the third
@@ -70,7 +70,7 @@ def observed(
         size = min(batch, images - start)
         noise, generator = starting_noise(start, size, seed, shape)
         settings = Settings(prior=0.5 / alternatives, guidance_scale=0.0)
-        guidance = NegativeGuidance([settings] * alternatives, Chain(levels))
+        guidance = NegativeGuidance([settings] * alternatives, Chain(levels, noise_fraction=added_noise(sampler)))
 
         def denoise(x: Tensor, sigma: float, guidance: NegativeGuidance = guidance) -> Tensor:
             reference, undesired = predict(x, sigma)

@@ -7,11 +7,18 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..posterior import NoiseFraction
+
 Sampler = Literal["euler_ancestral", "dpmpp_2m_sde", "dpmpp_2m", "euler"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 NOISY: tuple[Sampler, ...] = ("euler_ancestral", "dpmpp_2m_sde")  # those that add noise at each step
 Denoiser = Callable[[Tensor, float], Tensor]
 """(VE states, sigma) -> the prediction that the sampler uses, with all guidance in it."""
+
+
+def added_noise(sampler: Sampler) -> NoiseFraction:
+    """The variance that a sampler adds over a step, as a share of the exact kernel's."""
+    return lambda sigma, next_sigma: float(sampler in NOISY)
 
 
 def sample(

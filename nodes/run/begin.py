@@ -8,6 +8,7 @@ import comfy.samplers
 from torch import Tensor
 
 from ...dng_core.economy import ECONOMIES
+from ...dng_core.evidence import Foretold
 from ...dng_core.guidance import NegativeGuidance, Trace
 from ...dng_core.methods import MethodSettings, guidance_by
 from ...dng_core.posterior import SAME_SIGMA, Chain
@@ -92,7 +93,8 @@ def begin_run(
         trial_points=has_trial_points(sampler_name, options, frame),
     )
     economies = [ECONOMIES[concept.economy] for concept in concepts]
-    guidance = guidance_by([concept.settings for concept in concepts], chain, start, seed or 0, economies)
+    foretold = _foretold(previous, latent_shape)
+    guidance = guidance_by([concept.settings for concept in concepts], chain, start, seed or 0, economies, foretold)
 
     positive = (guider.conds.get("positive") or [{}])[0]
     inputs = {name: positive[name] for name in MODEL_INPUTS if name in positive}
@@ -109,6 +111,13 @@ def begin_run(
     )
     run.install()
     return run
+
+
+def _foretold(previous: Trace | None, latent_shape: Sequence[int]) -> tuple[Foretold | None, ...] | None:
+    """What the run before foretold of each concept; nothing where the latent was brought to another size since."""
+    known = (previous.foretold if previous else None) or ()
+    fits = all(one is None or one.expected.shape == tuple(latent_shape) for one in known)
+    return known if known and fits else None
 
 
 def check_guider(guider: comfy.samplers.CFGGuider) -> None:

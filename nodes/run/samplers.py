@@ -63,6 +63,8 @@ SDE = frozenset(
         "exp_heun_2_x0_sde",
     ]
 )
+NOISELESS = DETERMINISTIC | CHURNING | {"er_sde", "dpm_adaptive"}
+"""Samplers that at their default options add no noise to speak of (:data:`~.posterior.LEAST_NOISE_FRACTION`)."""
 SA_SOLVERS = frozenset(["sa_solver", "sa_solver_pece"])
 TRACKED = DETERMINISTIC | CHURNING | ANCESTRAL | RECTIFIED | UNSCALED | SDE | SA_SOLVERS | {"er_sde", "dpm_adaptive"}
 

@@ -148,7 +148,7 @@ def test_a_prediction_that_was_never_seen_cannot_be_held():
 # What is held
 
 
-@pytest.mark.parametrize("rule", ["algorithm_2", "step_noise", "probe"])
+@pytest.mark.parametrize("rule", ["algorithm_2", "elbo", "step_noise", "probe"])
 def test_off_is_what_it_is_without_an_economy(rule):
     settings = [PRIOR.with_(rule=rule), PRIOR.with_(rule=rule)]
     (ours, trace), (plain, without) = oracle([Economy(), Economy()], settings), oracle(None, settings)
@@ -318,7 +318,7 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("concepts", "at_most"), [(1, 40), (3, 120)])
-@pytest.mark.parametrize("rule", ["algorithm_2", "step_noise", "probe"])
+@pytest.mark.parametrize("rule", ["algorithm_2", "elbo", "step_noise", "probe"])
 def test_a_step_takes_few_operations_and_waits_for_nothing(concepts, at_most, rule):
     """Tracker, decision and combination. (The offset's table is made once in a run.)"""
     settings, offset = [Settings(prior=0.1, rule=rule)] * concepts, IntegratedOffset(DDPMSchedule.named("linear"))

@@ -253,8 +253,8 @@ def test_a_study_is_measured_reported_and_goes_on_where_it_stopped(weights, tmp_
     ]
     for row in rows:
         assert 0 <= row["left_low"] <= row["left"] <= row["left_high"] <= 1
-        # three steps of two predictions, or of three, which euler asks to be probed
-        assert row["evaluations"] == {"nothing": 6, "negative_prompt": 6, "dng_joint": 9 + 9}[row["method"]]
+        # three steps of two predictions, or of three
+        assert row["evaluations"] == {"nothing": 6, "negative_prompt": 6, "dng_joint": 9}[row["method"]]
         assert (row["rms"] == 0) == (row["method"] == "nothing")
         assert (row["late_scale"] is None) == (row["method"] != "dng_joint")
     markdown_file, page_file = write_report(tmp_path)

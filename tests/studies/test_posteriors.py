@@ -1,6 +1,7 @@
 """What the picture book's posteriors know: on evidence whose answer is known, and on a random book by the command."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,15 +68,13 @@ def test_each_setting_differs_from_the_calibrations_own_in_one_thing(weights, mo
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_sampler_without_noise_is_tracked_by_probes(weights, sampler):
-    """A probe is one more evaluation of the prompt and of the thing, at most steps; it moves no picture."""
+def test_a_sampler_is_tracked_by_the_rule_for_its_noise(weights, sampler):
     opened, method = open_book(weights), METHODS["dng_joint"]
-    assert (method.under(sampler).settings.rule == "probe") == (sampler not in NOISY)
-    told = (CASES[0], method, 1.0, sampler, 4, 2, 0)
-    found, latents = unguided(opened.book, opened.chain, *told)
+    rules = ["auto", "algorithm_2" if sampler in NOISY else "elbo"]
+    methods = [replace(method, settings=method.settings.with_(rule=rule)) for rule in rules]
+    found, named = (unguided(opened.book, opened.chain, CASES[0], m, 1.0, sampler, 4, 2, 0)[0] for m in methods)
     assert found.increments.shape == (3, 2) and bool(found.increments.isfinite().all())
-    nothing = METHODS["negative_prompt"]
-    assert nothing.under(sampler) is nothing and bool(latents.isfinite().all())
+    assert torch.equal(found.increments, named.increments)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ...schedules import DDPMSchedule, IntegratedOffset, ddpm_sigmas
 from ...settings import Settings
 from ...shares import share_of
 from ..class_removal import starting_noise
-from ..samplers import NOISY, Sampler, sample
+from ..samplers import Sampler, added_noise, sample
 from .cases import Case
 from .sampling import LATENT
 
@@ -43,12 +43,6 @@ class Method:
     def at(self, scale: float) -> "Method":
         """The same with another guidance scale; methods without one stay as they are."""
         return self if self.settings is None else replace(self, settings=replace(self.settings, guidance_scale=scale))
-
-    def under(self, sampler: Sampler) -> "Method":
-        """The same by the rule that a sampler asks for: DNG probes where no noise tells the covariance gap."""
-        if not isinstance(self.settings, Settings) or sampler in NOISY:
-            return self
-        return replace(self, settings=self.settings.with_(rule="probe"))
 
 
 LEAST_PRIOR = 0.001  # the smallest that the nodes take
@@ -128,12 +122,19 @@ class Guided:
 
 
 def guided(
-    book: PictureBook, chain: DDPMSchedule, case: Case, method: Method, cfg: float, levels: list[float]
+    book: PictureBook,
+    chain: DDPMSchedule,
+    case: Case,
+    method: Method,
+    cfg: float,
+    levels: list[float],
+    sampler: Sampler = "euler_ancestral",
 ) -> Guided:
-    """The prediction of a new run over noise levels."""
+    """The prediction of a new run of ``sampler`` over noise levels."""
     guidance, settings = None, method.settings
     if settings is not None and not isinstance(settings, PerpNeg):
-        guidance = guidance_by([settings] * len(case.avoid), Chain(levels, IntegratedOffset(chain)))
+        known = Chain(levels, IntegratedOffset(chain), noise_fraction=added_noise(sampler))
+        guidance = guidance_by([settings] * len(case.avoid), known)
     return Guided(book, chain, case, method, cfg, guidance)
 
 
@@ -170,7 +171,7 @@ def unguided(
 ) -> tuple[Evidence, Tensor]:
     """What a run without guidance shows of the first thing, as the method sees it, and the run's latents."""
     levels = ddpm_sigmas(chain, steps)
-    run = guided(book, chain, case, method.at(0.0).under(sampler), cfg, levels)
+    run = guided(book, chain, case, method.at(0.0), cfg, levels, sampler)
     noise, generator = starting_noise(0, images, seed, LATENT)
     latents = sample(run, noise, levels, sampler, generator)
     assert isinstance(run.guidance, NegativeGuidance)

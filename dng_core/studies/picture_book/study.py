@@ -208,7 +208,7 @@ class Study:
         return self._unguided[point]
 
     def _drawn(self, point: Point) -> Drawn:
-        method = METHODS[point.method].at(point.scale).under(point.sampler)
+        method = METHODS[point.method].at(point.scale)
         if method.calibrated:
             images = min(CALIBRATION_IMAGES, point.images)
             seed = point.seed + CALIBRATION_SEED
@@ -223,7 +223,7 @@ class Study:
             for start in range(0, point.images, self.plan.batch):
                 count = min(self.plan.batch, point.images - start)
                 noise, generator = starting_noise(start, count, point.seed, LATENT)
-                run = guided(self.book, self.chain, point.case, method, point.cfg, levels)
+                run = guided(self.book, self.chain, point.case, method, point.cfg, levels, point.sampler)
                 parts.append(pictures_of(sample(run, noise, levels, point.sampler, generator)))
                 if not bool(parts[-1].isfinite().all()):
                     raise ValueError(f"{name} at scale {point.scale:g}: pictures are not finite: check the weights")
