@@ -129,11 +129,12 @@ class Chain:
 
     @cached_property
     def noisy(self) -> bool:
-        """Whether the sampler adds noise enough for Algorithm 2 in any step; taken for granted where it is unknown."""
+        """Whether the sampler adds noise enough for Algorithm 2, on average over its steps; True if unknown."""
         if self.noise_fraction is None:
             return True
         jumps = list(pairwise(self.levels)) if self.levels else [(2.0, 1.0)]  # an adaptive sampler adds some or none
-        return any(self.noise_fraction(*jump) >= LEAST_NOISE_FRACTION for jump in jumps if math.isfinite(jump[0]))
+        fractions = [self.noise_fraction(*jump) for jump in jumps if math.isfinite(jump[0])]
+        return sum(fractions) >= LEAST_NOISE_FRACTION * max(len(fractions), 1)
 
     def rule(self, settings: Settings) -> Rule:
         """The rule by which evidence is counted along this chain."""

@@ -104,6 +104,7 @@ def test_auto_is_algorithm_2_where_the_sampler_adds_noise_and_elbo_where_it_adds
         ((3.0, 2.0, 1.0), {3.0: 0.0, 2.0: 0.0}, "elbo"),
         ((3.0, 2.0, 1.0), {3.0: 0.0, 2.0: 0.9}, "algorithm_2"),
         ((3.0, 2.0, 1.0), {3.0: 0.3, 2.0: 0.3}, "elbo"),
+        ((3.0, 2.0, 1.0), {3.0: 0.7, 2.0: 0.0}, "elbo"),
         ((math.inf, 2.0, 1.0), {math.inf: 1.0, 2.0: 0.0}, "elbo"),
         (None, {2.0: 0.0}, "elbo"),
     ],
