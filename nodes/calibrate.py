@@ -119,17 +119,18 @@ def _sampler_input(tooltip: str) -> io.Input:
     )
 
 
-def check_noise(sampler_name: str) -> None:
+def check_noise(schedule: Schedule) -> None:
     """Raise ValueError for a sampler along whose run no temperature can be measured.
 
     What a temperature is measured by, that the posterior is a martingale, holds for a chain with noise. A
     deterministic run's image is settled from the beginning, so that its posterior moves further than a martingale
     would.
     """
-    if name_of(comfy.samplers.sampler_object(sampler_name)) in NOISELESS:
+    name = schedule.sampler_name
+    if name_of(comfy.samplers.sampler_object(name)) in NOISELESS:
         raise ValueError(
-            f"`sampler_name` is {sampler_name}, which adds no noise, so that no temperature can be measured with it; "
-            f"choose an ancestral or SDE sampler, such as euler_ancestral: its calibration serves {sampler_name} too"
+            f"`sampler_name` is {name}, which adds no noise, so that no temperature can be measured with it; "
+            f"choose an ancestral or SDE sampler, such as euler_ancestral: its calibration serves {name} too"
         )
 
 
@@ -226,7 +227,8 @@ class CalibrateModel(io.ComfyNode):
                 f"`sampler_name` is {sampler_name}, which needs an unconditional prediction, and this run has none; "
                 "choose another, such as euler_ancestral"
             )
-        check_noise(sampler_name)
+        schedule = Schedule(seed, steps, sampler_name, scheduler)
+        check_noise(schedule)
         if shares not in (ALTERNATIVES, PRIORS):
             raise ValueError(f"`shares` must be {ALTERNATIVES} or {PRIORS}; it is {shares!r}")
         if shares == ALTERNATIVES and len(concepts) < 2:
@@ -237,7 +239,7 @@ class CalibrateModel(io.ComfyNode):
         started = time.monotonic()
         evidence, shape = observe(
             model,
-            Schedule(seed, steps, sampler_name, scheduler),
+            schedule,
             Conditionings(positive, None, 1.0),
             latent_image,
             [concept.conditioning for concept in concepts],

@@ -210,6 +210,13 @@ def test_a_sampler_that_needs_an_unconditional_is_refused_by_its_name(bench, nod
         nodes.CalibrateModel.execute(*run, alternatives(bench, 2), "priors", bench.latent(8))
 
 
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpmpp_2m", "uni_pc", "dpm_fast", "er_sde"])
+def test_a_sampler_without_noise_measures_no_temperature(bench, nodes, sampler):
+    run = bench.model(), 0, 8, sampler, "karras", bench.cond()
+    with pytest.raises(ValueError, match=rf"`sampler_name` is {sampler}.*serves {sampler} too"):
+        nodes.CalibrateModel.execute(*run, alternatives(bench, 2), "priors", bench.latent(8))
+
+
 def test_where_nothing_can_be_written_the_file_is_named(bench, calibrate_model, kept):
     kept.folder().write_text("a file in the folder's place")
     with pytest.raises(ValueError, match=r"dng_calibrations/mine\.json .*`save_as`"):

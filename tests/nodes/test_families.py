@@ -1,5 +1,6 @@
 """Every family of models: ComfyUI's own architectures with random weights, in every precision that CPUs compute in."""
 
+import math
 from typing import Any
 
 import pytest
@@ -75,22 +76,25 @@ def test_scale_0_is_the_stock_ksampler_and_guidance_stays_finite(bench, networks
 
 
 @families
-def test_the_guided_steps_are_the_method_written_out_in_float64(bench, networks, monkeypatch, family):
+@pytest.mark.parametrize("rule", ["algorithm_2", "elbo"])
+def test_the_guided_steps_are_the_method_written_out_in_float64(bench, networks, monkeypatch, family, rule):
     """Two steps from the model's own predictions D_p, D_u, D_n: the first pushed by the prior, the second by
 
     log p' = log p + (tau / sigma'^2) < D_n - D_u, x' - r x - (1 - r) (D_n + D_u) / 2 >, in the VE frame.
     """
     model = networks.FAMILIES[family].build()
     seen = record_predictions(bench, monkeypatch)
-    sample(bench, networks, model, family, settings={"temperature": 0.0})
+    sample(bench, networks, model, family, settings={"temperature": 0.0, "rule": rule})
     flow = isinstance(model.get_model_object("model_sampling"), bench.comfy.model_sampling.CONST)
-    temperature = 0.5 / float(evidence(*seen, flow).abs().max())
+    temperature = 0.5 / float(evidence(*seen, flow, rule).abs().max())
 
     seen.clear()
-    guided, trace = sample(bench, networks, model, family, settings={"temperature": temperature, "p_min": 1e-9})
+    guided, trace = sample(
+        bench, networks, model, family, settings={"temperature": temperature, "p_min": 1e-9, "rule": rule}
+    )
     (x1, level1, d1), (x2, level2, d2) = seen
     p1 = torch.full((2,), 1 / 8, dtype=torch.float64)
-    p2 = (p1.log() + temperature * evidence(*seen, flow)).exp()
+    p2 = (p1.log() + temperature * evidence(*seen, flow, rule)).exp()
     assert float((p2 / p1).log().abs().max()) > 0.4
     torch.testing.assert_close(trace.posterior[:, 0].double(), torch.stack([p1, p2]), rtol=1e-3, atol=0.0)
 
@@ -122,15 +126,18 @@ def push(predictions: Tensor, p: Tensor) -> Tensor:
     return unconditional + 3 * (positive - unconditional) - scale * (undesired - unconditional)
 
 
-def evidence(first: tuple, second: tuple, flow: bool) -> Tensor:
-    """log p(x'|x, c-) - log p(x'|x) of the jump, (batch,), in float64."""
-    (x, level, (_, reference, undesired)), (next_x, next_level, _) = first, second
+def evidence(first: tuple, second: tuple, flow: bool, rule: str) -> Tensor:
+    """Of the jump, (batch,), in float64: log p(x'|x, c-) - log p(x'|x), or by the rule elbo."""
+    (x, level, (_, reference, undesired)), (next_x, next_level, (_, expected, _)) = first, second
     if flow:
         sigma, next_sigma = (level / (1 - level) if level < 1 else torch.inf), next_level / (1 - next_level)
         x, next_x = (x / (1 - level) if level < 1 else torch.zeros_like(x)), next_x / (1 - next_level)
     else:
         sigma, next_sigma = level, next_level
     r = (next_sigma / sigma) ** 2
+    if rule == "elbo":
+        foretold = (undesired - reference) * (expected - reference) / (2 - 2 * math.log(2))
+        return (foretold - (undesired - reference).square() / 2).flatten(1).sum(1) * (1 - r) / next_sigma**2
     mean = r * x + (1 - r) * (undesired + reference) / 2
     return ((undesired - reference) * (next_x - mean)).flatten(1).sum(1) / next_sigma**2
 

@@ -221,7 +221,9 @@ def test_outside_an_inpainting_mask_nothing_counts_for_the_posterior(bench, monk
     seen = record_guidance(bench, monkeypatch)
     content = bench.mixture.means[:1].expand(6, -1, -1, -1).clone()
     latent = {"samples": content, "noise_mask": bench.left_half()}
-    _, trace = bench.dng(bench.model(), bench.concept("0", p_min=1e-12), latent, sampler_name="euler")
+    _, trace = bench.dng(
+        bench.model(), bench.concept("0", p_min=1e-12, rule="algorithm_2"), latent, sampler_name="euler"
+    )
     inside = [[x[..., :2] for x in (s, n[0], r)] for s, _, _, r, n, _ in seen]
     log_p = torch.full((6,), 1 / 8).log()
     for (start, negative, reference), (end, _, _), high, low in zip(

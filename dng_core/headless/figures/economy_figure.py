@@ -13,8 +13,6 @@ from .sampler_matrix import Choice, percent, progress, refusal_noted
 
 BATCHES = (1, 16)  # a choice: an image that sleeps on its own, and a batch in which one that is awake wakes all
 MOST_SAMPLES = 4096  # that ComfyUI's RebatchLatents puts together
-RULES = {"dpmpp_2m": "probe"}
-"""The rule that suits a sampler where the settings' own does not: a deterministic one needs the correction."""
 TOPICS: dict[str, Any] = {"kind": "topics", "positive": "0,1,2,3", "cfg": 5.0}
 CASES: dict[str, tuple[dict[str, Any], float]] = {
     "one of 8": ({}, 1 / 8),
@@ -44,7 +42,7 @@ def economy_figure(runs: OracleRunner, choice: Choice, batches: Sequence[int]) -
         task = replace(cell, samples=images_in_runs(cell.samples, batch), **changes)
         row: Row = {"case": case, "sampler": task.sampler, "steps": task.steps, "batch": batch}
         row |= {"samples": task.samples, **economy_columns(None, None), "note": ""}
-        settings = choice.settings.with_(prior=prior, rule=RULES.get(task.sampler, choice.settings.rule))
+        settings = choice.settings.with_(prior=prior)
         guided = choice.run("ksampler", settings=settings, negative=(task.forbidden,))
         with refusal_noted(runs, row):
             names = ("off", "auto")
