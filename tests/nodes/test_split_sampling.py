@@ -32,6 +32,18 @@ def test_a_split_run_is_the_unsplit_run(bench, prediction, at):
         torch.testing.assert_close(getattr(lower, name), getattr(trace, name), **exactly)
 
 
+def test_what_was_foretold_of_a_latent_of_another_size_is_not_counted(bench):
+    """An upscaled latent goes on from the posterior alone."""
+    first, upper = advanced(bench, bench.model(), bench.latent(), 0, 3)
+    (known,) = upper.foretold
+    other = known._replace(gathered=known.gathered[..., :2], expected=known.expected[..., :2])
+    counted, alone, resized = (
+        advanced(bench, bench.model(), first, 3, 6, previous_trace=dataclasses.replace(upper, foretold=foretold))[1]
+        for foretold in (upper.foretold, None, (other,))
+    )
+    assert torch.equal(resized.posterior, alone.posterior) and not torch.equal(counted.posterior, alone.posterior)
+
+
 def test_without_the_trace_the_second_node_starts_at_the_prior_again(bench):
     model, latent = bench.model(), bench.latent()
     first, upper = advanced(bench, model, latent, 0, 3)
