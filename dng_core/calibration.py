@@ -411,7 +411,7 @@ def explained(calibration: Calibration) -> str:
     lines = [
         f"**Temperature {c.temperature:.2g}** (between {c.least:.2g} and {c.most:.2g}): "
         + (
-            "evidence counts as it does on an exact model."
+            "the images do not tell the model from an exact one, whose temperature is 1."
             if exact
             else f"{c.temperature:.0%} of the evidence counts, the rest is errors of the model's predictions."
             if c.temperature < 1

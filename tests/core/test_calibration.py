@@ -246,7 +246,7 @@ def test_the_explanation_says_what_was_measured():
     text = explained(FOUND)
     for part in ("Temperature 0.5", "between 0.3 and 0.6", "50% of the evidence counts", "2.5 nats", "sigma 1", "64"):
         assert part in text
-    assert "as it does on an exact model" in explained(EXACT)
+    assert "do not tell the model from an exact one" in explained(EXACT)
 
 
 def test_a_calibration_that_is_saved_is_read_as_it_was(tmp_path: Path):

@@ -68,7 +68,7 @@ def test_on_the_oracle_the_exact_temperature_is_measured(bench, calibrate_model)
     calibration = found.calibration.calibration
     assert 0.8 < calibration.temperature < 1.25
     assert calibration.least <= 1 <= calibration.most
-    assert "as it does on an exact model" in found.text
+    assert "do not tell the model from an exact one" in found.text
     assert found.before.posterior.shape == found.after.posterior.shape == (30, 8, 64)
     before, after = (trace.posterior[-8].sum(dim=0).mean() for trace in (found.before, found.after))
     assert abs(1 - after) < abs(1 - before)
