@@ -113,7 +113,8 @@ class Chain:
     offset: the offset, integrated over the model's training chain.
     weight: broadcastable to the state, 0 where elements do not follow the chain (outside an inpainting mask).
     noise_fraction: gives the variance that the sampler adds over a step between scheduled levels, as a share of the
-        exact kernel's; None if unknown.
+        exact kernel's; None if unknown, which the rule "auto" takes for noise. Give ``lambda *levels: 0.0`` for a
+        deterministic sampler.
     trial_points: whether the sampler reaches each level first by a trial step without noise.
     """
 
