@@ -92,9 +92,12 @@ def test_without_noise_the_rule_foretells_better_than_algorithm_2_in_any_dimensi
     ("sampler", "rule"), [("euler", "elbo"), ("dpmpp_2m", "elbo"), ("dpmpp_2m_sde", "algorithm_2")]
 )
 def test_auto_is_algorithm_2_where_the_sampler_adds_noise_and_elbo_where_it_adds_none(sampler, rule):
-    mixture = GaussianMixture.random(4, (1, 2, 2))
-    auto, chosen = (tracked(mixture, 0, None, sampler, 12, name, 8)[0].trace().posterior for name in ("auto", rule))
-    assert torch.equal(auto, chosen)
+    mixture, seen = GaussianMixture.random(4, (1, 2, 2)), OFF.with_(prior=0.25, p_min=1e-6)
+    auto, chosen, other = (
+        tracked(mixture, 0, None, sampler, 12, name, 8, seen)[0].trace().posterior
+        for name in ("auto", rule, "elbo" if rule == "algorithm_2" else "algorithm_2")
+    )
+    assert torch.equal(auto, chosen) and not torch.equal(auto, other)
 
 
 @pytest.mark.parametrize(
