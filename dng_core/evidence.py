@@ -24,7 +24,7 @@ PROBE_SPACING = 1.6
 noise level. On the oracle 1.6 has the least error over a run, at half the probes of 1 (docs/samplers.md). Of 30 Karras
 steps, 12 are probed on Stable Diffusion's range (0.03 to 14.6), and 17 from 0.002 to 80."""
 
-DETERMINISTIC = 1 / (2 - 2 * math.log(2))
+DETERMINISTIC_FACTOR = 1 / (2 - 2 * math.log(2))
 """The factor of :func:`foretell` on a deterministic run, 1.63. For small steps from much noise to none, it makes the
 rule exact where both conditions are Gaussians that differ in their means alone (tests/core/test_elbo.py)."""
 
@@ -119,12 +119,16 @@ class Foretold(NamedTuple):
     """What the predictions of a run up to the start of a jump foretold of the image, for the rule ``elbo``.
 
     ``gathered``: (batch, ...), the sum A of :func:`elbo_evidence`, with this jump's part. ``expected``: (batch, ...),
-    D_ref at the start of the jump. ``lost``: (batch,), half of the jump's energy, in nats.
+    D_ref at the start of the jump. ``energy``: (batch,), of the jump (:func:`jump_energy`).
     """
 
     gathered: Tensor
     expected: Tensor
-    lost: Tensor
+    energy: Tensor
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Foretold":
+        """The same on another device, in its own precision or another."""
+        return Foretold(*(values.to(device, dtype) for values in self))
 
 
 def foretell(
@@ -133,13 +137,13 @@ def foretell(
     """What is foretold by the end of a jump, where ``before`` was by the end of the last one.
 
     ``factor`` is 1 where the states are those of the exact chain. On a deterministic run they are nearer to the image
-    than independent ones would be, which DETERMINISTIC makes up for.
+    than independent ones would be, which DETERMINISTIC_FACTOR makes up for.
     """
     assert start.reference is not None
     kernel = ReverseKernel(start.sigma, end.sigma)
     part, difference = factor * (1 - kernel.ratio) / kernel.next_sigma**2, start.difference
     gathered = part * difference if before is None else torch.add(before.gathered, difference, alpha=part)
-    return Foretold(gathered, start.reference, jump_energy(start, end, weight) / 2)
+    return Foretold(gathered, start.reference, jump_energy(start, end, weight))
 
 
 def elbo_evidence(foretold: Foretold, end: Call, weight: Tensor | None = None) -> Tensor:
@@ -168,7 +172,7 @@ def elbo_evidence(foretold: Foretold, end: Call, weight: Tensor | None = None) -
     """
     assert end.reference is not None
     change = at_least_float32(end.reference) - at_least_float32(foretold.expected)
-    return weighted_sum(foretold.gathered * change, weight) - foretold.lost
+    return weighted_sum(foretold.gathered * change, weight) - foretold.energy / 2
 
 
 def path_evidence(start: Call, end: Call, gap: Tensor, weight: Tensor | None = None) -> Tensor:

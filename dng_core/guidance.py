@@ -164,10 +164,6 @@ class Trace:
         )
 
 
-def _on_cpu(foretold: Foretold | None) -> Foretold | None:
-    return None if foretold is None else Foretold(*(values.float().cpu() for values in foretold))
-
-
 def looks_along(paths: Sequence[Path], span: slice = slice(None)) -> list[list[bool]]:
     """For a span of a run's points, (steps, concepts): whether the undesired prediction was evaluated there."""
     of_concepts = [[point.applies and not point.held for point in path.points[span]] for path in paths]
@@ -387,7 +383,8 @@ class NegativeGuidance(Guidance):
         """What was tracked so far; empty if nothing was. Waits for the device.
 
         No predictions are known at ``end``. So the jump there is counted by Algorithm 2; the rule "probe" also
-        subtracts the divergence that the step's noise does not cancel.
+        subtracts the divergence that the step's noise does not cancel, and the rule "elbo" leaves the jump to the run
+        that goes on.
         """
         paths, final, priors = self.paths, None, tuple(s.prior for s in self.settings)
         if end is not None:
@@ -397,7 +394,10 @@ class NegativeGuidance(Guidance):
             nothing = torch.zeros(0, len(paths), 0)
             looked = torch.zeros(0, len(paths), dtype=torch.bool)
             return Trace(torch.zeros(0), nothing, nothing, final, looked, priors=priors)
-        left = None if end is None else tuple(_on_cpu(path.points[-1].foretold) for path, _ in stepped)
+        left: tuple[Foretold | None, ...] | None = None
+        if end is not None:
+            last = [path.points[-1].foretold for path, _ in stepped]
+            left = tuple(known.to("cpu", torch.float32) if known else None for known in last)
         posterior, scale = (values.float().cpu() for values in tracked(paths, self.settings))
         looked = torch.tensor(looks_along(paths))
         made, spared = (sum(counts) for counts in zip(*((w.made, w.spared) for w in self._watches), strict=True))

@@ -53,7 +53,7 @@ import torch
 from torch import Tensor
 
 from .evidence import (
-    DETERMINISTIC,
+    DETERMINISTIC_FACTOR,
     Call,
     Foretold,
     divergence_evidence,
@@ -257,7 +257,7 @@ def step(path: Path, call: Call, settings: Settings, chain: Chain) -> tuple[Path
         kernel = ReverseKernel(start.sigma, call.sigma)
         added: Tensor | float = offset_evidence(settings, kernel, chain.offset)
         if settings.drift or settings.guidance_scale == 0:
-            energy = jump_energy(start.call, call, chain.weight)
+            energy = jump.foretold.energy if jump.foretold else jump_energy(start.call, call, chain.weight)
             added = added + drift_evidence(settings, kernel, energy)
         log_p = advance(start.log_p, jump.evidence, settings.temperature, added, settings)
     if start is not None and not chain.on_schedule(call.sigma):
@@ -319,7 +319,7 @@ def elbo(start: PathPoint, said: Call, call: Call, guided: Tensor | None, chain:
     It needs no noise from the sampler. Where the run ends without another prediction, nothing is counted: a run that
     goes on from there does.
     """
-    foretold = foretell(said, call, start.foretold, 1.0 if chain.noisy else DETERMINISTIC, chain.weight)
+    foretold = foretell(said, call, start.foretold, 1.0 if chain.noisy else DETERMINISTIC_FACTOR, chain.weight)
     if call.reference is None:
         return Jump(torch.zeros_like(start.log_p), foretold=foretold)
     return Jump(elbo_evidence(foretold, call, chain.weight), foretold=foretold)
@@ -381,7 +381,7 @@ def clamped(log_p: Tensor, settings: Settings) -> Tensor:
 
 def _counted_later(foretold: Foretold, call: Call, chain: Chain) -> Jump:
     """The jump to the first call of a run, which another run left uncounted by the rule ``elbo``."""
-    there = Foretold(*(values.to(call.x.device) for values in foretold))
+    there = foretold.to(call.x.device)
     return Jump(elbo_evidence(there, call, chain.weight), foretold=there)
 
 
