@@ -47,8 +47,8 @@ class Settings:
         measured (:mod:`~.calibration`).
     max_scale: cap on the product lambda_0 p / (1 - p); infinity for none. A larger push seldom removes more, and can
         throw a state off its chain where steps are few.
-    rule: how a jump's evidence is computed. "auto" is the next where the sampler adds noise, and the one after that
-        where it adds none. "algorithm_2" is the paper's. "elbo" asks how well the predictions so far foretold the
+    rule: how a jump's evidence is computed. "auto" is "algorithm_2" where the sampler adds noise, and "elbo" where
+        it adds none. "algorithm_2" is the paper's. "elbo" asks how well the predictions so far foretold the
         image that the model now expects (:func:`~.evidence.elbo_evidence`). The other two add a term that Algorithm 2
         lacks on large steps and without noise: "step_noise" estimates the term from the noise that the sampler drew,
         which is good where predictions are exact and fails on large latents of trained networks; "probe" estimates it
