@@ -2,7 +2,8 @@
 
 Negative prompting and Safe Latent Diffusion push with a constant scale, whatever the image shows. Contrastive CFG
 pushes less the farther the two predictions are apart. Perp-Neg pushes across the direction of the prompt, and so needs
-its prediction: it is a function (:func:`perp_neg`), and no :class:`BaselineGuidance`.
+its prediction; Normalized Attention Guidance pushes inside the network. Both are functions (:func:`perp_neg`,
+:func:`normalized_attention`), and no :class:`BaselineGuidance`.
 """
 
 import math
@@ -102,6 +103,29 @@ class PerpNeg:
         check(self, "guidance_scale", 0 <= self.guidance_scale < math.inf, "at least 0 and finite")
 
 
+@dataclass(frozen=True)
+class NormalizedAttention:
+    """The settings of :func:`normalized_attention`, by default those of ComfyUI's node.
+
+    Parameters
+    ----------
+    guidance_scale: the paper's, at least 0; 0 switches guidance off. ComfyUI's ``nag_scale`` is more by 1.
+    tau: at least 1: the longest that an output may become, in lengths of the unguided one.
+    alpha: 0 .. 1: the share of the guided output in what is used.
+    """
+
+    method: ClassVar[str] = "normalized_attention"
+    guidance_scale: float = 4.0
+    tau: float = 1.5
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check(self, "guidance_scale", 0 <= self.guidance_scale < math.inf, "at least 0 and finite")
+        check(self, "tau", 1 <= self.tau < math.inf, "at least 1 and finite")
+        check(self, "alpha", 0 <= self.alpha <= 1, "between 0 and 1")
+
+
 Baseline = NegativePrompting | SafeLatentDiffusion | ContrastiveCFG
 
 
@@ -163,6 +187,23 @@ def perp_neg(positive: Tensor, negative: Tensor, unconditional: Tensor, cfg: flo
     share = along / torch.where(length > 0, length, torch.ones_like(length))
     across = n - per_image(share, p) * p
     return combine(unconditional + cfg * p, [across], [n.new_full((len(n),), cfg * scale)])
+
+
+def normalized_attention(positive: Tensor, negative: Tensor, settings: NormalizedAttention) -> Tensor:
+    """Normalized Attention Guidance (Chen et al., arXiv 2505.21179) of an attention layer's outputs.
+
+    With z+ and z- under the two prompts, z = z+ + scale (z+ - z-). Where its L1 norm exceeds tau times that of z+, it
+    is shortened to that. What is used is alpha z + (1 - alpha) z+.
+
+    Parameters
+    ----------
+    positive, negative: z+ and z-, (batch, positions, width); the norms are of a position's width.
+    """
+    guided = positive + settings.guidance_scale * (positive - negative)
+    longest = settings.tau * positive.abs().sum(dim=-1, keepdim=True)
+    length = guided.abs().sum(dim=-1, keepdim=True)
+    shortened = guided * (longest / torch.where(length > 0, length, torch.ones_like(length))).clamp(max=1)
+    return settings.alpha * shortened + (1 - settings.alpha) * positive
 
 
 class BaselineGuidance(Guidance):

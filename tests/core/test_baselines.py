@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from dng_core.baselines import ContrastiveCFG, NegativePrompting, PerpNeg, contrastive_direction, perp_neg
+from dng_core.baselines import (
+    ContrastiveCFG,
+    NegativePrompting,
+    NormalizedAttention,
+    PerpNeg,
+    contrastive_direction,
+    normalized_attention,
+    perp_neg,
+)
 from dng_core.methods import METHODS, STUDIED, MethodSettings, guidance_by
 from dng_core.oracle import GaussianMixture
 from dng_core.sampling import ddpm_sample
@@ -93,6 +101,26 @@ def test_perp_neg_without_a_prompt_has_no_direction_to_spare():
     torch.testing.assert_close(perp_neg(empty, negative, empty, 3.0, 1.0), empty - 3 * (negative - empty))
 
 
+def test_normalized_attention_is_its_equations_position_by_position():
+    """z = z+ + s (z+ - z-); z min(1, tau |z+| / |z|) with L1 norms over the width; then the mean with z+ by alpha."""
+    positive, negative = tensors(2, 2, 5, 4)
+    negative[0] = positive[0] + 0.01 * negative[0]  # a push too small to be shortened
+    found = normalized_attention(positive, negative, NormalizedAttention(2.0, tau=1.3, alpha=0.25))
+    shortened = 0
+    for image in range(2):
+        for position in range(5):
+            plus, minus = positive[image, position], negative[image, position]
+            z = plus + 2.0 * (plus - minus)
+            share = min(1.0, 1.3 * float(plus.abs().sum()) / float(z.abs().sum()))
+            shortened += share < 1
+            torch.testing.assert_close(found[image, position], 0.25 * share * z + 0.75 * plus)
+    assert 0 < shortened < 10
+    off = normalized_attention(positive, negative, NormalizedAttention(0.0))
+    torch.testing.assert_close(off, positive)
+    nothing = torch.zeros_like(positive)
+    assert bool((normalized_attention(nothing, nothing, NormalizedAttention()) == 0).all())
+
+
 def test_the_studies_have_the_nodes_methods_and_more():
     assert METHODS.items() <= STUDIED.items() and STUDIED["contrastive_cfg"] is ContrastiveCFG
     assert all(name == kind.method for name, kind in STUDIED.items())
@@ -107,6 +135,9 @@ def test_the_studies_have_the_nodes_methods_and_more():
         (lambda: ContrastiveCFG(tau=math.nan), "tau is not a number"),
         (lambda: PerpNeg(math.inf), "guidance_scale must be at least 0 and finite"),
         (lambda: PerpNeg(math.nan), "guidance_scale is not a number"),
+        (lambda: NormalizedAttention(-1.0), "guidance_scale must be at least 0 and finite"),
+        (lambda: NormalizedAttention(tau=0.5), "tau must be at least 1 and finite"),
+        (lambda: NormalizedAttention(alpha=1.5), "alpha must be between 0 and 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(make, message):

@@ -13,12 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from dng_core.baselines import NormalizedAttention
 from dng_core.models.picture_book.networks import CrossUNet, CrossUNetConfig, PictureBook, fold
 from dng_core.models.picture_book.prompting import contexts, denoised
 from dng_core.models.picture_book.training import TEXT
 from dng_core.models.picture_book.weights import PictureBookInfo, save_picture_book
 from dng_core.models.picture_book.words import EMPTY, END, MOST_WORDS, START, split, tokens
 from dng_core.schedules import DDPMSchedule
+from dng_core.studies.picture_book.cases import Case
+from dng_core.studies.picture_book.methods import Method, guided
 
 DEEP = CrossUNetConfig(
     48, 32, (1, 2, 3), (1, 0, 2), (1, 0, 2), (1, 2, 0, 1, 2, 1), transformer_depth_middle=2, context_dim=24
@@ -217,6 +220,26 @@ def test_perp_neg_runs(graph):
     out = custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, graph.empty())[0]
     assert bool(out["samples"].isfinite().all())
     assert not torch.equal(out["samples"], graph.draw(negative=graph.text("a flower")))
+
+
+def test_the_studys_attention_guidance_is_comfyuis_nag_node(graph, book):
+    """The prompt's prediction in a batch with the negative prompt's, by the node's patch of ComfyUI's network."""
+    chain, case = DDPMSchedule.named("linear"), Case("related", "a park by day", ("flower",))
+    node = importlib.import_module("comfy_extras.nodes_nag").NAGuidance
+    patched = node.execute(graph.model, 3.5, 0.6, 1.2)[0]
+    options = {**patched.model_options["transformer_options"], "cond_or_uncond": [0, 1]}
+    sigma = chain.sigmas[500]
+    x = 0.5 + sigma.float() * torch.randn(2, 48, 16, 16, generator=torch.Generator().manual_seed(0))
+    context = torch.cat([graph.text(prompt)[0][0].expand(2, -1, -1) for prompt in ("a park by day", "flower")])
+    inputs = {"c_crossattn": context, "transformer_options": options}
+    positive, negative = patched.model.apply_model(x.repeat(2, 1, 1, 1), sigma.float().expand(4), **inputs).chunk(2)
+    wanted = negative + 3 * (positive - negative)
+    found = {}
+    for scale in (2.5, 0.0):
+        method = Method(NormalizedAttention(scale, tau=1.2, alpha=0.6))
+        found[scale] = guided(book, chain, case, method, 3.0, [float(sigma), 1.0])(x, float(sigma))
+    torch.testing.assert_close(found[2.5], wanted, atol=1e-3, rtol=1e-3)
+    assert (found[2.5] - found[0.0]).abs().max() > 0.02
 
 
 PATCHES = {

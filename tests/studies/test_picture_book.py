@@ -182,6 +182,9 @@ def test_each_method_combines_the_predictions_as_it_says(book, cfg):
         torch.testing.assert_close(run(x, sigma), prediction, atol=1e-5, rtol=1e-5)
         assert run.evaluations == evaluations + (cfg != 1)
     assert METHODS["dng"].settings.prior == 0.2
+    stock = guided(book, chain, case, METHODS["nag"].at(0.0), cfg, [3.0, 1.0])
+    torch.testing.assert_close(stock(x, sigma), n + cfg * (p - n), atol=1e-5, rtol=1e-5)
+    assert stock.evaluations == 2
 
 
 def test_several_things_are_several_concepts(book):

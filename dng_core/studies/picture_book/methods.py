@@ -1,14 +1,25 @@
 """What a user would do to avoid a thing: the methods that are compared, each as a denoised prediction."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ...baselines import ContrastiveCFG, NegativePrompting, PerpNeg, SafeLatentDiffusion, perp_neg
+from ...baselines import (
+    ContrastiveCFG,
+    NegativePrompting,
+    NormalizedAttention,
+    PerpNeg,
+    SafeLatentDiffusion,
+    normalized_attention,
+    perp_neg,
+)
 from ...calibration import Calibration, Evidence, evidence_of
 from ...guidance import Guidance, NegativeGuidance, Probed, Trace
 from ...methods import MethodSettings, guidance_by
-from ...models.picture_book.networks import PictureBook
+from ...models.picture_book.networks import PictureBook, TransformerBlock
 from ...models.picture_book.prompting import contexts, denoised
 from ...posterior import Chain
 from ...schedules import DDPMSchedule, IntegratedOffset, ddpm_sigmas
@@ -19,6 +30,9 @@ from ..samplers import Sampler, added_noise, sample
 from .cases import Case
 from .sampling import LATENT
 
+OfComfyUI = PerpNeg | NormalizedAttention
+"""Ways that ComfyUI has nodes for. All things together are their negative prompt."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -26,8 +40,8 @@ class Method:
 
     Parameters
     ----------
-    settings: of the guidance beside an empty negative prompt; None for no guidance. For Perp-Neg, all things together
-        are the negative prompt, and the empty prompt is evaluated at cfg 1 too.
+    settings: of the guidance beside an empty negative prompt; None for no guidance. For Perp-Neg, the empty prompt is
+        evaluated at cfg 1 too. Normalized Attention Guidance is beside the stock negative prompt, as in ComfyUI.
     stock: the things are the negative prompt, D_neg + cfg (D_pos - D_neg), which does nothing at cfg 1.
     joint: the undesired prediction is of the prompt and the thing together, and is compared with the prompt's.
         Otherwise it is of the thing alone, compared with the empty prompt's (at cfg 1 with the prompt's).
@@ -35,7 +49,7 @@ class Method:
         unguided run of the case.
     """
 
-    settings: MethodSettings | PerpNeg | None = None
+    settings: MethodSettings | OfComfyUI | None = None
     stock: bool = False
     joint: bool = False
     calibrated: bool = False
@@ -53,6 +67,7 @@ METHODS = {
     "constant_push": Method(NegativePrompting()),
     "safe_latent_diffusion": Method(SafeLatentDiffusion()),
     "perp_neg": Method(PerpNeg()),
+    "nag": Method(NormalizedAttention()),
     "contrastive_cfg": Method(ContrastiveCFG()),
     "dng": Method(EXACT),
     "dng_joint": Method(EXACT, joint=True),
@@ -74,7 +89,7 @@ class Guided:
 
     def __post_init__(self) -> None:
         case, things = self.case, list(self.case.avoid)
-        if self.method.stock or isinstance(self.method.settings, PerpNeg):
+        if self.method.stock or isinstance(self.method.settings, OfComfyUI):
             things = [", ".join(things)]
         elif self.method.joint:
             things = [f"{case.prompt}, {thing}" for thing in things]
@@ -88,6 +103,10 @@ class Guided:
         if isinstance(self.method.settings, PerpNeg):
             positive, negative, empty = self._predicted(x, sigma, [self.positive, self.things[0], self.empty])
             return perp_neg(positive, negative, empty, self.cfg, self.method.settings.guidance_scale)
+        if isinstance(self.method.settings, NormalizedAttention):
+            with attending(self.book.unet, self.method.settings):
+                positive, negative = self._predicted(x, sigma, [self.positive, self.things[0]])
+            return negative + self.cfg * (positive - negative)
         if self.guidance is None:
             return self._extrapolated(x, sigma, self.empty)
         base, reference, things = self._compared(x, sigma)
@@ -121,6 +140,21 @@ class Guided:
         return denoised(self.book, self.chain, x, sigma, texts)
 
 
+@contextmanager
+def attending(unet: nn.Module, settings: NormalizedAttention) -> Iterator[None]:
+    """Guides the self attention of a network that is given the states of the prompt, and then as many of the other."""
+
+    def guide(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
+        positive, negative = outputs.chunk(2)
+        return torch.cat([normalized_attention(positive, negative, settings), negative])
+
+    with ExitStack() as stack:
+        for module in unet.modules():
+            if isinstance(module, TransformerBlock):
+                stack.enter_context(module.attn1.register_forward_hook(guide))
+        yield
+
+
 def guided(
     book: PictureBook,
     chain: DDPMSchedule,
@@ -132,7 +166,7 @@ def guided(
 ) -> Guided:
     """The prediction of a new run of ``sampler`` over noise levels."""
     guidance, settings = None, method.settings
-    if settings is not None and not isinstance(settings, PerpNeg):
+    if settings is not None and not isinstance(settings, OfComfyUI):
         known = Chain(levels, IntegratedOffset(chain), noise_fraction=added_noise(sampler))
         guidance = guidance_by([settings] * len(case.avoid), known)
     return Guided(book, chain, case, method, cfg, guidance)

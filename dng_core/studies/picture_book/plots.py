@@ -11,12 +11,13 @@ from matplotlib.ticker import MaxNLocator
 from ..report.fronts import FrontPoint, bars, draw_points
 from .averages import Row, averaged
 
-LOOKS = {  # colours by Okabe and Ito, and one more
+LOOKS = {  # colours by Okabe and Ito, and two more
     "nothing": ("#7f7f7f", "X"),
     "negative_prompt": ("#e69f00", "s"),
     "constant_push": ("#d55e00", "v"),
     "safe_latent_diffusion": ("#009e73", "^"),
     "perp_neg": ("#8c564b", "P"),
+    "nag": ("#bcbd22", "*"),
     "contrastive_cfg": ("#cc79a7", "D"),
     "dng": ("#56b4e9", "o"),
     "dng_joint": ("#0072b2", "o"),

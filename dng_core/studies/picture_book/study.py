@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ...baselines import PerpNeg
 from ...files import write_json, write_whole
 from ...guidance import Trace
 from ...methods import MethodSettings
@@ -26,7 +25,7 @@ from ..class_removal import starting_noise
 from ..samplers import Sampler, sample
 from .cases import CASES, Case
 from .measures import Seen, measure
-from .methods import METHODS, calibrated, guided
+from .methods import METHODS, OfComfyUI, calibrated, guided
 from .opened import open_book
 from .sampling import LATENT, pictures_of
 
@@ -266,7 +265,7 @@ def strip(pictures: Tensor) -> bytes:
     return file.getvalue()
 
 
-def described(settings: MethodSettings | PerpNeg | None) -> dict[str, Any] | None:
+def described(settings: MethodSettings | OfComfyUI | None) -> dict[str, Any] | None:
     """The settings as JSON."""
     return None if settings is None else dict(json.loads(json.dumps(asdict(settings))))  # lists, as in a file
 
