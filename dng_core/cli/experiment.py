@@ -39,7 +39,7 @@ from ..studies.sweep import ENGINES, Workers
 
 LOCK = ".lock"  # the file in an experiment's folder that a process which works there holds
 PICTURE_BOOK = "picture_book"
-BOOK_OPTIONS = ("weights", "cfg", "samplers", "kinds", "scales", "sweep")
+BOOK_OPTIONS = ("weights", "cfg", "samplers", "kinds", "scales", "own_scales", "sweep")
 TunedSettings = dict[tuple[str, str], MethodSettings | None]
 
 
@@ -110,6 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{' '.join(f'{scale:g}' for scale in Plan.scales)})",
     )
     parser.add_argument(
+        "--own-scales", action="store_true", help="picture_book: choose the scale of each related case by itself"
+    )
+    parser.add_argument(
         "--sweep", action="store_true", help="picture_book: draw every scale with all images, for the Pareto plots"
     )
     parser.set_defaults(defaults={action.dest: action.default for action in parser._actions})
@@ -177,7 +180,12 @@ def prepare_picture_book(args: argparse.Namespace) -> Study:
         changes["scales"] = tuple(args.scales)
     pairs = itertools.product(args.cfg or [3.0], args.samplers or [SAMPLERS[0]])
     steps = 30 if args.steps is None else args.steps
-    plan = Plan(settings=tuple((cfg, sampler, steps) for cfg, sampler in pairs), sweep=args.sweep, **changes)
+    plan = Plan(
+        settings=tuple((cfg, sampler, steps) for cfg, sampler in pairs),
+        sweep=args.sweep,
+        own_scales=args.own_scales,
+        **changes,
+    )
     folder = args.output or Path("output", PICTURE_BOOK)
     if (folder / MANIFEST).exists():
         raise ValueError(f"{folder} holds an experiment of class removal, not {PICTURE_BOOK}: name another --output")

@@ -34,7 +34,7 @@ from dng_core.studies.picture_book.cases import CASES, LABELS, Case
 from dng_core.studies.picture_book.figure import label_rows, picture_book_figure
 from dng_core.studies.picture_book.measures import Seen, measure
 from dng_core.studies.picture_book.methods import METHODS, calibrated, guided
-from dng_core.studies.picture_book.report import write_report
+from dng_core.studies.picture_book.report import comparison, write_report
 from dng_core.studies.picture_book.study import Plan, Study
 from dng_core.studies.runner import MANIFEST
 from dng_core.studies.samplers import SAMPLERS, sample
@@ -262,7 +262,7 @@ def test_a_study_is_measured_reported_and_goes_on_where_it_stopped(weights, tmp_
         assert (row["late_scale"] is None) == (row["method"] != "dng_joint")
     markdown_file, page_file = write_report(tmp_path)
     text, page = markdown_file.read_text(encoding="utf-8"), page_file.read_text(encoding="utf-8")
-    assert text.count("## ") == 5 and all(case.name in text for case in SHORT.cases)
+    assert text.count("## ") == 6 and all(case.name in text for case in SHORT.cases)
     plots = [line.split("(")[1][:-1] for line in text.splitlines() if line.startswith("![")]
     assert plots == [
         f"plots/{name}-cfg3-euler-3.png" for name in ("pareto-related", "pareto-absurd", "traces-dng_joint")
@@ -290,7 +290,7 @@ def test_a_sweep_draws_every_scale_and_the_tables_show_the_chosen_one(weights, t
     plan = replace(SHORT, cases=CASES[:1], methods=("nothing", "constant_push"), sweep=True,
                    settings=((3.0, "euler", 3), (1.0, "euler", 3)))  # fmt: skip
     study_ = Study(plan, tmp_path, weights)
-    found = [(p.method, p.scale, p.cfg) for p in study_.points({"nothing": 0.0, "constant_push": 2.0})]
+    found = [(p.method, p.scale, p.cfg) for p in study_.points({"nothing": 0.0, "constant_push": 2.0}, {})]
     assert found == [
         ("nothing", 0.0, 3.0), ("constant_push", 1.0, 3.0), ("constant_push", 2.0, 3.0),
         ("nothing", 0.0, 1.0), ("constant_push", 2.0, 1.0),
@@ -358,6 +358,62 @@ def test_the_scale_is_the_smallest_that_leaves_little(weights, tmp_path, monkeyp
     assert Study(plan, tmp_path, weights).chosen_scales(lambda line: None) == {"nothing": 0.0, "dng": 2.0}
     left |= {2.0: 0.1, 4.0: 0.2}
     assert Study(plan, tmp_path, weights).chosen_scales(lambda line: None)["dng"] == 2.0
+
+
+def test_a_thing_that_the_prompt_makes_certain_does_not_choose_the_scale(weights, tmp_path, monkeypatch):
+    certain, open_case = CASES[0].name, CASES[1].name
+    was = {certain: 1.0, open_case: 0.5}
+    plan = replace(SHORT, cases=CASES[:2], methods=("dng",))
+
+    def row(self, point):
+        left = was[point.case.name] if point.case.name == certain else 0.01
+        return {"left": left, "was": was[point.case.name]}
+
+    monkeypatch.setattr(Study, "row", row)
+    assert Study(plan, tmp_path, weights).chosen_scales(lambda line: None) == {"dng": 1.0}
+
+
+def test_every_related_case_can_have_a_scale_of_its_own(weights, tmp_path, monkeypatch):
+    needs = {CASES[0].name: 2.0, CASES[1].name: 1.0}
+    plan = replace(SHORT, cases=(*CASES[:2], CASES[14]), methods=("nothing", "dng"), own_scales=True)
+    searched = []
+
+    def row(self, point):
+        searched.append((point.case.name, point.scale, point.seed, point.images))
+        return {"left": 0.5 * (point.scale < needs[point.case.name]), "was": 0.5}
+
+    monkeypatch.setattr(Study, "row", row)
+    own = Study(plan, tmp_path, weights).own_scales()
+    assert own == {"dng": needs}
+    assert searched == [(CASES[0].name, 1.0, 2000, 4), (CASES[0].name, 2.0, 2000, 4), (CASES[1].name, 1.0, 2000, 4)]
+    points = Study(plan, tmp_path, weights).points({"nothing": 0.0, "dng": 4.0}, own)
+    assert [p.scale for p in points if p.method == "dng"] == [2.0, 1.0, 4.0]
+    assert {p.scale for p in points if p.method == "nothing"} == {0.0}
+
+
+def test_a_report_names_scales_of_cases_and_counts_where_a_method_is_better(weights, tmp_path):
+    plan = replace(SHORT, cases=(*CASES[:2], CASES[14]), own_scales=True)
+    Study(plan, tmp_path, weights).run(lambda line: None)
+    text = write_report(tmp_path)[0].read_text(encoding="utf-8")
+    assert "A related case has a scale of its own" in text
+    assert "pareto" not in text
+
+    measured = {"kind": "related", "kept": 0.9, "relabelled": 0.1, "distance": 5.0, "late_scale": 0.0, "key": ""}
+    stock = [measured | {"case": case, "method": "negative_prompt", "rms": 0.2, "left": 0.1} for case in "abc"]
+    ours = [
+        measured | {"case": case, "method": "dng", "rms": rms, "left": 0.1}
+        for case, rms in zip("abc", (0.1, 0.11, None), strict=True)
+    ]
+    head, (line,) = comparison(stock + ours)
+    assert dict(zip(head, line, strict=True)) == {
+        "method": "dng",
+        "left: at most as much": "3 of 3",
+        "rms: at most half": "1 of 2",
+        "relabelled: at most half": "0 of 3",
+        "kept: at least as much": "3 of 3",
+        "distance: lower": "0 of 3",
+    }
+    assert comparison(ours) is None
 
 
 @pytest.mark.parametrize(

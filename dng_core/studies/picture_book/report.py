@@ -5,7 +5,7 @@ import html
 import io
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,25 @@ _FORMS = {  # factor and digits of each column's measure
 }
 
 
+STOCK = "negative_prompt"
+LATE_SCALE = 0.02  # below it, guidance of the second half of the steps is as good as off
+BETTER: dict[str, dict[str, tuple[str, Callable[[Row, Row], bool]]]] = {  # by kind: what is compared, and how
+    "related": {
+        "left: at most as much": ("left", lambda row, stock: row["left"] <= stock["left"]),
+        "rms: at most half": ("rms", lambda row, stock: row["rms"] <= stock["rms"] / 2),
+        "relabelled: at most half": ("relabelled", lambda row, stock: row["relabelled"] <= stock["relabelled"] / 2),
+        "kept: at least as much": ("kept", lambda row, stock: row["kept"] >= stock["kept"]),
+        "distance: lower": ("distance", lambda row, stock: row["distance"] < stock["distance"]),
+    },
+    "unrelated": {
+        "rms: at most a tenth": ("rms", lambda row, stock: row["rms"] <= stock["rms"] / 10),
+        "kept: at least as much": ("kept", lambda row, stock: row["kept"] >= stock["kept"]),
+        "distance: lower": ("distance", lambda row, stock: row["distance"] < stock["distance"]),
+        f"late scale: below {LATE_SCALE:g}": ("key", lambda row, stock: (row["late_scale"] or 0) < LATE_SCALE),
+    },
+}
+
+
 @dataclass(frozen=True)
 class Part:
     """A section: a table, plots by name (PNG), and rows whose pictures follow."""
@@ -56,34 +75,44 @@ class Part:
 def write_report(folder: Path) -> list[Path]:
     """Write report.md and report.html, whose paths are returned, and plots/, from results.json."""
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    made = sections(folder, results["rows"], results["scales"])
+    made = sections(folder, results["rows"], results["scales"], results["own_scales"] or {})
     for part in made:
         for name, content in part.plots.items():
             write_whole(folder / "plots" / f"{name}.png", content)
-    about = introduction(results["about"])
+    about = introduction(results["about"], bool(results["own_scales"]))
     return [
         _write(folder / "report.md", markdown(about, made)),
         _write(folder / "report.html", page(about, made, folder)),
     ]
 
 
-def introduction(about: Mapping[str, Any]) -> list[str]:
-    """The paragraphs above the tables."""
+def introduction(about: Mapping[str, Any], own: bool) -> list[str]:
+    """The paragraphs above the tables. ``own``: whether every related case has a scale of its own."""
     made = f"Made by `{about['command']}`, " if "command" in about else ""
     on = f" on {about['machine']}, torch {about['versions']['torch']}" if "machine" in about else ""
     scales = ", ".join(f"{scale:g}" for scale in about["scales"])
-    how = (
-        f"Each method's scale is one for all cases: the smallest of {scales} that leaves at most 2 % in the mean over "
-        f"the related cases, or else the one that leaves least, by {about['search_images']} other pictures a case."
-        if len(about["scales"]) > 1
-        else f"Every method's scale is {scales}, as it was given."
-    )
+    least = f"or else the one that leaves least, by {about['search_images']} other pictures of a case."
+    if len(about["scales"]) == 1:
+        how = f"Every method's scale is {scales}, as it was given."
+    else:
+        how = (
+            f"Each method's scale is one for all cases: the smallest of {scales} that leaves at most 2 % in the mean, "
+            f"{least} The mean is over the related cases in which a quarter of the pictures or more show the thing, "
+            "and not all."
+        )
+    if own:
+        how += f" A related case has a scale of its own: the smallest that leaves at most 2 % of it, {least}"
     begin = f"{made}{about['images']} pictures a case, seed {about['seed']}{on}. "
     return [begin[0].upper() + begin[1:] + how, MEANINGS]
 
 
-def sections(folder: Path, rows: Sequence[Row], scales: Mapping[str, float]) -> list[Part]:
-    """For every setting: the means over each kind of case, traces of single pictures, and each case by itself."""
+def sections(
+    folder: Path, rows: Sequence[Row], scales: Mapping[str, float], own: Mapping[str, Mapping[str, float]]
+) -> list[Part]:
+    """For every setting: the means over each kind of case, traces of single pictures, and each case by itself.
+
+    ``own``: the scales of a method by the names of cases, where they are others than ``scales``.
+    """
     from .plots import pareto  # needs matplotlib
 
     parts = []
@@ -91,13 +120,16 @@ def sections(folder: Path, rows: Sequence[Row], scales: Mapping[str, float]) -> 
         cfg, sampler, steps = setting
         name, slug = f"cfg {cfg:g}, {sampler}, {steps} steps", f"cfg{cfg:g}-{sampler}-{steps}"
         here = [row for row in rows if (row["cfg"], row["sampler"], row["steps"]) == setting]
-        chosen = [row for row in here if row["scale"] == scales[row["method"]]]
+        chosen = [r for r in here if r["scale"] == own.get(r["method"], {}).get(r["case"], scales[r["method"]])]
         for kind in KINDS:
             if of_kind := [row for row in here if row["kind"] == kind]:
-                figure = pareto(of_kind, scales, f"{kind.capitalize()} cases, {name}")
+                figure = None if own else pareto(of_kind, scales, f"{kind.capitalize()} cases, {name}")
                 plots = {} if figure is None else {f"pareto-{kind}-{slug}": _png(figure)}
-                table = summary([row for row in chosen if row["kind"] == kind], scales)
+                table = summary([row for row in chosen if row["kind"] == kind])
                 parts.append(Part(f"{kind.capitalize()} cases in the mean, {name}", *table, plots))
+                if compared := comparison([row for row in chosen if row["kind"] == kind]):
+                    title = f"{kind.capitalize()} cases in which a method does better than the stock negative prompt"
+                    parts.append(Part(f"{title}, {name}", *compared))
         if traced := trace_plots(folder, chosen, name, slug):
             parts.append(Part(f"Posterior and guidance scale of single pictures, {name}", plots=traced))
         for case in dict.fromkeys(row["case"] for row in chosen):
@@ -106,6 +138,27 @@ def sections(folder: Path, rows: Sequence[Row], scales: Mapping[str, float]) -> 
             title = f"{case} ({of_case[0]['kind']}), {was}, {name}"
             parts.append(Part(title, *case_table(of_case), rows=of_case))
     return parts
+
+
+def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]] | None:
+    """In how many of the cases, all of one kind, each method does so much better than the stock negative prompt.
+
+    None where the negative prompt is not among the rows, or its cases have no comparisons (:data:`BETTER`).
+    """
+    stock = {row["case"]: row for row in rows if row["method"] == STOCK}
+    better = BETTER.get(rows[0]["kind"]) if rows else None
+    others = [method for method in dict.fromkeys(row["method"] for row in rows) if method not in (STOCK, "nothing")]
+    if not stock or not better or not others:
+        return None
+    lines = []
+    for method in others:
+        pairs = [(row, stock[row["case"]]) for row in rows if row["method"] == method and row["case"] in stock]
+        cells = [method]
+        for measure, than in better.values():
+            known = [pair for pair in pairs if None not in (pair[0][measure], pair[1][measure])]
+            cells.append(f"{sum(than(*pair) for pair in known)} of {len(known)}" if known else "")
+        lines.append(cells)
+    return ["method", *better], lines
 
 
 def trace_plots(folder: Path, rows: Sequence[Row], setting: str, slug: str) -> dict[str, bytes]:
@@ -130,18 +183,21 @@ def trace_plots(folder: Path, rows: Sequence[Row], setting: str, slug: str) -> d
     return plots
 
 
-def summary(rows: Sequence[Row], scales: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
-    """Each method's means over the cases, and at which scale."""
+def summary(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Each method's means over the cases, and at which scales."""
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        means = averaged([row for row in rows if row["method"] == method])
-        lines.append([method, f"{scales[method]:g}" if scales[method] else "", *cells(means)])
+        of_method = [row for row in rows if row["method"] == method]
+        scales = sorted({row["scale"] for row in of_method})
+        said = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
+        lines.append([method, said if scales[-1] else "", *cells(averaged(of_method))])
     return ["method", "scale", *COLUMNS], lines
 
 
 def case_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Each method's measures of one case."""
-    return ["method", *COLUMNS], [[row["method"], *cells(row)] for row in rows]
+    """Each method's measures of one case, and at which scale."""
+    lines = [[row["method"], f"{row['scale']:g}" if row["scale"] else "", *cells(row)] for row in rows]
+    return ["method", "scale", *COLUMNS], lines
 
 
 def cells(values: Row) -> list[str]:

@@ -5,9 +5,11 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -25,14 +27,15 @@ from ..class_removal import starting_noise
 from ..samplers import Sampler, sample
 from .cases import CASES, Case
 from .measures import Seen, measure
-from .methods import METHODS, OfComfyUI, calibrated, guided
+from .methods import METHODS, Method, OfComfyUI, calibrated, guided
 from .opened import open_book
 from .sampling import LATENT, pictures_of
 
-LEAST_SHOWN = 0.25  # the scale is chosen on related cases in which so many pictures show the thing without guidance
+LEAST_SHOWN = 0.25  # the scale is chosen on related cases in which so many pictures show the thing without guidance,
+MOST_SHOWN = 0.95  # and in which not all do: what the prompt makes certain no method removes
 MOST_LEFT = 0.02  # "equal removal": the mean over these cases, at most
 CALIBRATION_IMAGES = 64  # of the method "dng_calibrated"; like the rest, a choice
-KEPT = 4  # points without guidance whose pictures stay in memory, since they serve every method of a case
+KEPT = 4096  # pictures without guidance that stay in memory, since they serve every method: 50 KB each
 STRIP = 8  # pictures of a point that are kept in its folder, side by side, with their traces
 RESULTS, ROWS = "results.json", "rows"  # in the study's folder
 VERSION = 3  # part of every key: raise it with each change of what a row holds
@@ -68,6 +71,7 @@ class Plan:
     ----------
     settings: (cfg, sampler, steps) in turn; the first is the main one, the others show what depends on it.
     scales: among which each method's is chosen. A single one is taken as it is, without a search.
+    own_scales: choose the scale of every related case by this case alone.
     sweep: draw every scale with all images too, at the first setting.
     precision: in which the model computes.
     """
@@ -75,7 +79,8 @@ class Plan:
     cases: tuple[Case, ...] = CASES
     methods: tuple[str, ...] = tuple(METHODS)
     settings: tuple[tuple[float, Sampler, int], ...] = ((3.0, "euler_ancestral", 30),)
-    scales: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    scales: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+    own_scales: bool = False
     sweep: bool = False
     images: int = 256
     search_images: int = 32
@@ -113,6 +118,7 @@ class Study:
         self.book, self.chain, self.judge = opened.book, opened.chain, opened.judge
         self.calibration, self._digests = opened.calibration, opened.digests
         self._unguided: dict[Point, Drawn] = {}
+        self._calibrated: dict[Point, Method] = {}
         (folder / ROWS).mkdir(parents=True, exist_ok=True)
 
     def run(self, tell: Callable[[str], None], about: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -121,13 +127,14 @@ class Study:
         ``about``: what else results.json should say, as JSON.
         """
         scales = self.chosen_scales(tell)
-        points, rows = self.points(scales), []
+        own = self.own_scales() if self.plan.own_scales else None
+        points, rows = self.points(scales, own or {}), []
         for number, point in enumerate(points, start=1):
             rows.append(self.row(point))
             tell(f"[{number}/{len(points)}] {said(rows[-1])}")
         plan = {name: getattr(self.plan, name) for name in ("scales", "sweep", "images", "search_images")}
         told = plan | self.identity() | (about or {})
-        write_json(self.folder / RESULTS, {"about": told, "scales": scales, "rows": rows})
+        write_json(self.folder / RESULTS, {"about": told, "scales": scales, "own_scales": own, "rows": rows})
         return rows
 
     def identity(self) -> dict[str, Any]:
@@ -135,14 +142,18 @@ class Study:
         plan = self.plan
         return {"weights": self._named, "steps": plan.settings[0][2], "seed": plan.seed, "precision": plan.precision}
 
-    def points(self, scales: dict[str, float]) -> list[Point]:
-        """The points to measure: every case by every method at its scale and at every setting, and the sweep's."""
+    def points(self, scales: dict[str, float], own: dict[str, dict[str, float]]) -> list[Point]:
+        """The points to measure: every case by every method at its scale and at every setting, and the sweep's.
+
+        ``own``: the scales of a method by the names of cases, where they are others than ``scales``.
+        """
         plan, points = self.plan, []
         for i, (cfg, sampler, steps) in enumerate(plan.settings):
             for case in plan.cases:
                 for method in plan.methods:
                     swept = plan.scales if plan.sweep and i == 0 and METHODS[method].settings else ()
-                    for scale in sorted({scales[method], *swept}):
+                    chosen = own.get(method, {}).get(case.name, scales[method])
+                    for scale in sorted({chosen, *swept}):
                         points.append(Point(case, method, scale, cfg, sampler, steps, plan.images, plan.seed))
         return points
 
@@ -151,32 +162,41 @@ class Study:
 
         It is one scale for all cases, since a user does not know the case: the mean over the related cases counts.
         """
-        cfg, sampler, steps = self.plan.settings[0]
-        related = [case for case in self.plan.cases if case.kind == "related"]
-        chosen = {}
-        for method in self.plan.methods:
-            if METHODS[method].settings is None:
-                chosen[method] = 0.0
-                continue
-            if len(set(self.plan.scales)) == 1:
-                chosen[method] = self.plan.scales[0]
-                continue
-            left = {}
-            for scale in sorted(self.plan.scales):
-                points = [
-                    Point(
-                        case, method, scale, cfg, sampler, steps, self.plan.search_images, self.plan.seed + SEARCH_SEED
-                    )
-                    for case in related
-                ]
-                rows = [self.row(point) for point in points]
-                counted = [row["left"] for row in rows if row["was"] >= LEAST_SHOWN] or [row["left"] for row in rows]
-                left[scale] = sum(counted) / len(counted)
-                tell(f"search: {method} at {scale:g} leaves {100 * left[scale]:.1f} %")
-                if left[scale] <= MOST_LEFT:
-                    break
-            chosen[method] = scale if left[scale] <= MOST_LEFT else min(left, key=lambda s: left[s])
-        return chosen
+        scales, guided_by = self.plan.scales, self._methods_with_scales()
+        chosen = {method: smallest(scales, partial(self._left_in_mean, method, tell)) for method in guided_by}
+        return {method: chosen.get(method, 0.0) for method in self.plan.methods}
+
+    def own_scales(self) -> dict[str, dict[str, float]]:
+        """Of each method with a scale, and of each related case by its name, the scale that this case needs."""
+        return {
+            method: {
+                case.name: smallest(self.plan.scales, partial(self._left, method, case)) for case in self.related()
+            }
+            for method in self._methods_with_scales()
+        }
+
+    def _methods_with_scales(self) -> list[str]:
+        return [method for method in self.plan.methods if METHODS[method].settings is not None]
+
+    def _left(self, method: str, case: Case, scale: float) -> float:
+        return float(self.searched(case, method, scale)["left"])
+
+    def _left_in_mean(self, method: str, tell: Callable[[str], None], scale: float) -> float:
+        rows = [self.searched(case, method, scale) for case in self.related()]
+        counted = [row["left"] for row in rows if LEAST_SHOWN <= row["was"] <= MOST_SHOWN]
+        left = mean(counted or [row["left"] for row in rows])
+        tell(f"search: {method} at {scale:g} leaves {100 * left:.1f} %")
+        return left
+
+    def related(self) -> list[Case]:
+        """The related cases of the plan."""
+        return [case for case in self.plan.cases if case.kind == "related"]
+
+    def searched(self, case: Case, method: str, scale: float) -> dict[str, Any]:
+        """The row of the search for a scale."""
+        (cfg, sampler, steps), plan = self.plan.settings[0], self.plan
+        seed = plan.seed + SEARCH_SEED
+        return self.row(Point(case, method, scale, cfg, sampler, steps, plan.search_images, seed))
 
     def row(self, point: Point) -> dict[str, Any]:
         """A point and its measures, from the folder if it was measured before."""
@@ -201,7 +221,7 @@ class Study:
         if point.method != "nothing":
             return self._drawn(point)
         if point not in self._unguided:
-            while len(self._unguided) >= KEPT:
+            while self._unguided and sum(kept.images for kept in self._unguided) + point.images > KEPT:
                 self._unguided.pop(next(iter(self._unguided)))
             self._unguided[point] = self._drawn(point)
         return self._unguided[point]
@@ -209,10 +229,7 @@ class Study:
     def _drawn(self, point: Point) -> Drawn:
         method = METHODS[point.method].at(point.scale)
         if method.calibrated:
-            images = min(CALIBRATION_IMAGES, point.images)
-            seed = point.seed + CALIBRATION_SEED
-            told = (point.case, method, point.cfg, point.steps, images, seed, self.calibration, point.sampler)
-            method = calibrated(self.book, self.chain, *told)
+            method = self._calibrated_for(point).at(point.scale)
         levels, began = ddpm_sigmas(self.chain, point.steps), time.monotonic()
         parts: list[Tensor] = []
         traces: list[Trace] = []
@@ -244,10 +261,34 @@ class Study:
             traced = {key: values.numpy() for key, values in first.items()}
         return Seen.by(self.judge, torch.cat(parts)), costs, traced
 
+    def _calibrated_for(self, point: Point) -> Method:
+        """The calibrated method of a point, at no scale: what is measured is the same at all scales."""
+        at_none = replace(point, scale=0.0)
+        if at_none not in self._calibrated:
+            images, seed = min(CALIBRATION_IMAGES, point.images), point.seed + CALIBRATION_SEED
+            told = (point.case, METHODS[point.method].at(0.0), point.cfg, point.steps, images, seed)
+            self._calibrated[at_none] = calibrated(self.book, self.chain, *told, self.calibration, point.sampler)
+        return self._calibrated[at_none]
+
     def _key(self, point: Point) -> str:
         how = [self._digests, self.plan.precision]
         told = json.dumps([VERSION, asdict(point), asdict(METHODS[point.method]), *how], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:24]
+
+
+def smallest(scales: Sequence[float], left: Callable[[float], float]) -> float:
+    """The smallest scale that leaves at most 2 %, or else the smallest of those that leave least.
+
+    A single scale is taken as it is. ``left`` is not asked beyond the first scale that leaves so little.
+    """
+    if len(set(scales)) == 1:
+        return scales[0]
+    found: dict[float, float] = {}
+    for scale in sorted(set(scales)):
+        found[scale] = left(scale)
+        if found[scale] <= MOST_LEFT:
+            return scale
+    return min(found, key=lambda scale: found[scale])
 
 
 def packed(arrays: dict[str, np.ndarray]) -> bytes:
