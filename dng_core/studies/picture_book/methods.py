@@ -23,7 +23,7 @@ from ...models.picture_book.networks import PictureBook, TransformerBlock
 from ...models.picture_book.prompting import contexts, denoised
 from ...posterior import Chain
 from ...schedules import DDPMSchedule, IntegratedOffset, ddpm_sigmas
-from ...settings import Settings
+from ...settings import PRESETS, Settings
 from ...shares import share_of
 from ..class_removal import starting_noise
 from ..samplers import Sampler, added_noise, sample
@@ -70,6 +70,7 @@ METHODS = {
     "nag": Method(NormalizedAttention()),
     "contrastive_cfg": Method(ContrastiveCFG()),
     "dng": Method(EXACT),
+    "dng_paper": Method(PRESETS["Stable Diffusion"]),
     "dng_joint": Method(EXACT, joint=True),
     "dng_calibrated": Method(EXACT, joint=True, calibrated=True),
 }

@@ -20,6 +20,7 @@ LOOKS = {  # colours by Okabe and Ito, and two more
     "nag": ("#bcbd22", "*"),
     "contrastive_cfg": ("#cc79a7", "D"),
     "dng": ("#56b4e9", "o"),
+    "dng_paper": ("#56b4e9", "h"),
     "dng_joint": ("#0072b2", "o"),
     "dng_calibrated": ("#000000", "o"),
 }
