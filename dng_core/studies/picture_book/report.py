@@ -56,7 +56,7 @@ BETTER: dict[str, dict[str, tuple[str, Callable[[Row, Row], bool]]]] = {  # by k
         "rms: at most a tenth": ("rms", lambda row, stock: row["rms"] <= stock["rms"] / 10),
         "kept: at least as much": ("kept", lambda row, stock: row["kept"] >= stock["kept"]),
         "distance: lower": ("distance", lambda row, stock: row["distance"] < stock["distance"]),
-        f"late scale: below {LATE_SCALE:g}": ("key", lambda row, stock: (row["late_scale"] or 0) < LATE_SCALE),
+        f"late scale: below {LATE_SCALE:g}": ("late_scale", lambda row, stock: row["late_scale"] < LATE_SCALE),
     },
 }
 
@@ -155,7 +155,7 @@ def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]] | None:
         pairs = [(row, stock[row["case"]]) for row in rows if row["method"] == method and row["case"] in stock]
         cells = [method]
         for measure, than in better.values():
-            known = [pair for pair in pairs if None not in (pair[0][measure], pair[1][measure])]
+            known = [pair for pair in pairs if pair[0][measure] is not None]
             cells.append(f"{sum(than(*pair) for pair in known)} of {len(known)}" if known else "")
         lines.append(cells)
     return ["method", *better], lines
