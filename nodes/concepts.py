@@ -5,6 +5,7 @@ from nodes import CLIPTextEncode
 
 from .inputs import CONCEPTS, concept_choices, concepts_from, settings_input
 from .run.checks import check_conditioning
+from .run.concept import JOINT
 
 
 class DNGConcept(io.ComfyNode):
@@ -44,7 +45,8 @@ class JointNegative(io.ComfyNode):
             display_name="Joint Negative (DNG)",
             category=CLIPTextEncode.CATEGORY,
             description="Encodes a prompt, and encodes the same prompt together with what is to be avoided. This is "
-            "what `reference` positive needs: the undesired thing is then avoided in images of this prompt.",
+            "the right `negative` for text-to-image models: DNG compares it with the prompt, and avoids the undesired "
+            "thing in images of this prompt.",
             search_aliases=["dynamic negative guidance", "dng", "clip text encode", "negative prompt", "joint"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
@@ -71,7 +73,9 @@ class JointNegative(io.ComfyNode):
         if not undesired_text.strip():
             raise ValueError("`undesired_text` is empty, so there is nothing to avoid; say what should not appear")
         joint = ", ".join(text.strip().rstrip(",") for text in (positive_text, undesired_text) if text.strip())
-        return io.NodeOutput(*(clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in (positive_text, joint)))
+        positive = clip.encode_from_tokens_scheduled(clip.tokenize(positive_text))
+        negative = clip.encode_from_tokens_scheduled(clip.tokenize(joint), add_dict={JOINT: True})
+        return io.NodeOutput(positive, negative)
 
 
 NODES = [DNGConcept, JointNegative]

@@ -185,10 +185,10 @@ def reference_input(**options: bool) -> io.Input:
         optional=True,
         options=list(REFERENCES),
         default=REFERENCES[0],
-        tooltip="The prediction that the undesired one is compared with. auto: the unconditional prediction where the "
-        "sampler evaluates one, else the positive. positive: always the positive; then encode the undesired prompt "
-        "together with the positive one (Joint Negative). cfg: the result of classifier-free guidance, as in public "
-        "scripts of the paper.",
+        tooltip="The prediction that the undesired one is compared with. auto: the positive where `negative` comes "
+        "from Joint Negative, else the unconditional prediction where the sampler evaluates one, else the positive. "
+        "positive: always the positive. cfg: the result of classifier-free guidance, as in public scripts of the "
+        "paper.",
         **options,
     )
 

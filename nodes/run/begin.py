@@ -107,7 +107,7 @@ def begin_run(
     if charted and listener is not None and isinstance(guidance, NegativeGuidance):
         chart = LiveChart(guidance, None if levels is None else len(levels), listener)
     run = Run(
-        guider, keys, [_probes(c) for c in concepts], concepts[0].reference, guidance, frame, chart, levels is None
+        guider, keys, [_probes(c) for c in concepts], concepts[0].compared_with, guidance, frame, chart, levels is None
     )
     run.install()
     return run
@@ -165,7 +165,12 @@ def check_together(concepts: Sequence[Concept]) -> None:
             f"all concepts of a run must share one method, not {', '.join(methods)}: choose the same in `settings` of "
             "each DNG Concept as in this node's"
         )
-    references = {concept.reference for concept in concepts}
+    references = {concept.compared_with for concept in concepts}
+    if len({concept.reference for concept in concepts}) == 1 < len(references):
+        raise ValueError(
+            "some of the things to avoid come from Joint Negative and others do not; a run compares all of them with "
+            "one prediction: encode each with Joint Negative, or none"
+        )
     if len(references) > 1:
         raise ValueError(f"all chained concepts must share one reference, not {', '.join(sorted(references))}")
     if "cfg" in references and any(_probes(concept) for concept in concepts):

@@ -14,13 +14,17 @@ KEY = "dng_"
 
 REFERENCES: tuple[Reference, ...] = ("auto", "positive", "cfg")
 
+JOINT = "dng_joint"
+"""The option by which Joint Negative marks the entries of a conditioning that holds the prompt with the thing."""
+
 
 @dataclass(frozen=True)
 class Concept:
     """Something to avoid: its conditioning as it came through the wire, and how to guide away from it.
 
-    ``reference`` says which prediction the undesired one is compared with: the unconditional one where there is one
-    ("auto"), the positive, or the CFG mix. ``economy`` says at which calls the undesired prediction is evaluated.
+    ``reference`` says which prediction the undesired one is compared with (:attr:`compared_with`): the positive, the
+    CFG mix, or what suits the conditioning ("auto"). ``economy`` says at which calls the undesired prediction is
+    evaluated.
     ``calibration`` is where the settings' temperature and drift come from.
     """
 
@@ -33,6 +37,16 @@ class Concept:
     def __post_init__(self) -> None:
         if self.reference not in REFERENCES:
             raise ValueError(f"`reference` must be one of {', '.join(REFERENCES)}; it is {self.reference!r}")
+
+    @property
+    def compared_with(self) -> Reference:
+        """The reference, where "auto" is left only for the unconditional prediction, if there is one.
+
+        Where Joint Negative made the conditioning, "auto" is the positive: the prompt with the thing is compared with
+        the prompt, and their ratio is the share of the thing among images of this prompt.
+        """
+        joint = bool(self.conditioning) and all(options.get(JOINT, False) for _, options in self.conditioning)
+        return "positive" if joint and self.reference == "auto" else self.reference
 
     @property
     def active(self) -> bool:

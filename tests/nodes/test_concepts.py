@@ -167,6 +167,12 @@ def test_the_joint_negative_is_both_texts_encoded_as_one(bench, networks):
     assert not torch.equal(positive[0][0], negative[0][0])
 
 
+def test_a_joint_negative_beside_another_is_refused_with_what_to_do(bench):
+    joint = bench.concept(bench.cond("0", dng_joint=True), prior=0.1)
+    with pytest.raises(ValueError, match="encode each with Joint Negative, or none"):
+        bench.dng(bench.model(), [joint, bench.concept("1", prior=0.1)])
+
+
 def test_a_joint_negative_of_nothing_is_refused(bench, networks):
     with pytest.raises(ValueError, match="`undesired_text` is empty"):
         bench.concepts.JointNegative.execute(networks.small_clip(), "a table", " ")

@@ -210,6 +210,22 @@ def test_a_joint_negative_holds_both_prompts(graph, pack, book):
     torch.testing.assert_close(negative[0][0], contexts(book, ["a park by day, a flower"]))
 
 
+def test_a_joint_negative_is_compared_with_the_prompt(graph, bench, pack):
+    """By `reference` auto. The same words from CLIP Text Encode are compared with the empty prompt."""
+    joint = importlib.import_module(pack.__name__ + ".nodes.concepts").JointNegative
+    _, negative = joint.execute(graph.clip, "a park by day", "a flower").args
+
+    def drawn(conditioning: list, reference: str) -> Tensor:
+        unconditional = graph.text("")
+        concept = bench.concept(conditioning, reference, guidance_scale=20.0)
+        return bench.dng(graph.model, concept, **graph.options(unconditional=unconditional))[0]
+
+    same_words = graph.text("a park by day, a flower")
+    assert torch.equal(drawn(negative, "auto"), drawn(same_words, "positive"))
+    assert not torch.equal(drawn(negative, "auto"), drawn(same_words, "auto"))
+    assert torch.equal(drawn(negative, "cfg"), drawn(same_words, "cfg"))
+
+
 def test_perp_neg_runs(graph):
     custom = importlib.import_module("comfy_extras.nodes_custom_sampler")
     node = importlib.import_module("comfy_extras.nodes_perpneg").PerpNegGuider
