@@ -30,6 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .kernels import on_device
 from .settings import check, check_numbers
 
 EconomyName = Literal["off", "auto"]
@@ -184,5 +185,4 @@ class Arriving:
 
 def places(rows: Sequence[int], device: torch.device) -> Tensor:
     """The places of images in a batch, (n,) long, on a device, which is not waited for."""
-    index = torch.tensor(rows, dtype=torch.long)
-    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
+    return on_device(torch.tensor(rows, dtype=torch.long), device)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .economy import Economy, Watch
 from .evidence import Call, Foretold, Probe, Prober
-from .kernels import at_least_float32, float32_copy, per_image
+from .kernels import at_least_float32, float32_copy, on_device, per_image
 from .posterior import Chain, Path, step
 from .settings import Settings
 
@@ -84,7 +84,7 @@ def guide(
     """
     stepped = [step(*concept, chain) for concept in zip(paths, calls, settings, strict=True)]
     counted = [_counted(log_p, call.applies) for (_, log_p), call in zip(stepped, calls, strict=True)]
-    scales = dynamic_scales(counted, settings)
+    scales = dynamic_scales(counted, settings, calls[0].sigma)
     applying = [(call, scale) for call, scale in zip(calls, scales, strict=True) if call.applies]
     guided = combine(base, [call.difference for call, _ in applying], [scale for _, scale in applying])
     noise_counts = any(s.rule == "step_noise" for s in settings)
@@ -92,11 +92,21 @@ def guide(
     return Guided([replace(path, guided=given) for path, _ in stepped], guided, [p for _, p in stepped], scales)
 
 
-def dynamic_scales(log_posteriors: Sequence[Tensor], settings: Sequence[Settings]) -> list[Tensor]:
+def dynamic_scales(
+    log_posteriors: Sequence[Tensor], settings: Sequence[Settings], sigma: float | Sequence[float]
+) -> list[Tensor]:
     """lambda_i = lambda_0i p_i / (1 - sum_j p_j), capped at each concept's ``max_scale``; (batch,) each.
 
     For one concept this is the paper's eq. 8, lambda_0 p / (1 - p). Several concepts exclude one another: their
     posteriors are rescaled together where their sum exceeds the largest ``p_max``.
+
+    A lambda_0 above 1 amplifies the exact push. At noise levels above ``evidence_above`` it amplifies only by how far
+    the odds have risen above those of the prior: lambda_i = odds_i + (lambda_0i - 1) max(odds_i - prior odds_i, 0).
+    Otherwise all images would be pushed by lambda_0 times the prior odds while nothing is known of them yet.
+
+    Parameters
+    ----------
+    sigma: the noise level; one for each step where the log posteriors are those of several, (steps, batch).
     """
     logs, together = list(log_posteriors), log_posteriors[0]
     if len(logs) > 1:
@@ -105,9 +115,24 @@ def dynamic_scales(log_posteriors: Sequence[Tensor], settings: Sequence[Settings
         stacked = stacked - (stacked.logsumexp(dim=0) - limit).clamp(min=0)
         logs, together = list(stacked.unbind()), stacked.logsumexp(dim=0)
     absent = -torch.expm1(together)
+    none_expected = 1 - sum(s.prior for s in settings)
     return [
-        (s.guidance_scale * log.exp() / absent).clamp(max=s.max_scale) for s, log in zip(settings, logs, strict=True)
+        _scale(log.exp() / absent, s.prior / none_expected, s, sigma).clamp(max=s.max_scale)
+        for s, log in zip(settings, logs, strict=True)
     ]
+
+
+def _scale(odds: Tensor, prior_odds: float, settings: Settings, sigma: float | Sequence[float]) -> Tensor:
+    """The guidance scale at odds, before its cap; as :func:`dynamic_scales` has it."""
+    scale = settings.guidance_scale
+    if settings.evidence_above is None or scale <= 1:
+        return scale * odds
+    levels = sigma if isinstance(sigma, Sequence) else [sigma]
+    blind = [prior_odds if level > settings.evidence_above else 0.0 for level in levels]
+    if not isinstance(sigma, Sequence):
+        return odds + (scale - 1) * (odds - blind[0]).clamp(min=0)
+    of_steps = on_device(torch.tensor(blind, dtype=odds.dtype)[:, None], odds.device)
+    return odds + (scale - 1) * (odds - of_steps).clamp(min=0)
 
 
 def _counted(log_p: Tensor, applies: bool) -> Tensor:
@@ -178,7 +203,8 @@ def tracked(paths: Sequence[Path], settings: Sequence[Settings], span: slice = s
     points = [path.points[span] for path in paths]
     logs = [torch.stack([point.log_p for point in of_concept]) for of_concept in points]
     counted = [torch.stack([_counted(point.log_p, point.applies) for point in of_concept]) for of_concept in points]
-    return torch.stack(logs, dim=1).exp(), torch.stack(dynamic_scales(counted, settings), dim=1)
+    levels = [point.sigma for point in points[0]]
+    return torch.stack(logs, dim=1).exp(), torch.stack(dynamic_scales(counted, settings, levels), dim=1)
 
 
 class Guidance(ABC):

@@ -64,3 +64,8 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def float32_copy(tensor: Tensor) -> Tensor:
     """A copy of ``tensor`` in float32, or in its own precision where that is higher."""
     return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=True)
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, which is not waited for."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

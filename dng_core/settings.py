@@ -45,8 +45,10 @@ class Settings:
         offset. Between the points this is linear in log sigma, and outside of them constant. A jump adds no more than
         a quarter of its energy (:func:`~.posterior.drift_evidence`). No drift is exact; that of a trained model is
         measured (:mod:`~.calibration`).
-    max_scale: cap on the product lambda_0 p / (1 - p); infinity for none. A larger push seldom removes more, and can
+    max_scale: cap on the push, lambda_0 p / (1 - p); infinity for none. A larger push seldom removes more, and can
         throw a state off its chain where steps are few.
+    evidence_above: the noise level (sigma) above which a lambda_0 larger than 1 amplifies evidence alone
+        (:func:`~.guidance.dynamic_scales`); None for nowhere, as in the paper.
     rule: how a jump's evidence is computed. "auto" is "algorithm_2" where the sampler adds noise, and "elbo" where
         it adds none. "algorithm_2" is the paper's. "elbo" asks how well the predictions so far foretold the
         image that the model now expects (:func:`~.evidence.elbo_evidence`). The other two add a term that Algorithm 2
@@ -65,6 +67,7 @@ class Settings:
     p_min: float = 1e-6
     p_max: float = 0.99
     max_scale: float = 10.0
+    evidence_above: float | None = None
     rule: Rule = "auto"
     drift: tuple[tuple[float, float], ...] = ()
 
@@ -86,6 +89,7 @@ class Settings:
         within = f"within [p_min, p_max] = [{self.p_min}, {self.p_max}]"
         check(self, "prior", self.p_min <= self.prior <= self.p_max, within)
         check(self, "max_scale", self.max_scale > 0, "greater than 0")
+        check(self, "evidence_above", self.evidence_above is None or self.evidence_above >= 0, "at least 0, or None")
 
     def with_(self, **changes: object) -> "Settings":
         """A copy with some fields changed, validated again."""

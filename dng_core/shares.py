@@ -98,7 +98,7 @@ class Outlook:
 def outlook(evidence: Evidence, settings: Settings) -> Outlook:
     """What ``settings`` would do along the run that ``evidence`` recorded."""
     course = track(evidence, settings)
-    scales = dynamic_scales([course.log()], [settings])[0].amax(dim=0)
+    scales = dynamic_scales([course.log()], [settings], evidence.sigmas)[0].amax(dim=0)
     on = course > LIKELY
     pushed = on.any(dim=0)
     first = on.double().argmax(dim=0).double() / (len(course) - 1)

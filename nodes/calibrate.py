@@ -28,6 +28,7 @@ from .guider import NegativeGuider
 from .inputs import (
     CALIBRATION,
     CONCEPTS,
+    EVIDENCE_UNTIL,
     TRACE,
     calibration_input,
     cfg_input,
@@ -38,6 +39,7 @@ from .inputs import (
     unconditional_input,
 )
 from .run.concept import Concept, Reference
+from .run.frames import sigma_at
 from .run.live import current_listener
 from .run.samplers import NOISELESS, name_of
 from .sampling import Conditionings, Schedule, run_guider
@@ -108,9 +110,10 @@ def check_size(latent: dict, steps: int) -> None:
 def trace_of(evidence: Sequence[Evidence], settings: Sequence[Settings]) -> Trace:
     """What the settings would have tracked along a recorded run, each alone, and the scales that they would set."""
     courses = [track(e, s) for e, s in zip(evidence, settings, strict=True)]
-    scales = [dynamic_scales([course.log()], [s])[0] for course, s in zip(courses, settings, strict=True)]
+    levels = evidence[0].sigmas
+    scales = [dynamic_scales([course.log()], [s], levels)[0] for course, s in zip(courses, settings, strict=True)]
     posterior, scale = (torch.stack(values, dim=1).float() for values in (courses, scales))
-    return Trace(torch.tensor(evidence[0].sigmas), posterior, scale)
+    return Trace(torch.tensor(levels), posterior, scale)
 
 
 def _sampler_input(tooltip: str) -> io.Input:
@@ -319,7 +322,8 @@ class Calibrate(io.ComfyNode):
         found = EXACT if calibration is None else calibration.calibration
         share = share_of(evidence, found)
         prior = round(min(share.prior(SMALLEST_PRIOR), CALIBRATED.p_max), 3)
-        plain = CALIBRATED.with_(prior=prior)
+        level = sigma_at(model.get_model_object("model_sampling"), EVIDENCE_UNTIL)
+        plain = CALIBRATED.with_(prior=prior, evidence_above=level)
         settings = found.applied(plain)
         text = share_explained(share, outlook(evidence, settings), settings)
         before, after = trace_of([evidence], [plain]), trace_of([evidence], [settings])

@@ -20,6 +20,9 @@ CALIBRATION = io.Custom("DNG_CALIBRATION")
 DEFAULTS = Settings()
 SETTINGS = "settings"
 EXACT, CALIBRATED, PRESET, CUSTOM = "exact", "calibrated", "preset", "custom"
+EVIDENCE_UNTIL = 0.25
+"""The default share of the noise schedule in which a guidance scale acts on evidence alone, by the study of a
+text-to-image model (docs/experiments.md, "What came out")."""
 BASELINES = tuple(name for name in METHODS if name != Settings.method)
 
 Limits = tuple[float, float, float, float]
@@ -45,10 +48,11 @@ def settings_input(choices: dict[str, list[io.Input]]) -> io.Input:
 
 def concept_choices() -> dict[str, list[io.Input]]:
     """The choices of ``settings`` where they are one concept's. The first is the default."""
-    strength = [_guidance_scale(), _prior()]
+    strength = [_guidance_scale(), _prior(), _evidence_until()]
+    calibrated = [calibration_input(optional=False), _guidance_scale(CALIBRATED_SETTINGS), _prior(), _evidence_until()]
     return {
         EXACT: strength,
-        CALIBRATED: [calibration_input(optional=False), _guidance_scale(CALIBRATED_SETTINGS), _prior()],
+        CALIBRATED: calibrated,
         PRESET: [_preset()],
         CUSTOM: [*strength, *_further_numbers(), rule_input(), calibration_input()],
         **{baseline: [_guidance_scale()] for baseline in BASELINES},
@@ -78,6 +82,18 @@ def _prior() -> io.Input:
         (0.001, 0.999, 0.001, 0.001),
         "The share of images that you expect to show the undesired thing without guidance. If you are in doubt, "
         "choose a value that is too high rather than one that is too low.",
+    )
+
+
+def _evidence_until() -> io.Input:
+    return float_input(
+        "evidence_until",
+        EVIDENCE_UNTIL,
+        (0.0, 1.0, 0.01, 0.001),
+        "Up to this share of the noise schedule, a guidance_scale above 1 acts on evidence alone: an image whose "
+        "posterior has not risen above prior gets the exact push, and no multiple of it. This spares images that will "
+        "not show the undesired thing. 0 multiplies from the start, as in the paper.",
+        optional=True,
     )
 
 
@@ -246,9 +262,11 @@ def concepts_from(conditioning: list | None, values: dict[str, Any]) -> tuple[Co
     choice, given = chosen(values)
     calibration = given.pop("calibration", None)
     reference, economy = given.pop("reference", REFERENCES[0]), given.pop("economy", "off")
+    evidence_until = given.pop("evidence_until", EVIDENCE_UNTIL if choice in (EXACT, CALIBRATED, CUSTOM) else 0.0)
     if economy not in ECONOMIES:
         raise ValueError(f"economy must be one of {', '.join(ECONOMIES)}; it is {economy!r}")
-    own = Concept(conditioning or [], settings_by(choice, given, calibration), reference, economy, calibration)
+    settings = settings_by(choice, given, calibration)
+    own = Concept(conditioning or [], settings, reference, economy, calibration, evidence_until)
     more = values.get("more_concepts") or ()
     return own, *(replace(concept, reference=reference, economy=economy) for concept in more)
 

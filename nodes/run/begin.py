@@ -94,7 +94,8 @@ def begin_run(
     )
     economies = [ECONOMIES[concept.economy] for concept in concepts]
     foretold = _foretold(previous, latent_shape)
-    guidance = guidance_by([concept.settings for concept in concepts], chain, start, seed or 0, economies, foretold)
+    settings = [concept.settings_on(model_sampling) for concept in concepts]
+    guidance = guidance_by(settings, chain, start, seed or 0, economies, foretold)
 
     positive = (guider.conds.get("positive") or [{}])[0]
     inputs = {name: positive[name] for name in MODEL_INPUTS if name in positive}

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ...dng_core.calibration_files import ModelCalibration
 from ...dng_core.economy import EconomyName
 from ...dng_core.methods import MethodSettings
+from ...dng_core.settings import Settings
+from .frames import sigma_at
 
 Reference = Literal["auto", "positive", "cfg"]
 KEY = "dng_"
@@ -25,7 +27,8 @@ class Concept:
     ``reference`` says which prediction the undesired one is compared with (:attr:`compared_with`): the positive, the
     CFG mix, or what suits the conditioning ("auto"). ``economy`` says at which calls the undesired prediction is
     evaluated.
-    ``calibration`` is where the settings' temperature and drift come from.
+    ``calibration`` is where the settings' temperature and drift come from. ``evidence_until`` is the share of the
+    noise schedule, 0 to 1, that ends at the settings' ``evidence_above``; 0 leaves the settings as they are.
     """
 
     conditioning: list
@@ -33,10 +36,13 @@ class Concept:
     reference: Reference = "auto"
     economy: EconomyName = "off"
     calibration: ModelCalibration | None = None
+    evidence_until: float = 0.0
 
     def __post_init__(self) -> None:
         if self.reference not in REFERENCES:
             raise ValueError(f"`reference` must be one of {', '.join(REFERENCES)}; it is {self.reference!r}")
+        if not 0 <= self.evidence_until <= 1:
+            raise ValueError(f"`evidence_until` must lie between 0 and 1; it is {self.evidence_until}")
 
     @property
     def compared_with(self) -> Reference:
@@ -47,6 +53,12 @@ class Concept:
         """
         joint = bool(self.conditioning) and all(options.get(JOINT, False) for _, options in self.conditioning)
         return "positive" if joint and self.reference == "auto" else self.reference
+
+    def settings_on(self, model_sampling: Any) -> MethodSettings:
+        """The settings, with ``evidence_until`` as a noise level of the model's schedule."""
+        if self.evidence_until == 0 or not isinstance(self.settings, Settings):
+            return self.settings
+        return self.settings.with_(evidence_above=sigma_at(model_sampling, self.evidence_until))
 
     @property
     def active(self) -> bool:

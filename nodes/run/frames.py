@@ -24,6 +24,11 @@ def noise_frame(model_sampling: Any) -> NoiseFrame:
     return NoiseFrame("ve")
 
 
+def sigma_at(model_sampling: Any, share: float) -> float:
+    """The noise level (sigma) at which a share of the model's schedule is done, as ComfyUI counts it."""
+    return noise_frame(model_sampling).sigma(float(model_sampling.percent_to_sigma(share)))
+
+
 def training_chain(model_sampling: Any) -> DDPMSchedule:
     """The model's own discrete chain; DDPM's linear one, as a function of sigma, for models that have none.
 

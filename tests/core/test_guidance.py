@@ -30,24 +30,61 @@ def log(*values: float) -> Tensor:
 
 def test_dynamic_scale_is_lambda_0_p_over_1_minus_p():
     p = [0.001, 0.2, 0.5, 0.9, 0.999]
-    (scale,) = dynamic_scales([log(*p)], [WIDE.with_(guidance_scale=3.0)])
+    (scale,) = dynamic_scales([log(*p)], [WIDE.with_(guidance_scale=3.0)], 1.0)
     assert scale.tolist() == pytest.approx([3 * q / (1 - q) for q in p], rel=1e-9)
 
 
 def test_the_cap_applies_to_the_product():
-    (scale,) = dynamic_scales([log(0.2, 0.9)], [WIDE.with_(guidance_scale=4.0, max_scale=5.0)])
+    (scale,) = dynamic_scales([log(0.2, 0.9)], [WIDE.with_(guidance_scale=4.0, max_scale=5.0)], 1.0)
     assert scale.tolist() == pytest.approx([1.0, 5.0])
 
 
+@pytest.mark.parametrize("scale", [0.5, 1.0, 4.0])
+def test_above_its_level_a_scale_above_1_amplifies_only_what_exceeds_the_prior_odds(scale):
+    settings = WIDE.with_(guidance_scale=scale, prior=0.2, evidence_above=10.0)
+    posteriors = [0.1, 0.2, 0.5]  # odds 1/9, 1/4 (the prior's), 1
+    (above,), (below,) = (dynamic_scales([log(*posteriors)], [settings], sigma) for sigma in (10.1, 10.0))
+    odds = torch.tensor([1 / 9, 1 / 4, 1.0], dtype=torch.float64)
+    evidence = torch.tensor([0.0, 0.0, 3 / 4], dtype=torch.float64)
+    torch.testing.assert_close(below, scale * odds)
+    torch.testing.assert_close(above, min(scale, 1.0) * odds + max(scale - 1, 0.0) * evidence)
+
+
+def test_the_prior_odds_of_several_concepts_are_over_the_chance_that_none_is_there():
+    settings = [WIDE.with_(guidance_scale=3.0, prior=p, evidence_above=10.0) for p in (0.1, 0.4)]
+    scales = dynamic_scales([log(0.1), log(0.4)], settings, 20.0)
+    assert [float(scale) for scale in scales] == pytest.approx([0.1 / 0.5, 0.4 / 0.5])
+
+
+def test_the_scales_of_several_steps_are_those_of_each():
+    settings = WIDE.with_(guidance_scale=4.0, prior=0.2, evidence_above=10.0)
+    steps, levels = torch.stack([log(0.2, 0.5), log(0.1, 0.6), log(0.3, 0.9)]), [20.0, 10.1, 2.0]
+    (together,) = dynamic_scales([steps], [settings], levels)
+    alone = [dynamic_scales([log_p], [settings], level)[0] for log_p, level in zip(steps, levels, strict=True)]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=0, atol=0)
+
+
+def test_the_trace_holds_the_scales_that_pushed_on_both_sides_of_the_level():
+    settings = Settings(guidance_scale=4.0, prior=0.2, evidence_above=10.0)
+    guidance = NegativeGuidance([settings])
+    base, negative = tensors(2, 3, 16)
+    pushed = []
+    for x, sigma in zip(tensors(2, 3, 16, seed=1), (20.0, 5.0), strict=True):
+        guided = guidance(sigma * x, sigma, base, base, [negative])
+        pushed.append(((base - guided) / (negative - base))[:, 0])
+    torch.testing.assert_close(guidance.trace().scale[:, 0], torch.stack(pushed).float())
+    torch.testing.assert_close(pushed[0], torch.full((3,), 0.25, dtype=torch.float64))
+
+
 def test_several_concepts_share_what_is_absent_of_all():
-    scales = dynamic_scales([log(0.1, 0.3), log(0.2, 0.5)], [WIDE, WIDE.with_(guidance_scale=2.0)])
+    scales = dynamic_scales([log(0.1, 0.3), log(0.2, 0.5)], [WIDE, WIDE.with_(guidance_scale=2.0)], 1.0)
     assert scales[0].tolist() == pytest.approx([0.1 / 0.7, 0.3 / 0.2])
     assert scales[1].tolist() == pytest.approx([2 * 0.2 / 0.7, 2 * 0.5 / 0.2])
 
 
 def test_posteriors_that_sum_above_p_max_are_rescaled_together():
     settings = WIDE.with_(p_max=0.9)
-    scales = dynamic_scales([log(0.8), log(0.4)], [settings, settings])
+    scales = dynamic_scales([log(0.8), log(0.4)], [settings, settings], 1.0)
     assert [float(s) for s in scales] == pytest.approx([0.6 / 0.1, 0.3 / 0.1])
 
 
@@ -56,7 +93,7 @@ def test_exact_scales_of_two_exclusive_concepts_leave_the_mixture_of_the_rest():
     shares = [0.2, 0.3, 0.5]
     parts = tensors(3, 1, 4)
     whole = sum((s * d for s, d in zip(shares, parts, strict=True)), torch.zeros(1, 4, dtype=torch.float64))
-    scales = dynamic_scales([log(0.2), log(0.3)], [WIDE, WIDE])
+    scales = dynamic_scales([log(0.2), log(0.3)], [WIDE, WIDE], 1.0)
     torch.testing.assert_close(combine(whole, [parts[0] - whole, parts[1] - whole], scales), parts[2])
 
 

@@ -42,6 +42,7 @@ NUMBERS = [
         ("p_max", 2.0),
         ("max_scale", 0.0),
         ("max_scale", -1.0),
+        ("evidence_above", -1.0),
     ],
 )
 def test_an_invalid_field_is_refused_by_its_name(field, value):

@@ -54,7 +54,8 @@ class Bench:
 
     def inputs(self, reference: str = "auto", settings: str = "custom", **changes: Any) -> dict[str, Any]:
         """The settings as a node gets them."""
-        return {"settings": {"settings": settings, "prior": 1 / 8, "reference": reference} | changes}
+        given = {"settings": settings, "prior": 1 / 8, "evidence_until": 0.0, "reference": reference}
+        return {"settings": given | changes}
 
     def concept(self, components: str | list = "0", reference: str = "auto", **changes: Any) -> Any:
         conditioning = self.cond(components) if isinstance(components, str) else components

@@ -4,7 +4,7 @@ All of it runs on random weights; what the shipped ones draw is measured by `dng
 """
 
 import importlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +21,7 @@ from dng_core.models.picture_book.weights import PictureBookInfo, save_picture_b
 from dng_core.models.picture_book.words import EMPTY, END, MOST_WORDS, START, split, tokens
 from dng_core.schedules import DDPMSchedule
 from dng_core.studies.picture_book.cases import Case
-from dng_core.studies.picture_book.methods import Method, guided
+from dng_core.studies.picture_book.methods import EVIDENCE, Method, guided
 
 DEEP = CrossUNetConfig(
     48, 32, (1, 2, 3), (1, 0, 2), (1, 0, 2), (1, 2, 0, 1, 2, 1), transformer_depth_middle=2, context_dim=24
@@ -224,6 +224,14 @@ def test_a_joint_negative_is_compared_with_the_prompt(graph, bench, pack):
     assert torch.equal(drawn(negative, "auto"), drawn(same_words, "positive"))
     assert not torch.equal(drawn(negative, "auto"), drawn(same_words, "auto"))
     assert torch.equal(drawn(negative, "cfg"), drawn(same_words, "cfg"))
+
+
+def test_the_studys_evidence_is_what_the_nodes_call_exact(graph, pack):
+    inputs = importlib.import_module(pack.__name__ + ".nodes.inputs")
+    sampling = graph.model.get_model_object("model_sampling")
+    settings = inputs.concepts_from([], {})[0].settings_on(sampling)
+    assert settings.evidence_above == pytest.approx(EVIDENCE.evidence_above, rel=1e-2)
+    assert asdict(settings) | {"evidence_above": 0} == asdict(EVIDENCE) | {"evidence_above": 0}
 
 
 def test_perp_neg_runs(graph):

@@ -1,6 +1,7 @@
 """The input `settings` of the nodes that guide: what each choice makes of its inputs, and what ComfyUI hands over."""
 
 import importlib
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -34,6 +35,7 @@ def test_without_settings_guidance_is_exact(concept):
         found = concept(**values)
         assert same(found.settings, Settings())
         assert (found.reference, found.economy, found.calibration) == ("auto", "off", None)
+        assert found.evidence_until == 0.25
 
 
 def test_a_choice_takes_its_inputs_and_leaves_those_of_others(concept):
@@ -54,6 +56,35 @@ def test_a_choice_takes_its_inputs_and_leaves_those_of_others(concept):
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_preset_is_what_was_published(concept, name):
     assert same(concept(settings={"settings": "preset", "preset": name}).settings, PRESETS[name])
+
+
+def test_what_was_published_multiplies_from_the_start(concept):
+    """And a baseline has no evidence."""
+    for choice in ("preset", "negative_prompting", "safe_latent_diffusion"):
+        assert concept(settings={"settings": choice, "evidence_until": 0.5}).evidence_until == 0
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
+def test_a_share_of_the_schedule_lies_between_0_and_1(concept, share):
+    with pytest.raises(ValueError, match="`evidence_until` must lie between 0 and 1"):
+        concept(settings={"settings": "exact", "evidence_until": share})
+
+
+@pytest.mark.parametrize("family", ["epsilon", "flow"])
+def test_up_to_its_share_of_the_models_schedule_a_scale_multiplies_evidence_alone(bench, concept, family):
+    model, odds = bench.model(family), 1 / 7
+    given = {"settings": "exact", "guidance_scale": 5.0, "prior": 1 / 8}
+    _, trace = bench.dng(model, concept(settings={**given, "evidence_until": 0.4}), scheduler="simple", steps=20)
+    level = model.get_model_object("model_sampling").percent_to_sigma(0.4)
+    sigma = level / (1 - level) if family == "flow" else level  # the trace has sigma / alpha of a flow
+    p = trace.posterior[:, 0].double()
+    known = (trace.sigmas > sigma)[:, None].expand_as(p) & (p < 1 / 8)
+    early, late = trace.scale[:, 0].double()[known], trace.scale[:, 0].double()[~(trace.sigmas > sigma)]
+    assert len(early) and len(late)
+    torch.testing.assert_close(early, (p / (1 - p))[known], rtol=1e-4, atol=1e-6)
+    plain = 5 * (p / (1 - p))[~(trace.sigmas > sigma)]
+    torch.testing.assert_close(late, plain.clamp(max=10.0), rtol=1e-4, atol=1e-6)
+    assert trace.scale[0, 0].tolist() == pytest.approx([odds] * 8, rel=1e-4)
 
 
 @pytest.mark.parametrize("settings", ["CIFAR", ["4", 0], {"settings": "CIFAR"}])

@@ -168,6 +168,7 @@ def test_each_method_combines_the_predictions_as_it_says(book, cfg):
         "perp_neg": (perp_neg(p, n, u, cfg, 2.0), 3 - (cfg != 1)),
         "dng": (base - 2 * 0.25 * (n - reference), 2),
         "dng_joint": (base - 2 * 0.25 * (joint - p), 2),
+        "dng_evidence": (base - 2 * 0.25 * (joint - p), 2),  # below its level
     }
     for name, (prediction, evaluations) in wanted.items():
         run = guided(book, chain, case, METHODS[name].at(2.0), cfg, [3.0, 1.0])

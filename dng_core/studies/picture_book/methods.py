@@ -61,6 +61,9 @@ class Method:
 
 LEAST_PRIOR = 0.001  # the smallest that the nodes take
 EXACT = Settings(max_scale=30.0)  # the cap lets a guidance scale above 1 act at posteriors near 1
+EVIDENCE = Settings(evidence_above=float(DDPMSchedule.named("linear").sigmas[749]))
+"""The settings that the nodes call exact: their default for ``evidence_until``, 0.25, is this level on the picture
+book's chain."""
 METHODS = {
     "nothing": Method(),
     "negative_prompt": Method(stock=True),
@@ -73,6 +76,8 @@ METHODS = {
     "dng_paper": Method(PRESETS["Stable Diffusion"]),
     "dng_joint": Method(EXACT, joint=True),
     "dng_calibrated": Method(EXACT, joint=True, calibrated=True),
+    "dng_evidence": Method(EVIDENCE, joint=True),
+    "dng_evidence_calibrated": Method(EVIDENCE, joint=True, calibrated=True),
 }
 
 

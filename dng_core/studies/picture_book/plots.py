@@ -23,6 +23,8 @@ LOOKS = {  # colours by Okabe and Ito, and two more
     "dng_paper": ("#56b4e9", "h"),
     "dng_joint": ("#0072b2", "o"),
     "dng_calibrated": ("#000000", "o"),
+    "dng_evidence": ("#0072b2", "*"),
+    "dng_evidence_calibrated": ("#000000", "*"),
 }
 AXES = {
     "rms": ("change of pictures that never showed it,\nRMS, thousandths of a pixel's range", 1000.0),
