@@ -55,8 +55,12 @@ class Share:
         return "cannot tell" if not self.told_apart else "seen" if self.seen else "not seen"
 
     def prior(self, least: float) -> float:
-        """The prior to guide by: the share, and ``least``, by which guidance stays off, where it is not known."""
-        return max(self.mean, least) if self.told_apart else least
+        """The prior to guide by: the share, and at least ``least``, by which guidance stays off.
+
+        Where the model cannot tell, it is the default prior, by which all images are pushed about alike: what the
+        posterior does not show may be there all the same.
+        """
+        return max(self.mean, least) if self.told_apart else Settings.prior
 
 
 def share_of(evidence: Evidence, calibration: Calibration) -> Share:
@@ -116,8 +120,8 @@ def share_explained(share: Share, seen: Outlook, settings: Settings) -> str:
     if share.verdict == "cannot tell":
         lines = [
             "**The model cannot tell** images that show this from images that do not: the posterior hardly moves from "
-            f"its first value. The prior is {settings.prior:.2g}, so that guidance stays off. Name it in other words, "
-            "or use the reference *positive* with a joint negative."
+            f"its first value. The prior is the default, {settings.prior:.2g}, by which guidance pushes all images "
+            "about alike. Name it in other words, or encode it with Joint Negative."
         ]
     elif share.verdict == "not seen":
         lines = [

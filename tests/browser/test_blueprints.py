@@ -11,11 +11,9 @@ from .conftest import Frontend
 
 FOLDER = Path(__file__).resolve().parents[2] / "subgraphs"
 AVOID, AVOID_AT_CFG_1 = "Avoid a thing (DNG)", "Avoid a thing at cfg 1 (DNG)"
-SAMPLING = {"what_to_avoid", "prior", "guidance_scale", "seed", "steps", "sampler_name", "scheduler"}
-EXPOSED = {
-    AVOID: {"model", "clip", "positive", "latent_image", "cfg", *SAMPLING},
-    AVOID_AT_CFG_1: {"model", "clip", "latent_image", "prompt", *SAMPLING},
-}
+SAMPLING = {"prompt", "what_to_avoid", "prior", "guidance_scale", "seed", "steps", "sampler_name", "scheduler"}
+AT_CFG_1 = {"model", "clip", "latent_image", *SAMPLING}
+EXPOSED = {AVOID: {*AT_CFG_1, "cfg"}, AVOID_AT_CFG_1: AT_CFG_1}
 EMPTY_PLACE = 700, 500
 SEARCH = re.compile(r"^Search( Nodes)?\.\.\.$")  # the search field's text in the pinned front end and in 1.58
 # Around the one node of the graph: the picture book, and what saves its pictures.
@@ -35,12 +33,6 @@ WIRE = """(values) => {
   const book = add("DNGLoadPictureBook", 0, 0);
   book.connect(0, blueprint, slot(blueprint, "model"));
   book.connect(1, blueprint, slot(blueprint, "clip"));
-  if (slot(blueprint, "positive") >= 0) {
-    const prompt = add("CLIPTextEncode", 0, 200);
-    set(prompt, { text: "a street" });
-    book.connect(1, prompt, slot(prompt, "clip"));
-    prompt.connect(0, blueprint, slot(blueprint, "positive"));
-  }
   const latent = add("EmptyLatentImage", 0, 450);
   set(latent, { width: 64, height: 64, batch_size: 2 });
   latent.connect(0, blueprint, slot(blueprint, "latent_image"));
@@ -100,26 +92,23 @@ def test_a_blueprint_from_the_library_sends_what_it_shows_and_runs(
     assert title == name
     assert set(inputs) == EXPOSED[name]
 
-    values = {"what_to_avoid": "night", "steps": 3, "seed": 5, "prior": 0.3, "guidance_scale": 4}
-    saver = frontend.tab.evaluate(WIRE, values | ({"prompt": "a street"} if name == AVOID_AT_CFG_1 else {"cfg": 3}))
+    values = {"prompt": "a street", "what_to_avoid": "night", "steps": 3, "seed": 5, "prior": 0.3, "guidance_scale": 4}
+    saver = frontend.tab.evaluate(WIRE, values | ({"cfg": 3} if name == AVOID else {}))
     frontend.picture(f"blueprint_{name}")
     prompt = frontend.prompt()
     (sampler,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "KSamplerDNG")
     assert {key: sampler[key] for key in ("steps", "seed", "settings")} == {"steps": 3, "seed": 5, "settings": "exact"}
     assert (sampler["settings.prior"], sampler["settings.guidance_scale"]) == (0.3, 4)
+    assert (sampler["positive"][1], sampler["negative"][1]) == (0, 1)
     positive, negative = (prompt[sampler[wire][0]] for wire in ("positive", "negative"))
+    assert positive is negative and positive["class_type"] == "DNGJointNegative"
+    assert (positive["inputs"]["positive_text"], positive["inputs"]["undesired_text"]) == ("a street", "night")
     if name == AVOID:
         assert sampler["cfg"] == 3
-        assert positive["inputs"]["text"] == "a street"
-        assert negative["inputs"]["text"] == "night"
         assert prompt[sampler["unconditional"][0]]["inputs"]["text"] == ""
     else:
         assert sampler["cfg"] == 1
         assert "unconditional" not in sampler
-        assert positive is negative
-        assert (sampler["positive"][1], sampler["negative"][1]) == (0, 1)
-        assert positive["class_type"] == "DNGJointNegative"
-        assert (positive["inputs"]["positive_text"], positive["inputs"]["undesired_text"]) == ("a street", "night")
 
     frontend.run()
     assert frontend.tab.evaluate("(id) => app.nodeOutputs[id].images.length", saver) == 2

@@ -184,6 +184,7 @@ def test_a_concept_that_cannot_appear_is_not_seen(seed):
     (evidence,), _, _ = recorded(20, seed, concepts=[0], images=32, reference=[1, 2, 3, 4, 5, 6, 7])
     share = share_of(evidence, EXACT)
     assert not share.seen and share.told_apart
+    assert share.prior(0.02) == 0.02
     text = share_explained(share, outlook(evidence, Settings(prior=0.001)), Settings(prior=0.001))
     assert text.startswith("**Not seen** in 32 images") and "0 of 32 images are pushed" in text
 
@@ -193,7 +194,9 @@ def test_two_conditions_that_the_model_hardly_tells_apart_are_said_to_be_so():
     evidence = Evidence(increments, torch.full_like(increments, 1e-4), tuple(karras_sigmas(21, 0.01, 100.0)))
     share = share_of(evidence, EXACT)
     assert not share.told_apart
-    assert "cannot tell" in share_explained(share, outlook(evidence, Settings()), Settings())
+    assert share.prior(0.001) == Settings().prior
+    text = share_explained(share, outlook(evidence, Settings()), Settings())
+    assert "cannot tell" in text and "The prior is the default, 0.2," in text
 
 
 @pytest.mark.parametrize(("energy", "lifted"), [(1e-3, 0.01), (1.0, 5.0), (100.0, 6.0)])

@@ -38,7 +38,7 @@ CALIBRATION_IMAGES = 64  # of the method "dng_calibrated"; like the rest, a choi
 KEPT = 4096  # pictures without guidance that stay in memory, since they serve every method: 50 KB each
 STRIP = 8  # pictures of a point that are kept in its folder, side by side, with their traces
 RESULTS, ROWS = "results.json", "rows"  # in the study's folder
-VERSION = 3  # part of every key: raise it with each change of what a row holds
+VERSION = 4  # part of every key: raise it with each change of what a row holds
 OTHER_SEED, SEARCH_SEED, CALIBRATION_SEED = 1000, 2000, 3000  # added to the seed of the plan
 Drawn = tuple[Seen, dict[str, Any], dict[str, np.ndarray] | None]
 """Pictures as the judge sees them, and what they cost. And of the first STRIP pictures, where something is tracked:
