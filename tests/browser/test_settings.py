@@ -8,13 +8,14 @@ import pytest
 from .conftest import NODES_2, Frontend
 
 GUIDING = ("KSamplerDNG", "KSamplerAdvancedDNG", "DNGGuider", "DynamicNegativeGuidance", "DNGConcept")
+EXACT = {"guidance_scale", "prior", "evidence_until"}
 CUSTOM = {
-    "guidance_scale", "prior", "temperature", "offset", "offset_form", "p_min", "p_max", "max_scale", "rule",
+    *EXACT, "temperature", "offset", "offset_form", "p_min", "p_max", "max_scale", "rule",
     "calibration",
 }  # fmt: skip
 CHOICES = {
-    "exact": {"guidance_scale", "prior"},
-    "calibrated": {"calibration", "guidance_scale", "prior"},
+    "exact": EXACT,
+    "calibrated": {"calibration", *EXACT},
     "preset": {"preset"},
     "custom": CUSTOM,
     "negative_prompting": {"guidance_scale"},
@@ -54,7 +55,7 @@ def shown(frontend: Frontend) -> set[str]:
 def test_a_node_first_shows_the_inputs_of_exact(frontend: Frontend, renderer: bool, name: str) -> None:
     frontend.alone(name)
     frontend.tab.wait_for_timeout(500)
-    assert shown(frontend) == {"guidance_scale", "prior"}
+    assert shown(frontend) == EXACT
 
 
 @pytest.mark.parametrize("name", GUIDING)
@@ -90,7 +91,7 @@ def test_a_choice_and_its_values_are_sent_saved_and_loaded(frontend: Frontend, r
 
     expected = {
         "denoise": 0.5, "settings": "calibrated", "settings.calibration": 0, "settings.guidance_scale": 2.5,
-        "settings.prior": 0, "settings.economy": "off",
+        "settings.prior": 0, "settings.evidence_until": 0.25, "settings.economy": "off",
     }  # fmt: skip
     assert sent() == expected
     saved = frontend.graph()

@@ -141,7 +141,6 @@ def test_at_cfg_1_the_prompt_is_compared_with_the_prompt_and_the_thing(run: Any)
     template = run("z_image_turbo_cfg_1")
     (sampler,) = template.of("KSamplerDNG")
     assert sampler["cfg"] == 1 and "unconditional" not in sampler
-    assert sampler["settings.reference"] == "positive"
     assert sampler["positive"][0] == sampler["negative"][0]
     positive, negative = template.outputs(sampler["positive"][0])
     assert not torch.equal(positive[0][0], negative[0][0])

@@ -202,7 +202,7 @@ def _joint() -> Prompt:
         "joint": _node("DNGJointNegative", clip=["model", 1], positive_text="a street", undesired_text="night"),
         "stock": _sampler("KSampler", SCENES | {"cfg": 1.0}, "joint", "empty"),
     }
-    settings = _exact(4.0, 0.3) | {"settings": "custom", "settings.reference": "positive"}
+    settings = _exact(4.0, 0.3)
     guided = _sampler("KSamplerDNG", SCENES | {"cfg": 1.0}, "joint", "joint", **settings)
     guided["inputs"]["negative"] = ["joint", 1]
     prompt["guided"] = guided

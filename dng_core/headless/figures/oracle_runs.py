@@ -55,9 +55,13 @@ UNGUIDED = OracleRun("stock")
 
 
 def concept_settings(settings: MethodSettings) -> dict[str, Any]:
-    """The inputs of a DNG node that stand for ``settings``."""
+    """The inputs of a DNG node that stand for ``settings``; DNG's multiply from the start, as in the paper."""
+    given = asdict(settings)
+    if isinstance(settings, Settings):
+        del given["evidence_above"]
+        given["evidence_until"] = 0.0
     choice = "custom" if isinstance(settings, Settings) else settings.method
-    return {"settings": choice, **{f"settings.{name}": value for name, value in asdict(settings).items()}}
+    return {"settings": choice, **{f"settings.{name}": value for name, value in given.items()}}
 
 
 def oracle_prompt(task: Task, runs: Mapping[str, OracleRun]) -> Prompt:
