@@ -27,6 +27,12 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def quick_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bootstrap of distances takes most of the time of so small a study of the picture book."""
+    monkeypatch.setattr("dng_core.studies.picture_book.measures.FEATURE_RESAMPLES", 9)
+
+
+@pytest.fixture
 def files(tmp_path: Path, few_resamples: None) -> Path:
     """A folder with a random denoiser, a random classifier, an experiment on them, and JPEG images to compare with."""
     random_denoiser(tmp_path / "denoiser.safetensors")

@@ -23,7 +23,7 @@ from dng_core.sampling import ddpm_sample
 from dng_core.schedules import DDPMSchedule, karras_sigmas
 from dng_core.shares import Share
 from dng_core.studies.metrics import wilson_interval
-from dng_core.studies.picture_book import measures, methods
+from dng_core.studies.picture_book import methods
 from dng_core.studies.picture_book.averages import averaged
 from dng_core.studies.picture_book.cases import CASES, LABELS, Case
 from dng_core.studies.picture_book.figure import label_rows, picture_book_figure
@@ -31,11 +31,7 @@ from dng_core.studies.picture_book.measures import Seen, measure
 from dng_core.studies.picture_book.methods import METHODS, calibrated, guided
 from dng_core.studies.samplers import SAMPLERS, sample
 
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    """A bootstrap of distances takes most of the time of so small a study."""
-    monkeypatch.setattr(measures, "FEATURE_RESAMPLES", 9)
+pytestmark = pytest.mark.usefixtures("quick_distances")
 
 
 def test_exact_shares_are_those_of_scenes_with_such_captions():
@@ -195,7 +191,7 @@ def test_calibration_takes_the_share_that_an_unguided_run_shows(book, monkeypatc
         (book, chain, case, method, 3.0, 3, 2, 0),
         replace(EXACT, temperature=0.5, drift=((8.0, 0.0), (1.0, 2.0))),
     )
-    for share, told_apart, prior in ((0.0, 0.1, 0.001), (0.3, 0.1, 0.3), (1.0, 0.1, 0.99), (0.5, 0.9, 0.001)):
+    for share, told_apart, prior in ((0.0, 0.1, 0.001), (0.3, 0.1, 0.3), (1.0, 0.1, 0.99), (0.5, 0.9, 0.2)):
         monkeypatch.setattr(methods, "share_of", lambda *_, mean=share, open=told_apart: Share(mean, 0, 1, 2, open))
         found = calibrated(*drawn, model)
         assert found == replace(method, settings=model.applied(method.settings.with_(prior=prior)))

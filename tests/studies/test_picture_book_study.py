@@ -12,20 +12,14 @@ from PIL import Image
 
 from dng_core.cli import experiment
 from dng_core.headless.lock import exclusive
-from dng_core.studies.picture_book import measures, study
+from dng_core.studies.picture_book import study
 from dng_core.studies.picture_book.cases import CASES
 from dng_core.studies.picture_book.methods import METHODS
 from dng_core.studies.picture_book.report import comparison, write_report
 from dng_core.studies.picture_book.study import Plan, Study
 from dng_core.studies.runner import MANIFEST
 
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    """A bootstrap of distances takes most of the time of so small a study."""
-    monkeypatch.setattr(measures, "FEATURE_RESAMPLES", 9)
-
-
+pytestmark = pytest.mark.usefixtures("quick_distances")
 SHORT = Plan(
     cases=(CASES[0], CASES[-1]), methods=("nothing", "negative_prompt", "dng_joint"), settings=((3.0, "euler", 3),),
     scales=(1.0, 2.0), images=4, search_images=4, batch=3,
