@@ -121,8 +121,9 @@ PRESETS: dict[str, Settings] = {
     # The README of the authors' code. Its offset per step at 1000 steps is integrated over the training chain here.
     # The cap never acts: 5 * 0.8 / 0.2 is 20.
     "CIFAR-10": Settings(guidance_scale=5, prior=0.01, temperature=0.2, offset=2e-4, p_max=0.8, max_scale=20),
-    # A place to start, not measured: it lies between the paper's five prompts below. Its offset in nats is what 0.004
-    # per step adds up to over 20 evenly spaced steps, and its cap is lower.
+    # Not measured on Stable Diffusion; on the picture book it hardly guides (docs/experiments.md, "What came out"). It
+    # lies between the paper's five prompts below. Its offset in nats is what 0.004 per step adds up to over 20 evenly
+    # spaced steps, and its cap is lower.
     "Stable Diffusion": Settings(
         guidance_scale=20, prior=0.01, temperature=0.2, offset=2.7, offset_form="total", max_scale=20
     ),
