@@ -127,12 +127,13 @@ def _scale(odds: Tensor, prior_odds: float, settings: Settings, sigma: float | S
     scale = settings.guidance_scale
     if settings.evidence_above is None or scale <= 1:
         return scale * odds
-    levels = sigma if isinstance(sigma, Sequence) else [sigma]
-    blind = [prior_odds if level > settings.evidence_above else 0.0 for level in levels]
-    if not isinstance(sigma, Sequence):
-        return odds + (scale - 1) * (odds - blind[0]).clamp(min=0)
-    of_steps = on_device(torch.tensor(blind, dtype=odds.dtype)[:, None], odds.device)
-    return odds + (scale - 1) * (odds - of_steps).clamp(min=0)
+    expected: float | Tensor
+    if isinstance(sigma, Sequence):
+        blind = [prior_odds if level > settings.evidence_above else 0.0 for level in sigma]
+        expected = on_device(torch.tensor(blind, dtype=odds.dtype)[:, None], odds.device)
+    else:
+        expected = prior_odds if sigma > settings.evidence_above else 0.0
+    return odds + (scale - 1) * (odds - expected).clamp(min=0)
 
 
 def _counted(log_p: Tensor, applies: bool) -> Tensor:
