@@ -11,6 +11,7 @@ SMALL = MODELS[:2]
 SIZES = {"sd15": 512, "sdxl": 1024}
 """The models with random weights, and the width and height that their originals draw."""
 FAMILIES = {"sd15": "SD15", "sdxl": "SDXL"}
+PROMPT = "a park by day"  # of the picture book
 CFG = 5.0  # like the settings of other nodes below, which are their defaults, a choice
 
 
@@ -18,8 +19,8 @@ CFG = 5.0  # like the settings of other nodes below, which are their defaults, a
 class Subject:
     """What is drawn, and what is avoided.
 
-    ``nodes``: "model" (output 0 is the MODEL), "positive", "undesired", "empty" and "latent". ``settings``: inputs of
-    the choice *custom* of KSampler (DNG).
+    ``nodes``: "model" (output 0 is the MODEL), "positive", "undesired", "empty" and "latent"; for the picture book
+    also "joint", whose output 1 is the negative of DNG. ``settings``: inputs of the choice *custom* of KSampler (DNG).
     """
 
     model: str
@@ -61,12 +62,13 @@ def _picture(thing: str, kind: str, images: int) -> Subject:
     """A case of the picture book's study: parks by day show flowers though nobody asks for them, and never a boat."""
     nodes = {
         "model": _node("DNGLoadPictureBook"),
-        "positive": _node("CLIPTextEncode", clip=["model", 1], text="a park by day"),
+        "positive": _node("CLIPTextEncode", clip=["model", 1], text=PROMPT),
         "empty": _node("CLIPTextEncode", clip=["model", 1], text=""),
         "undesired": _node("CLIPTextEncode", clip=["model", 1], text=f"a {thing}"),
+        "joint": _node("DNGJointNegative", clip=["model", 1], positive_text=PROMPT, undesired_text=f"a {thing}"),
         "latent": _node("EmptyLatentImage", width=64, height=64, batch_size=images),
     }
-    return Subject("picture-book", f"{thing} ({kind})", nodes, {})
+    return Subject("picture-book", f"{thing} ({kind})", nodes, {"guidance_scale": 16.0})
 
 
 def _random(model: str, images: int, size: int) -> Subject:
@@ -121,7 +123,10 @@ def _dng(economy: str) -> Callable[[Subject, Sampling, float], Prompt]:
     def nodes(subject: Subject, sampling: Sampling, cfg: float) -> Prompt:
         settings = {f"settings.{name}": value for name, value in {"economy": economy, **subject.settings}.items()}
         own = {"unconditional": ["empty", 0], "settings": "custom", **settings}
-        return {"sampler": _ksampler("KSamplerDNG", sampling, cfg, **own)}
+        sampler = _ksampler("KSamplerDNG", sampling, cfg, **own)
+        if "joint" in subject.nodes:
+            sampler["inputs"]["negative"] = ["joint", 1]
+        return {"sampler": sampler}
 
     return nodes
 
