@@ -1,9 +1,10 @@
 """The methods that DNG is compared with. None of them tracks a posterior.
 
 Negative prompting and Safe Latent Diffusion push with a constant scale, whatever the image shows. Contrastive CFG
-pushes less the farther the two predictions are apart. Perp-Neg pushes across the direction of the prompt, and so needs
-its prediction; Normalized Attention Guidance pushes inside the network. Both are functions (:func:`perp_neg`,
-:func:`normalized_attention`), and no :class:`BaselineGuidance`.
+pushes less the farther the two predictions are apart. Perp-Neg pushes across the direction of the prompt, and Concept
+Removal Guidance as far as the prompt's prediction is near the undesired one: both need the prompt's prediction.
+Normalized Attention Guidance pushes inside the network. So these three (:func:`perp_neg`, :class:`ConceptRemovalRun`,
+:func:`normalized_attention`) are no :class:`BaselineGuidance`.
 """
 
 import math
@@ -104,6 +105,26 @@ class PerpNeg:
 
 
 @dataclass(frozen=True)
+class ConceptRemoval:
+    """The settings of :class:`ConceptRemovalRun`.
+
+    Parameters
+    ----------
+    guidance_scale: lambda_0, at least 0; 1 brings the presence of the concept down to the threshold.
+    threshold: the presence, in nats, up to which nothing is pushed; a choice, since the paper's is not known here.
+    """
+
+    method: ClassVar[str] = "concept_removal"
+    guidance_scale: float = 1.0
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check(self, "guidance_scale", 0 <= self.guidance_scale < math.inf, "at least 0 and finite")
+        check(self, "threshold", math.isfinite(self.threshold), "finite")
+
+
+@dataclass(frozen=True)
 class NormalizedAttention:
     """The settings of :func:`normalized_attention`, by default those of ComfyUI's node.
 
@@ -187,6 +208,47 @@ def perp_neg(positive: Tensor, negative: Tensor, unconditional: Tensor, cfg: flo
     share = along / torch.where(length > 0, length, torch.ones_like(length))
     across = n - per_image(share, p) * p
     return combine(unconditional + cfg * p, [across], [n.new_full((len(n),), cfg * scale)])
+
+
+class ConceptRemovalRun:
+    """Concept Removal Guidance (Choi et al., arXiv 2606.29801) along one run, which steps down in noise.
+
+    With b = |eps - eps_u|^2 - |eps - eps(c-)|^2, where eps is under the prompt and eps_u under the empty one, the
+    presence of the concept is b / 2 and, for each step that went before, beta / (2 alpha (1 - alpha_bar)) b of that
+    step. The noise prediction is moved by -w (eps(c-) - eps_u), with w = lambda_0 (presence - threshold) /
+    |eps(c-) - eps_u|^2 where the presence is above the threshold, and 0 elsewhere. At lambda_0 = 1 this is the least
+    change that brings the presence down to the threshold. (After the abstract, and the equations as a public library
+    of guidance methods quotes them; the paper itself could not be had.)
+    """
+
+    def __init__(self, settings: ConceptRemoval) -> None:
+        self._settings = settings
+        self._earlier: float | Tensor = 0.0
+        self._last: tuple[float, Tensor] | None = None
+
+    def push(self, positive: Tensor, negative: Tensor, unconditional: Tensor, sigma: float) -> Tensor:
+        """What is to be taken from the denoised prediction, (batch, ...), at a VE noise level above 0.
+
+        Parameters
+        ----------
+        positive, negative, unconditional: D_pos, D_neg and D_u, (batch, ...).
+        """
+
+        def squared(difference: Tensor) -> Tensor:
+            return (difference / sigma).flatten(1).square().sum(dim=1)
+
+        if self._last is not None:
+            before, nearness = self._last
+            # beta / (alpha (1 - alpha_bar)) of the step, in the VE frame
+            step = (before**2 - sigma**2) / before**2 * (1 + before**2) / (1 + sigma**2)
+            self._earlier = self._earlier + step / 2 * nearness
+        nearness = squared(positive - unconditional) - squared(positive - negative)
+        self._last = sigma, nearness
+        direction = negative - unconditional
+        excess = (nearness / 2 + self._earlier - self._settings.threshold).clamp(min=0)
+        length = squared(direction)
+        share = excess / torch.where(length > 0, length, torch.ones_like(length))
+        return per_image(self._settings.guidance_scale * share, direction) * direction
 
 
 def normalized_attention(positive: Tensor, negative: Tensor, settings: NormalizedAttention) -> Tensor:

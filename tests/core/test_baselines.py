@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from dng_core.baselines import (
+    ConceptRemoval,
+    ConceptRemovalRun,
     ContrastiveCFG,
     NegativePrompting,
     NormalizedAttention,
@@ -17,7 +19,7 @@ from dng_core.baselines import (
 from dng_core.methods import METHODS, STUDIED, MethodSettings, guidance_by
 from dng_core.oracle import GaussianMixture
 from dng_core.sampling import ddpm_sample
-from dng_core.schedules import karras_sigmas
+from dng_core.schedules import DDPMSchedule, karras_sigmas
 
 
 def tensors(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -96,6 +98,42 @@ def test_perp_neg_pushes_across_the_prompts_direction_alone():
     torch.testing.assert_close(torch.cat(alone), perp_neg(positive, negative, empty, 3.0, 1.5))
 
 
+def test_concept_removal_is_its_equations_in_ddpms_noise_predictions():
+    """Two steps of DDPM's linear chain, t = 800 and 500, with the chain's own alpha, beta and alpha-bar."""
+    schedule, threshold, scale = DDPMSchedule.named("linear"), -3.0, 1.7
+    run, earlier = ConceptRemovalRun(ConceptRemoval(scale, threshold)), torch.zeros(3, dtype=torch.float64)
+    for t, following, seed in ((800, 500, 0), (500, None, 1)):
+        x, eps_p, eps_n, eps_u = tensors(4, 3, 2, 2, 2, seed=seed)
+        nearness = ((eps_p - eps_u) ** 2 - (eps_p - eps_n) ** 2).flatten(1).sum(1)
+        excess = (nearness / 2 + earlier - threshold).clamp(min=0)
+        weight = excess / ((eps_n - eps_u) ** 2).flatten(1).sum(1)
+        assert int((weight > 0).sum()) > 0
+        eps = eps_p - scale * weight.view(3, 1, 1, 1) * (eps_n - eps_u)
+        sigma = float(schedule.sigmas[t])
+        positive, negative, empty = (x - sigma * e for e in (eps_p, eps_n, eps_u))
+        found = positive - run.push(positive, negative, empty, sigma)
+        torch.testing.assert_close(found, x - sigma * eps, rtol=1e-10, atol=1e-10)
+        if following is not None:
+            alpha_bar = float(schedule.alpha_bars[t])
+            alpha = alpha_bar / float(schedule.alpha_bars[following])
+            earlier = earlier + (1 - alpha) / (2 * alpha * (1 - alpha_bar)) * nearness
+
+
+def test_concept_removal_at_scale_1_brings_the_presence_down_to_the_threshold_and_leaves_what_is_below_alone():
+    positive, negative, empty = tensors(3, 8, 2, 3, 3, seed=2)
+    threshold, sigma = 1.0, 2.0
+
+    def presence(prediction):
+        near = (prediction - empty) ** 2 - (prediction - negative) ** 2
+        return near.flatten(1).sum(1) / sigma**2 / 2
+
+    before = presence(positive)
+    assert bool((before > threshold).any() and (before < threshold).any())
+    push = ConceptRemovalRun(ConceptRemoval(1.0, threshold)).push(positive, negative, empty, sigma)
+    torch.testing.assert_close(presence(positive - push), before.clamp(max=threshold))
+    assert not push[before < threshold].any()
+
+
 def test_perp_neg_without_a_prompt_has_no_direction_to_spare():
     empty, negative = tensors(2, 2, 5)
     torch.testing.assert_close(perp_neg(empty, negative, empty, 3.0, 1.0), empty - 3 * (negative - empty))
@@ -135,6 +173,8 @@ def test_the_studies_have_the_nodes_methods_and_more():
         (lambda: ContrastiveCFG(tau=math.nan), "tau is not a number"),
         (lambda: PerpNeg(math.inf), "guidance_scale must be at least 0 and finite"),
         (lambda: PerpNeg(math.nan), "guidance_scale is not a number"),
+        (lambda: ConceptRemoval(-1.0), "guidance_scale must be at least 0 and finite"),
+        (lambda: ConceptRemoval(threshold=math.inf), "threshold must be finite"),
         (lambda: NormalizedAttention(-1.0), "guidance_scale must be at least 0 and finite"),
         (lambda: NormalizedAttention(tau=0.5), "tau must be at least 1 and finite"),
         (lambda: NormalizedAttention(alpha=1.5), "alpha must be between 0 and 1"),

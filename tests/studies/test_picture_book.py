@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dng_core.baselines import perp_neg
+from dng_core.baselines import ConceptRemoval, ConceptRemovalRun, perp_neg
 from dng_core.calibration import EXACT
 from dng_core.models.picture_book.judge import Verdict
 from dng_core.models.picture_book.prompting import contexts, denoised
@@ -162,6 +162,7 @@ def test_each_method_combines_the_predictions_as_it_says(book, cfg):
         "constant_push": (base - 2 * (n - reference), 2),
         "contrastive_cfg": (base - 2 * faded * (n - reference), 2),
         "perp_neg": (perp_neg(p, n, u, cfg, 2.0), 3 - (cfg != 1)),
+        "concept_removal": (base - ConceptRemovalRun(ConceptRemoval(2.0)).push(p, n, u, sigma), 3 - (cfg != 1)),
         "dng": (base - 2 * 0.25 * (n - reference), 2),
         "dng_joint": (base - 2 * 0.25 * (joint - p), 2),
         "dng_evidence": (base - 2 * 0.25 * (joint - p), 2),  # below its level

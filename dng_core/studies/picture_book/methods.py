@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ...baselines import (
+    ConceptRemoval,
+    ConceptRemovalRun,
     ContrastiveCFG,
     NegativePrompting,
     NormalizedAttention,
@@ -30,8 +32,8 @@ from ..samplers import Sampler, added_noise, sample
 from .cases import Case
 from .sampling import LATENT
 
-OfComfyUI = PerpNeg | NormalizedAttention
-"""Ways that ComfyUI has nodes for. All things together are their negative prompt."""
+OfPrompts = PerpNeg | NormalizedAttention | ConceptRemoval
+"""Ways that work with the prompt's prediction. All things together are their negative prompt."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Method:
 
     Parameters
     ----------
-    settings: of the guidance beside an empty negative prompt; None for no guidance. For Perp-Neg, the empty prompt is
-        evaluated at cfg 1 too. Normalized Attention Guidance is beside the stock negative prompt, as in ComfyUI.
+    settings: of the guidance beside an empty negative prompt; None for no guidance. For Perp-Neg and Concept Removal
+        Guidance, the empty prompt is evaluated at cfg 1 too. Normalized Attention Guidance is beside the stock
+        negative prompt, as in ComfyUI.
     stock: the things are the negative prompt, D_neg + cfg (D_pos - D_neg), which does nothing at cfg 1.
     joint: the undesired prediction is of the prompt and the thing together, and is compared with the prompt's.
         Otherwise it is of the thing alone, compared with the empty prompt's (at cfg 1 with the prompt's).
@@ -49,7 +52,7 @@ class Method:
         unguided run of the case.
     """
 
-    settings: MethodSettings | OfComfyUI | None = None
+    settings: MethodSettings | OfPrompts | None = None
     stock: bool = False
     joint: bool = False
     calibrated: bool = False
@@ -72,6 +75,7 @@ METHODS = {
     "perp_neg": Method(PerpNeg()),
     "nag": Method(NormalizedAttention()),
     "contrastive_cfg": Method(ContrastiveCFG()),
+    "concept_removal": Method(ConceptRemoval()),
     "dng": Method(EXACT),
     "dng_paper": Method(PRESETS["Stable Diffusion"]),
     "dng_joint": Method(EXACT, joint=True),
@@ -94,8 +98,10 @@ class Guided:
     evaluations: int = 0
 
     def __post_init__(self) -> None:
+        settings = self.method.settings
+        self._removal = ConceptRemovalRun(settings) if isinstance(settings, ConceptRemoval) else None
         case, things = self.case, list(self.case.avoid)
-        if self.method.stock or isinstance(self.method.settings, OfComfyUI):
+        if self.method.stock or isinstance(self.method.settings, OfPrompts):
             things = [", ".join(things)]
         elif self.method.joint:
             things = [f"{case.prompt}, {thing}" for thing in things]
@@ -109,6 +115,9 @@ class Guided:
         if isinstance(self.method.settings, PerpNeg):
             positive, negative, empty = self._predicted(x, sigma, [self.positive, self.things[0], self.empty])
             return perp_neg(positive, negative, empty, self.cfg, self.method.settings.guidance_scale)
+        if self._removal is not None:
+            positive, negative, empty = self._predicted(x, sigma, [self.positive, self.things[0], self.empty])
+            return empty + self.cfg * (positive - empty) - self._removal.push(positive, negative, empty, sigma)
         if isinstance(self.method.settings, NormalizedAttention):
             with attending(self.book.unet, self.method.settings):
                 positive, negative = self._predicted(x, sigma, [self.positive, self.things[0]])
@@ -172,7 +181,7 @@ def guided(
 ) -> Guided:
     """The prediction of a new run of ``sampler`` over noise levels."""
     guidance, settings = None, method.settings
-    if settings is not None and not isinstance(settings, OfComfyUI):
+    if settings is not None and not isinstance(settings, OfPrompts):
         known = Chain(levels, IntegratedOffset(chain), noise_fraction=added_noise(sampler))
         guidance = guidance_by([settings] * len(case.avoid), known)
     return Guided(book, chain, case, method, cfg, guidance)

@@ -19,6 +19,7 @@ LOOKS = {  # colours by Okabe and Ito, and two more
     "perp_neg": ("#8c564b", "P"),
     "nag": ("#bcbd22", "*"),
     "contrastive_cfg": ("#cc79a7", "D"),
+    "concept_removal": ("#cc79a7", "X"),
     "dng": ("#56b4e9", "o"),
     "dng_paper": ("#56b4e9", "h"),
     "dng_joint": ("#0072b2", "o"),

@@ -27,7 +27,7 @@ from ..class_removal import starting_noise
 from ..samplers import Sampler, sample
 from .cases import CASES, Case
 from .measures import Seen, measure
-from .methods import METHODS, Method, OfComfyUI, calibrated, guided
+from .methods import METHODS, Method, OfPrompts, calibrated, guided
 from .opened import open_book
 from .sampling import LATENT, pictures_of
 
@@ -306,7 +306,7 @@ def strip(pictures: Tensor) -> bytes:
     return file.getvalue()
 
 
-def described(settings: MethodSettings | OfComfyUI | None) -> dict[str, Any] | None:
+def described(settings: MethodSettings | OfPrompts | None) -> dict[str, Any] | None:
     """The settings as JSON."""
     return None if settings is None else dict(json.loads(json.dumps(asdict(settings))))  # lists, as in a file
 
