@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .economy import Economy
 from .guidance import Guidance, Negatives, Probed, combine
-from .kernels import per_image
+from .kernels import ReverseKernel, per_image
 from .settings import check, check_numbers
 
 
@@ -188,8 +188,18 @@ def contrastive_direction(difference: Tensor, sigma: float, tau: float) -> Tenso
     """
     if sigma == 0:
         return torch.zeros_like(difference)
-    r2 = (difference / sigma).flatten(1).square().sum(dim=1)
+    r2 = _noise_energy(difference, sigma)
     return per_image(2 * torch.sigmoid(-tau * r2), difference) * difference
+
+
+def _noise_energy(difference: Tensor, sigma: float) -> Tensor:
+    """|eps - eps'|^2 of each image, (batch,), where the denoised predictions differ by ``difference``."""
+    return (difference / sigma).flatten(1).square().sum(dim=1)
+
+
+def _or_one(length: Tensor) -> Tensor:
+    """Lengths to divide by: 1 in the place of 0."""
+    return torch.where(length > 0, length, torch.ones_like(length))
 
 
 def perp_neg(positive: Tensor, negative: Tensor, unconditional: Tensor, cfg: float, scale: float) -> Tensor:
@@ -205,7 +215,7 @@ def perp_neg(positive: Tensor, negative: Tensor, unconditional: Tensor, cfg: flo
     """
     p, n = positive - unconditional, negative - unconditional
     along, length = (n * p).flatten(1).sum(dim=1), p.flatten(1).square().sum(dim=1)
-    share = along / torch.where(length > 0, length, torch.ones_like(length))
+    share = along / _or_one(length)
     across = n - per_image(share, p) * p
     return combine(unconditional + cfg * p, [across], [n.new_full((len(n),), cfg * scale)])
 
@@ -233,21 +243,16 @@ class ConceptRemovalRun:
         ----------
         positive, negative, unconditional: D_pos, D_neg and D_u, (batch, ...).
         """
-
-        def squared(difference: Tensor) -> Tensor:
-            return (difference / sigma).flatten(1).square().sum(dim=1)
-
         if self._last is not None:
             before, nearness = self._last
             # beta / (alpha (1 - alpha_bar)) of the step, in the VE frame
-            step = (before**2 - sigma**2) / before**2 * (1 + before**2) / (1 + sigma**2)
-            self._earlier = self._earlier + step / 2 * nearness
-        nearness = squared(positive - unconditional) - squared(positive - negative)
+            weight = (1 - ReverseKernel(before, sigma).ratio) * (1 + before**2) / (1 + sigma**2)
+            self._earlier = self._earlier + weight / 2 * nearness
+        nearness = _noise_energy(positive - unconditional, sigma) - _noise_energy(positive - negative, sigma)
         self._last = sigma, nearness
         direction = negative - unconditional
         excess = (nearness / 2 + self._earlier - self._settings.threshold).clamp(min=0)
-        length = squared(direction)
-        share = excess / torch.where(length > 0, length, torch.ones_like(length))
+        share = excess / _or_one(_noise_energy(direction, sigma))
         return per_image(self._settings.guidance_scale * share, direction) * direction
 
 
@@ -264,7 +269,7 @@ def normalized_attention(positive: Tensor, negative: Tensor, settings: Normalize
     guided = positive + settings.guidance_scale * (positive - negative)
     longest = settings.tau * positive.abs().sum(dim=-1, keepdim=True)
     length = guided.abs().sum(dim=-1, keepdim=True)
-    shortened = guided * (longest / torch.where(length > 0, length, torch.ones_like(length))).clamp(max=1)
+    shortened = guided * (longest / _or_one(length)).clamp(max=1)
     return settings.alpha * shortened + (1 - settings.alpha) * positive
 
 

@@ -143,7 +143,7 @@ def ticks(low: float, high: float, at_most: int) -> list[float]:
     power = 10.0 ** math.floor(math.log10(span / at_most))
     step = next(s * power for s in (1, 2, 5, 10, 20) if span / (s * power) <= at_most - 1)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
+    return [min(max(i * step, low), high) for i in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float, at_most: int) -> list[float]:

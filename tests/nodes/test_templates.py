@@ -137,13 +137,14 @@ def test_a_template_of_a_large_model_draws_a_picture(run: Any, name: str) -> Non
     assert picture.shape == (1, 64, 64, 3) and bool(picture.isfinite().all())
 
 
-def test_at_cfg_1_the_prompt_is_compared_with_the_prompt_and_the_thing(run: Any) -> None:
+def test_at_cfg_1_the_prompt_is_compared_with_the_prompt_and_the_thing(bench: Any, run: Any) -> None:
     template = run("z_image_turbo_cfg_1")
     (sampler,) = template.of("KSamplerDNG")
     assert sampler["cfg"] == 1 and "unconditional" not in sampler
     assert sampler["positive"][0] == sampler["negative"][0]
     positive, negative = template.outputs(sampler["positive"][0])
     assert not torch.equal(positive[0][0], negative[0][0])
+    assert bench.node_inputs.concepts_from(negative, {})[0].compared_with == "positive"
 
 
 def test_two_stages_of_wan_share_one_posterior(run: Any) -> None:
