@@ -9,9 +9,10 @@ import contextlib
 import io
 import math
 import sys
-import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..files import read_json, write_json, write_whole
 from ..guidance import NegativeGuidance
 from ..models.checkpoints import open_denoiser
 from ..models.devices import devices, machine
+from ..models.networks import UNet
 from ..models.predictors import LabelConditional
 from ..models.training_plan import TrainingPlan, read_plan
 from ..models.weight_files import load_denoiser
@@ -32,11 +34,10 @@ from ..studies.class_removal import chain_name, image_shape
 from ..studies.network_figures import SHOWN, labelled_images, sheet, unguided
 from . import bench, train
 
-TRIAL = 50  # training steps that are timed, after one step has warmed the device up; a choice
 TRAINED = 0.9  # share of the time that is left which training may take; the rest is for loading and writing
-LEAST_EPOCHS = 1e-9  # of one step
 SAMPLING_STEPS = 50  # of the sheet; a choice, like the two numbers below
 GUIDED_STEPS, GUIDED_BATCH = 20, 8
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,9 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the plan's data set")
     parser.add_argument("--output", type=Path, default=Path("output", "gpu"), help="folder (default: output/gpu)")
     parser.add_argument("--minutes", type=float, default=10.0, help="time for everything (default: 10)")
-    parser.add_argument(
-        "--plan", default="cifar10_gpu_denoiser", help="a plan of a denoiser (default: cifar10_gpu_denoiser)"
-    )
+    parser.add_argument("--plan", default="cifar10_denoiser", help="a plan of a denoiser (default: cifar10_denoiser)")
     parser.add_argument("--start-from", type=Path, metavar="WEIGHTS", help="weights to go on from (default: random)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--repeats", type=int, default=3, help="turns of the measurement (default: 3)")
@@ -90,12 +89,15 @@ def checked(device: str) -> Iterator[tuple[str, str]]:
     if device == "cpu":
         yield "waits for the device", "not checked: there is no GPU here"
         return
-    guided_run(device)  # the first run loads kernels, which may wait
+    network, info = open_denoiser("mnist")
+    run = partial(guided_run, network.to(device), DDPMSchedule.named(chain_name(info)), device)
+    run()  # the first run loads kernels, which may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
-        guided_run(device)
+        run()
     except RuntimeError as error:
-        yield "waits for the device", f"yes: {str(error).splitlines()[0]}"
+        ours = [f for f in traceback.extract_tb(error.__traceback__) if PACKAGE in Path(f.filename).parents][-1]
+        yield "waits for the device", f"yes, in {Path(ours.filename).name}, line {ours.lineno}: {ours.line}"
     else:
         yield "waits for the device", f"no ({GUIDED_STEPS} steps, {GUIDED_BATCH} images)"
     finally:
@@ -103,10 +105,8 @@ def checked(device: str) -> Iterator[tuple[str, str]]:
 
 
 @torch.no_grad()
-def guided_run(device: str) -> None:
-    """DNG on the shipped MNIST network, with all noise made on the device."""
-    network, info = open_denoiser("mnist")
-    network, chain = network.to(device), DDPMSchedule.named(chain_name(info))
+def guided_run(network: UNet, chain: DDPMSchedule, device: str) -> None:
+    """DNG on a label-conditional network, with all noise made on the device."""
     levels = ddpm_sigmas(chain, GUIDED_STEPS)
     guidance, predict = NegativeGuidance([Settings()], Chain(levels)), LabelConditional(network, chain, 0)
     x = levels[0] * torch.randn(GUIDED_BATCH, *image_shape(network), device=device)
@@ -139,27 +139,19 @@ def measured(args: argparse.Namespace, device: str) -> Iterator[tuple[str, str]]
 
 
 def trained(args: argparse.Namespace, plan: TrainingPlan, device: str, began: float) -> Iterator[tuple[str, Any]]:
-    """The training's speed, the epochs that fit into the time, and what came out."""
-
-    def train_for(folder: Path, epochs: float) -> dict[str, Any]:
-        parser = argparse.ArgumentParser()
-        train.add_arguments(parser)
-        start = ["--start-from", args.start_from] if args.start_from else []
-        where = ["--data", args.data, "--output", folder, "--device", device.split(":")[0]]
-        train.train(parser.parse_args([str(a) for a in (args.plan, *where, *start, "--epochs", epochs)]))
-        return read_json(folder / f"{plan.name}.json")
-
-    size = plan.training.batch_size
-    with tempfile.TemporaryDirectory(dir=args.output, prefix="trial-") as folder:
-        epoch = train_for(Path(folder, "first"), LEAST_EPOCHS)["data"]["images"]
-        timed = train_for(Path(folder, "timed"), TRIAL * size / epoch)
-    rate = timed["steps"] * size / max(timed["seconds"], 0.01)  # recorded in hundredths
-    yield "images a second in training", round(rate, 1)
-    left = TRAINED * (60 * args.minutes - (time.monotonic() - began))
+    """A training for the time that is left, and what came out."""
+    left = TRAINED * (args.minutes - (time.monotonic() - began) / 60)
     if left <= 0:
         raise ValueError(f"no time is left to train: give more --minutes than {args.minutes:g}")
-    record = train_for(args.output, left * rate / epoch)
-    yield "trained", f"{record['steps']} steps, {record['steps'] * size / epoch:.1f} epochs, loss {record['loss']:.4f}"
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    start = ["--start-from", args.start_from] if args.start_from else []
+    where = ["--data", args.data, "--output", args.output, "--device", device.split(":")[0]]
+    train.train(parser.parse_args([str(a) for a in (args.plan, *where, *start, "--minutes", round(left, 3))]))
+    record = read_json(args.output / f"{plan.name}.json")
+    yield "images a second in training", record["images_per_second"]
+    seen = record["steps"] * plan.training.batch_size / record["data"]["images"]
+    yield "trained", f"{record['steps']} steps, {seen:.1f} epochs, loss {record['loss']:.4f}"
     weights = args.output / f"{plan.name}.safetensors"
     network, info = load_denoiser(weights)
     chain, classes = DDPMSchedule.named(chain_name(info)), len(info.class_names)

@@ -64,6 +64,7 @@ LEAST_FITTING = 0.5  # of the numbers of the smaller network, to be taken from o
 TEST_SCENES = 4000  # on which a judge is tested; a choice
 OPTIONS = {  # fields of TrainingConfig and what they are
     "epochs": "passes over the training images; of scenes, times 100,000 new ones",
+    "minutes": "train for so long in place of epochs; 0 for by epochs",
     "batch_size": "images per step",
     "learning_rate": "peak learning rate",
     "seed": "seed of the weights, batches and noise",
@@ -82,6 +83,7 @@ OPTIONS = {  # fields of TrainingConfig and what they are
     "image_noise": "largest standard deviation of the noise on a classifier's images",
     "checkpoint_every": "steps between checkpoints, 0 for none",
     "checkpoint_minutes": "minutes between checkpoints, 0 for none",
+    "compile": "compile the network on a GPU, which takes a minute and is faster from then on: off or on",
     "precision": "precision of forward passes; auto takes bfloat16 where the processor is fast at it",
 }
 
@@ -314,8 +316,11 @@ def _record(
     command += ["--output", str(args.output)]
     if args.start_from:
         command += ["--start-from", str(args.start_from)]
+    unused = {"epochs"} if plan.training.minutes else {"minutes"}
+    if plan.model not in DENOISERS:
+        unused |= set(DENOISER_SETTINGS)
     for option in OPTIONS:
-        if plan.model in DENOISERS or option not in DENOISER_SETTINGS:
+        if option not in unused:
             value = getattr(plan.training, option)
             command += [f"--{option.replace('_', '-')}", value if isinstance(value, str) else f"{value:.9g}"]
     if plan.model == "denoiser":
@@ -325,6 +330,7 @@ def _record(
         "command": shlex.join([*command, "--device", device.type]),
         "seed": plan.training.seed,
         "steps": result.steps,
+        "images_per_second": round(result.images_per_second, 1),
         "loss": result.loss,
         "seconds": round(result.seconds, 2),
         "threads": torch.get_num_threads(),

@@ -1,18 +1,18 @@
 """Training of the shipped models: a denoiser by its squared error, a classifier, and the loop that they share.
 
-Every step draws its batch, timesteps, noise and dropped labels from a generator seeded by (seed, step). A run that was
-stopped and resumed from its checkpoint therefore gives the same weights as an unbroken one.
+Every step draws its timesteps, noise and dropped labels from a generator on the training's device, seeded by (seed,
+step). A run that was stopped and resumed from its checkpoint therefore gives the same weights as an unbroken one.
 """
 
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ..files import write_whole
 from ..schedules import DDPMSchedule
 from .mnist import images_digest, to_model_range
-from .networks import Prediction, UNet, UNetConfig, WhitenedClassifier
+from .networks import Prediction, UNet, UNetConfig
 from .weight_files import ClassifierInfo, read_safetensors
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -34,6 +35,7 @@ Timesteps = Literal["uniform", "log_normal"]
 Weighting = Literal["simple", "min_snr"]
 Optimiser = Literal["adamw", "sgd"]
 Shifts = Literal["batch", "image"]
+Compile = Literal["off", "on"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "precision": get_args(Precision),
     "schedule": get_args(Schedule),
@@ -41,12 +43,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "weighting": get_args(Weighting),
     "optimiser": get_args(Optimiser),
     "shifts": get_args(Shifts),
+    "compile": get_args(Compile),
 }
 MIN_SNR = 5.0  # gamma of Hang et al. (2023)
-MOMENTUM, DECAY = 0.85, 1.33e-3  # of "sgd": those of Jordan (2024, arXiv 2404.00498), for the mean loss of a batch
-WHITENED_IMAGES = 5000  # of the training data, whose patches are whitened; as in the same paper
-MOST_SHIFT = 2  # pixels by which a classifier's images are shifted at most; a choice
-FREE = ("checkpoint_every", "checkpoint_minutes")  # settings that do not change the weights
+MOMENTUM, DECAY = 0.9, 5e-4  # of "sgd": those of Zagoruyko & Komodakis (2016, arXiv 1605.07146)
+MOST_SHIFT = {"batch": 2, "image": 4}  # pixels by which a classifier's images are shifted: a choice, and that paper's
+FREE = ("checkpoint_every", "checkpoint_minutes", "compile")  # settings that change the weights by rounding at most
+KEPT_LOSSES = 500  # whose mean is told; a choice
+LOOK_EVERY = {"cpu": 1, "cuda": 100}  # steps between looks at the loss, each of which waits for a GPU; a choice
+WARM_STEPS = 10  # of each run, which the measured speed leaves out: a GPU loads and compiles kernels in them
 LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]  # (model, indices of the batch, generator)
 
 
@@ -67,13 +72,18 @@ class TrainingConfig:
         weighs the error of x_0 by min(SNR, 5) (Hang et al. 2023).
     null_label_share: the share of a denoiser's labels that is replaced by the null label, and of captions by none.
     mirror_share: the share of images that are mirrored left to right; 0 for digits, 0.5 for photographs.
-    optimiser: "adamw", or "sgd" with Nesterov's momentum, which suits a :class:`WhitenedClassifier`.
-    shifts: a classifier's images are shifted by up to two pixels, all of a "batch" alike, or each "image" by its own.
+    optimiser: "adamw", or "sgd" with Nesterov's momentum, which suits a :class:`ResidualClassifier`.
+    shifts: a classifier's images are shifted by up to two pixels, all of a "batch" alike, or each "image" by up to
+        four of its own.
     image_noise: the largest standard deviation of the noise on a classifier's images, whose pixels are -1 to 1.
     checkpoint_every, checkpoint_minutes: steps, and minutes, after which a checkpoint is written; 0 for never. The
         last step always writes one.
     precision: "bfloat16" computes forward passes in mixed precision (weights, their average and the loss stay in
         float32); "auto" takes it where the device is fast at it (:func:`fast_bfloat16`).
+    minutes: above 0, the training ends after so much time in place of ``epochs``, and the learning rate falls by the
+        time that has passed. The weights then depend on the machine's speed.
+    compile: "on" compiles the network on a GPU (``torch.compile``, which needs Triton and a C compiler): the first
+        step takes a minute, and the others are faster. A CPU takes no notice.
     """
 
     epochs: float
@@ -96,6 +106,8 @@ class TrainingConfig:
     image_noise: float = 0.3
     optimiser: Optimiser = "adamw"
     shifts: Shifts = "batch"
+    minutes: float = 0.0
+    compile: Compile = "off"
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -107,7 +119,7 @@ class TrainingConfig:
         for name in ("epochs", "batch_size", "learning_rate", "warmup_steps", "log_sigma_spread"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("seed", "checkpoint_every", "checkpoint_minutes", "image_noise"):
+        for name in ("seed", "checkpoint_every", "checkpoint_minutes", "image_noise", "minutes"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("decay_share", "ema_decay", "null_label_share", "mirror_share"):
@@ -118,10 +130,17 @@ class TrainingConfig:
 
     def rate(self, step: int, total: int) -> float:
         """The learning rate of a step, 0 .. total - 1."""
+        return self._rate(step, step, total)
+
+    def rate_after(self, step: int, seconds: float) -> float:
+        """The learning rate of a step of a training by ``minutes``, after ``seconds`` of it."""
+        return self._rate(step, int(seconds * 1000), max(int(self.minutes * 60_000), 1))
+
+    def _rate(self, step: int, done: int, total: int) -> float:
         warmup = min(1.0, (step + 1) / self.warmup_steps)
         if self.schedule == "cosine":
-            return self.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / total))
-        left = (total - step) / max(total - self.decay_starts(total), 1)
+            return self.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(done / total, 1.0)))
+        left = max(total - done, 0) / max(total - self.decay_starts(total), 1)
         return self.learning_rate * warmup * min(1.0, left)
 
     def decay_starts(self, total: int) -> int:
@@ -133,13 +152,15 @@ class TrainingConfig:
 class TrainingResult:
     """What a training run leaves behind: the averaged weights and the mean loss of its last 500 steps.
 
-    ``seconds`` counts the time spent in steps, over all runs of a resumed training.
+    ``seconds`` counts the time spent in steps, over all runs of a resumed training. ``images_per_second`` is the speed
+    of the last of these runs, without its first ten steps; 0 if it had no more.
     """
 
     state_dict: dict[str, Tensor]
     loss: float
     steps: int
     seconds: float
+    images_per_second: float
 
 
 class DenoisingError:
@@ -158,9 +179,9 @@ class DenoisingError:
 
         ``predict`` gives the prediction for the states x_t and their timesteps, (n,).
         """
-        spread = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
+        spread = (torch.arange(len(x0), device=generator.device) + uniform((len(x0),), generator)) / len(x0)
         timestep = _timesteps(spread, self.schedule, self.config).to(x0.device)
-        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        noise = normal(x0.shape, generator).to(x0.device)
         alpha = self.alpha_bars[timestep][:, None, None, None].sqrt()
         spread_of_noise = (1 - alpha**2).sqrt()
         target = noise if self.prediction == "epsilon" else alpha * noise - spread_of_noise * x0
@@ -188,15 +209,15 @@ def train_denoiser(
     model = UNet(network)
     error = DenoisingError(network.prediction, config, device)
     identity = f"denoiser {network.to_dict()} on {images_digest(images, labels)}"
-    images = images.to(device)
+    images, labels = images.to(device), labels.to(device)
 
     def loss(model: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         def predict(x_t: Tensor, timestep: Tensor) -> Tensor:
-            dropped = torch.rand(len(index), generator=generator) < config.null_label_share
+            dropped = uniform((len(index),), generator) < config.null_label_share
             label = labels[index].masked_fill(dropped, network.num_classes) if network.num_classes else None
-            return model(x_t, timestep, None if label is None else label.to(device))
+            return model(x_t, timestep, label)
 
-        batch = _mirrored(images[index.to(device)], config.mirror_share, generator)
+        batch = _mirrored(images[index], config.mirror_share, generator)
         return error(to_model_range(batch), predict, generator)
 
     return optimise(model, loss, len(images), config, checkpoint, device, identity, initial)
@@ -218,20 +239,18 @@ def train_classifier(
     """
     torch.manual_seed(config.seed)
     model = info.network()
-    if isinstance(model, WhitenedClassifier):
-        model.whiten(to_model_range(images[:WHITENED_IMAGES]))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a fifth faster on a CPU with AVX2
     identity = f"classifier {info} on {images_digest(images, labels)}"
     images, labels = images.to(device), labels.to(device)
     together = config.shifts == "batch"
 
     def loss(model: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
-        shift = torch.randint(-MOST_SHIFT, MOST_SHIFT + 1, (2, 1 if together else len(index)), generator=generator)
-        index = index.to(device)
-        shifted = _shifted(images[index], *shift.to(device))
+        most, count = MOST_SHIFT[config.shifts], 1 if together else len(index)
+        shift = torch.randint(-most, most + 1, (2, count), generator=generator, device=device)
+        shifted = _shifted(images[index], *shift)
         batch = to_model_range(_mirrored(shifted, config.mirror_share, generator))
-        size = config.image_noise * torch.rand(len(index), 1, 1, 1, generator=generator)
-        batch = batch + (size * torch.randn(batch.shape, generator=generator)).to(device)
+        size = config.image_noise * uniform((len(index), 1, 1, 1), generator)
+        batch = batch + size * normal(batch.shape, generator)
         return F.cross_entropy(model(batch), labels[index], label_smoothing=0.05)
 
     return optimise(model, loss, len(images), config, checkpoint, device, identity, initial)
@@ -279,6 +298,16 @@ def _cpu_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     return [name for name, query in queries.items() if getattr(torch.cpu, query, bool)()]
 
 
+def uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Numbers between 0 and 1, on the generator's device."""
+    return torch.rand(tuple(shape), generator=generator, device=generator.device)
+
+
+def normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Standard normal numbers, on the generator's device."""
+    return torch.randn(tuple(shape), generator=generator, device=generator.device)
+
+
 def _timesteps(spread: Tensor, schedule: DDPMSchedule, config: TrainingConfig) -> Tensor:
     """Timesteps, (n,) long, whose quantiles are ``spread``, (n,) in 0 .. 1."""
     if config.timesteps == "uniform":
@@ -291,8 +320,8 @@ def _mirrored(images: Tensor, share: float, generator: torch.Generator) -> Tenso
     """A random ``share`` of the images, (n, channels, height, width), mirrored left to right."""
     if not share:
         return images
-    chosen = torch.rand(len(images), generator=generator) < share
-    return torch.where(chosen[:, None, None, None].to(images.device), images.flip(3), images)
+    chosen = uniform((len(images),), generator) < share
+    return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
 def _shifted(images: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
@@ -329,11 +358,18 @@ def optimise(
         model.load_state_dict(initial)
         identity += f" from {hashlib.sha256(save(dict(initial))).hexdigest()}"
     model = model.to(device).train()
-    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as its matrix units compute
+    current = model.state_dict()
+    average = {k: v.detach().clone() for k, v in current.items()}
+    counters = [k for k, v in current.items() if not v.is_floating_point()]
     optimiser = _optimiser(model, config)
-    total = math.ceil(config.epochs * count / config.batch_size)
+    total = 0 if config.minutes else math.ceil(config.epochs * count / config.batch_size)  # 0: as many as fit
     per_epoch = count // config.batch_size
     precision, _ = chosen_precision(config.precision, device)
+    stepped = model
+    if config.compile == "on" and device.type == "cuda":
+        stepped = cast(nn.Module, torch.compile(model))
     identity = json.dumps([identity, _settled(config, precision)])
     losses: list[float] = []
     start, seconds = 0, 0.0
@@ -346,51 +382,73 @@ def optimise(
                 f"to start afresh"
             )
 
+    unseen: list[Tensor] = []  # losses that no one has looked at yet
     order, order_epoch = torch.empty(0), -1
     began = time.monotonic() - seconds
     saved = time.monotonic()
+    warm_at = math.nan
     size = config.batch_size
     bar = {"desc": "training", "unit": "image", "mininterval": 1.0, "dynamic_ncols": True}
-    with tqdm(total=total * size, initial=start * size, **bar) as progress:
-        for step in range(start, total):
+    step, last = start - 1, start == total > 0 or 0 < 60 * config.minutes <= seconds
+    with tqdm(total=total * size or None, initial=start * size, **bar) as progress:
+        while not last:
+            step, passed = step + 1, time.monotonic() - began
+            last = passed >= 60 * config.minutes if config.minutes else step + 1 == total
             epoch, position = divmod(step, per_epoch)
             if epoch != order_epoch and not endless:
                 shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-                order, order_epoch = torch.randperm(count, generator=shuffle), epoch
+                order, order_epoch = torch.randperm(count, generator=shuffle).to(device), epoch
             index = order[position * size : (position + 1) * size]
             if endless:
                 index = torch.arange(step * size, (step + 1) * size)
-            generator = torch.Generator().manual_seed((config.seed + 1) * 1_000_000_007 + step)
+            generator = torch.Generator(device).manual_seed((config.seed + 1) * 1_000_000_007 + step)
 
             for group in optimiser.param_groups:
-                group["lr"] = config.rate(step, total)
+                group["lr"] = config.rate_after(step, passed) if config.minutes else config.rate(step, total)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"), _attention(device):
-                value = loss(model, index, generator)
+                value = loss(stepped, index, generator)
             optimiser.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
 
-            weight = 1 - min(config.ema_decay, (1 + step) / (10 + step))
-            for key, current in model.state_dict().items():
-                if current.is_floating_point():
-                    average[key].lerp_(current, weight)
-                else:
-                    average[key].copy_(current)
-
-            losses = [*losses[-499:], value.item()]
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"the loss became {losses[-1]} at step {step}; lower the learning rate")
-            progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", refresh=False)
-            progress.update(size)
+            _follow(average, current, min(config.ema_decay, (1 + step) / (10 + step)), counters)
+            unseen.append(value.detach())
             now = time.monotonic()
             by_steps = config.checkpoint_every > 0 and (step + 1) % config.checkpoint_every == 0
             by_time = config.checkpoint_minutes > 0 and now - saved >= 60 * config.checkpoint_minutes
-            if by_steps or by_time or step + 1 == total:
-                seconds, saved = now - began, now
+            keep = by_steps or by_time or last
+            if keep or (step + 1) % LOOK_EVERY[device.type] == 0:
+                losses, unseen = [*losses, *_finite(unseen, step)][-KEPT_LOSSES:], []
+                progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", refresh=False)
+            progress.update(size)
+            if step + 1 == start + WARM_STEPS:
+                warm_at = time.monotonic()
+            if keep:
+                seconds, saved = time.monotonic() - began, time.monotonic()
                 metadata = {"identity": identity, "step": str(step + 1), "of": str(total), "seconds": f"{seconds:.1f}"}
                 _save_checkpoint(checkpoint, model, average, optimiser, metadata, losses)
-    return TrainingResult(average, sum(losses) / len(losses), total, seconds)
+    measured = step + 1 - start - WARM_STEPS
+    speed = measured * size / (began + seconds - warm_at) if measured > 0 else 0.0
+    return TrainingResult(average, sum(losses) / len(losses), step + 1, seconds, speed)
+
+
+@torch.no_grad()
+def _follow(average: dict[str, Tensor], current: dict[str, Tensor], decay: float, counters: Sequence[str]) -> None:
+    """One step of the weights' moving average; ``counters`` (of batch normalisation) are copied."""
+    floats = [key for key in average if key not in counters]
+    get_ema_multi_avg_fn(decay)([average[k] for k in floats], [current[k] for k in floats], None)
+    for key in counters:
+        average[key].copy_(current[key])
+
+
+def _finite(losses: list[Tensor], step: int) -> list[float]:
+    """The losses of the last steps up to ``step`` as numbers; FloatingPointError if one is not finite."""
+    values = torch.stack(losses).tolist() if losses else []
+    for at, value in enumerate(values, step + 1 - len(values)):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss became {value} at step {at}; lower the learning rate")
+    return values
 
 
 def _attention(device: torch.device) -> AbstractContextManager[None]:

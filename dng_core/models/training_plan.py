@@ -54,7 +54,7 @@ class TrainingPlan:
     only: the one class that a denoiser without labels is trained on; "" for all.
     dataset: a data set on the disk, or "scenes" for the picture book's, an endless row.
     network: fields of :class:`UNetConfig` that differ from its defaults, or of :class:`CrossUNetConfig` for a
-        text-to-image model; ``width`` and ``whitened`` for a classifier; ``width`` for a judge.
+        text-to-image model; ``width`` and ``residual`` for a classifier; ``width`` for a judge.
     size: the side to which a folder's images are cropped and scaled; 0 takes that of the first image.
     """
 
@@ -109,7 +109,7 @@ class TrainingPlan:
 
     def _network_fields(self) -> set[str]:
         if self.model in ("classifier", "judge"):
-            return {"width", "whitened"} if self.model == "classifier" else {"width"}
+            return {"width", "residual"} if self.model == "classifier" else {"width"}
         if self.model == "text_to_image":
             return {f.name for f in fields(CrossUNetConfig)}
         return {f.name for f in fields(UNetConfig)} - {"image_size", "in_channels", "num_classes"}

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..files import parse_json, read_json, write_whole
-from .networks import Classifier, SmallClassifier, UNet, UNetConfig, WhitenedClassifier, check_within_bounds
+from .networks import Classifier, ResidualClassifier, SmallClassifier, UNet, UNetConfig, check_within_bounds
 
 Numbers = Literal["float32", "float16"]
 NUMBERS: tuple[Numbers, ...] = get_args(Numbers)  # the number formats of a weights file
@@ -56,14 +56,12 @@ class ClassifierInfo:
     width: int
     data_range: tuple[float, float]
     class_names: tuple[str, ...]
-    whitened: bool = False
+    residual: bool = False
 
     def __post_init__(self) -> None:
         check_within_bounds(self, image_size=4096, in_channels=64, width=1024)
-        if not isinstance(self.whitened, bool):
-            raise ValueError(f"whitened must be true or false, not {self.whitened!r}")
-        if self.whitened and self.image_size < WhitenedClassifier.SMALLEST:
-            raise ValueError(f"a whitened classifier takes images of {WhitenedClassifier.SMALLEST} pixels or more")
+        if not isinstance(self.residual, bool):
+            raise ValueError(f"residual must be true or false, not {self.residual!r}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -72,7 +70,7 @@ class ClassifierInfo:
 
     def network(self) -> Classifier:
         """The network that its weights are for, with random weights."""
-        kind = WhitenedClassifier if self.whitened else SmallClassifier
+        kind = ResidualClassifier if self.residual else SmallClassifier
         return kind(self.in_channels, len(self.class_names), self.width)
 
 

@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 
 from dng_core.cli import gpu, train
+from dng_core.models.checkpoints import open_denoiser
 from dng_core.models.weight_files import load_denoiser
+from dng_core.schedules import DDPMSchedule
+from dng_core.studies.class_removal import chain_name
 from dng_core.studies.network_figures import SHOWN, ZOOM
 
 PLAN = """
@@ -41,7 +44,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "shades.toml").write_text(PLAN)
     monkeypatch.setattr(gpu.bench, "PRODUCT_SIZE", 64)
     monkeypatch.setattr(gpu, "SAMPLING_STEPS", 2)
-    monkeypatch.setattr(gpu, "TRIAL", 5)
     return tmp_path
 
 
@@ -51,13 +53,13 @@ def options(folder, *more: object) -> list[object]:
 
 
 def test_it_measures_trains_for_the_time_given_and_keeps_all_in_one_folder(folder, monkeypatch, capsys):
-    """The training gets the epochs that the timed trial says fit into nine tenths of what is left."""
+    """The training gets nine tenths of the minutes that the check and the measurement leave."""
     asked: list[float] = []
     original = train.train
 
     def trained(args: argparse.Namespace) -> None:
-        asked.append(args.epochs)
-        args.epochs = min(args.epochs, 2.0)
+        asked.append(args.minutes)
+        args.minutes = 0.01
         original(args)
 
     monkeypatch.setattr(train, "train", trained)
@@ -69,10 +71,10 @@ def test_it_measures_trains_for_the_time_given_and_keeps_all_in_one_folder(folde
     found = json.loads((out / "gpu.json").read_text())
     assert found["waits for the device"] == "not checked: there is no GPU here"
     assert "both predictions in one batch" in found["speed"]
-    rate = found["images a second in training"]
-    assert asked[1] == 5 * 4 / 16
-    assert 0.5 * 300 * 0.9 * rate / 16 < asked[2] <= 300 * 0.9 * rate / 16 * 1.01
-    assert found["trained"].startswith("8 steps, 2.0 epochs")
+    assert len(asked) == 1
+    assert 0.9 * (5 - found["seconds"] / 60) < asked[0] < 4.5
+    steps = json.loads((out / "shades.json").read_text())["steps"]
+    assert found["trained"].startswith(f"{steps} steps, {steps * 4 / 16:.1f} epochs")
     assert load_denoiser(out / "shades.safetensors")[1].class_names == ("dark", "light")
     with Image.open(out / "shades.png") as picture:
         assert picture.size == (SHOWN * ZOOM * 8, 3 * ZOOM * 8)
@@ -112,6 +114,7 @@ def test_the_checked_run_is_dng(monkeypatch):
         return result
 
     monkeypatch.setattr(gpu.NegativeGuidance, "__call__", seen)
-    gpu.guided_run("cpu")
+    network, info = open_denoiser("mnist")
+    gpu.guided_run(network, DDPMSchedule.named(chain_name(info)), "cpu")
     assert len(scales) == gpu.GUIDED_STEPS
     assert any(float(scale.max()) > 0 for scale in scales)

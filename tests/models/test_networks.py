@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from dng_core.models.networks import UNet, UNetConfig, WhitenedClassifier
+from dng_core.models.networks import ResidualClassifier, UNet, UNetConfig
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -57,18 +56,18 @@ def test_patches_keep_the_size_and_cover_every_pixel():
     assert (x.grad != 0).all()
 
 
-def test_the_first_layer_of_a_whitened_classifier_whitens_patches_and_starts_as_the_identity():
-    """Of correlated pixels, twelve filters give uncorrelated numbers of variance 1, and the others their negatives."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(256, 3, 12, 12, generator=generator)
-    images = images + 2 * images.mean(dim=1, keepdim=True) + images.roll(1, dims=3)
-    classifier = WhitenedClassifier(3, 5, width=32)
-    classifier.whiten(images)
+def test_a_residual_classifier_is_the_wide_network_of_its_paper():
+    """WRN-22-2: 1.1 million weights, which halve the size twice; a block whose branch is 0 changes nothing."""
+    classifier = ResidualClassifier(3, 10, width=32).eval()
+    assert 1.05e6 < sum(p.numel() for p in classifier.parameters()) < 1.1e6
+    sizes: list[tuple[int, ...]] = []
+    for block in classifier.body[1:10]:
+        block.register_forward_hook(lambda block, given, gave: sizes.append(tuple(gave.shape[1:])))
     with torch.no_grad():
-        seen = F.conv2d(images, classifier.whitening.weight)
-        found = seen[:, :12].transpose(0, 1).flatten(1).cov()
-        torch.testing.assert_close(found, torch.eye(12), atol=0.02, rtol=0)
-        assert torch.equal(seen[:, 12:], -seen[:, :12])
-        first = classifier.body[1]
-        torch.testing.assert_close(first(seen)[:, :24], seen)
-        assert classifier(images).shape == (256, 5) and classifier.features(images).shape == (256, 96)
+        assert classifier(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+        assert classifier.features(torch.rand(2, 3, 32, 32)).shape == (2, 128)
+        block = classifier.body[2]
+        block.conv2.weight.zero_()
+        x = torch.rand(1, 32, 8, 8)
+        assert torch.equal(block(x), x)
+    assert sizes[:9] == [(32, 32, 32)] * 3 + [(64, 16, 16)] * 3 + [(128, 8, 8)] * 3

@@ -46,6 +46,14 @@ def test_command_trains_a_denoiser_and_writes_a_record(mnist_like, tmp_path, cap
     assert "--epochs 1 --batch-size 32 --learning-rate 0.0008 --seed 0" in record["command"]
 
 
+def test_the_record_of_a_training_by_minutes_names_them_and_no_epochs(mnist_like, tmp_path):
+    options = ("--minutes", 0.001, "--batch-size", 32, "--device", "cpu")
+    assert dng_train("denoiser", "--data", mnist_like, "--output", tmp_path, *options) == 0
+    command = json.loads((tmp_path / "mnist_denoiser.json").read_text())["command"]
+    assert "--minutes 0.001" in command
+    assert "--epochs" not in command
+
+
 def test_training_can_go_on_from_weights(mnist_like, tmp_path, monkeypatch):
     """With a learning rate too small to move them, the weights started from come out again; the record names them."""
     first, second = tmp_path / "first", tmp_path / "second"
@@ -390,7 +398,7 @@ def test_an_unknown_plan_says_what_there_is(tmp_path, capsys):
     assert dng_train("painter", "--data", tmp_path, "--output", tmp_path / "out") == 1
     said = capsys.readouterr().err
     assert "give one of denoiser, classifier, picture_book, picture_book_judge, cifar10_classifier, " in said
-    assert "cifar10_denoiser, cifar10_gpu_denoiser, or a TOML file" in said
+    assert "cifar10_denoiser, or a TOML file" in said
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in PLAN_FILES.glob("*.toml")))

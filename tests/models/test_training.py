@@ -1,13 +1,14 @@
 """Training: a seed gives the same weights, stopped and resumed or not; bad checkpoints and settings are refused."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dng_core.models import training
-from dng_core.models.mnist import to_model_range
 from dng_core.models.networks import UNet
 from dng_core.models.predictors import denoised
 from dng_core.models.training import TrainingConfig, TrainingResult, chosen_precision, train_classifier, train_denoiser
@@ -105,28 +106,24 @@ def test_a_checkpoint_of_another_classifier_is_refused(tmp_path, images, labels)
 
 
 @pytest.mark.parametrize("shifts", ["batch", "image"])
-def test_a_whitened_classifier_resumes_with_the_weights_of_an_unbroken_run(tmp_path, labels, monkeypatch, shifts):
-    """Its first layer stays as the training images make it."""
+def test_a_residual_classifier_resumes_with_the_weights_of_an_unbroken_run(tmp_path, labels, monkeypatch, shifts):
     images = torch.randint(0, 256, (16, 3, 16, 16), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
-    info = ClassifierInfo("small", 16, 3, 4, (-1.0, 1.0), ("a", "b", "c"), whitened=True)
+    info = ClassifierInfo("small", 16, 3, 4, (-1.0, 1.0), ("a", "b", "c"), residual=True)
     config = replace(CONFIG, optimiser="sgd", shifts=shifts, learning_rate=0.1)
     whole = train_classifier(images, labels, info, config, tmp_path / "whole", CPU)
     resumed = stopped_and_resumed(
         monkeypatch, 2, lambda: train_classifier(images, labels, info, config, tmp_path / "broken", CPU)
     )
     assert same(whole.state_dict, resumed.state_dict)
-    expected = info.network()
-    expected.whiten(to_model_range(images))
-    assert torch.equal(whole.state_dict["whitening.weight"], expected.whitening.weight)
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
-def test_either_optimiser_teaches_a_whitened_classifier(tmp_path, optimiser):
+def test_either_optimiser_teaches_a_residual_classifier(tmp_path, optimiser):
     """Two kinds of images: dark and bright ones, with noise."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(64) % 2
     images = (torch.rand(64, 3, 16, 16, generator=generator) * 100 + 100 * labels[:, None, None, None]).to(torch.uint8)
-    info = ClassifierInfo("small", 16, 3, 4, (-1.0, 1.0), ("dark", "bright"), whitened=True)
+    info = ClassifierInfo("small", 16, 3, 4, (-1.0, 1.0), ("dark", "bright"), residual=True)
     rate = {"adamw": 5e-3, "sgd": 0.4}[optimiser]
     config = TrainingConfig(
         epochs=20.0, batch_size=16, warmup_steps=4, learning_rate=rate, ema_decay=0.5, optimiser=optimiser
@@ -193,6 +190,37 @@ def test_a_constant_learning_rate_falls_to_0_at_the_end():
     rates = [CONSTANT.rate(step, 12) / CONSTANT.learning_rate for step in range(12)]
     assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert replace(CONSTANT, decay_share=0.0).rate(11, 12) == CONSTANT.learning_rate
+
+
+def test_the_learning_rate_of_a_training_by_minutes_falls_by_the_time_that_has_passed():
+    config = replace(CONSTANT, minutes=1.0, decay_share=0.5, warmup_steps=4)
+    rates = [config.rate_after(9, seconds) / config.learning_rate for seconds in (0, 30, 45, 60, 70)]
+    assert rates == [1, 1, 0.5, 0, 0]
+    assert config.rate_after(0, 45) == config.learning_rate / 8  # the warm-up is by steps
+    cosine = replace(config, schedule="cosine")
+    assert cosine.rate_after(9, 30) == pytest.approx(config.learning_rate / 2)
+
+
+def test_a_training_by_minutes_ends_after_them_and_goes_on_where_it_was_stopped(tmp_path, images, labels, monkeypatch):
+    """By a clock that advances by a second whenever it is asked; the epochs of the plan do not count."""
+    config = replace(CONSTANT, minutes=1.0, epochs=1e9, checkpoint_every=4, checkpoint_minutes=0.0)
+    seconds = itertools.count()
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    whole = train_denoiser(images, labels, NETWORK, config, tmp_path / "whole", CPU)
+    assert 60 <= whole.seconds < 70
+    assert 20 <= whole.steps <= 30  # each asks twice, and thrice more for a checkpoint
+    resumed = stopped_and_resumed(
+        monkeypatch, 2, lambda: train_denoiser(images, labels, NETWORK, config, tmp_path / "broken", CPU)
+    )
+    assert 60 <= resumed.seconds < 70
+
+
+def test_a_cpu_takes_no_notice_of_compile(tmp_path, images, labels):
+    plain, compiled = (
+        train_denoiser(images, labels, NETWORK, replace(CONFIG, compile=how), tmp_path / how, CPU)
+        for how in ("off", "on")
+    )
+    assert same(plain.state_dict, compiled.state_dict)
 
 
 def test_a_training_can_be_made_longer_while_its_learning_rate_is_constant(tmp_path, images, labels, monkeypatch):

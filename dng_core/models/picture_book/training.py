@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mnist import to_model_range
-from ..training import DenoisingError, TrainingConfig, TrainingResult, optimise
+from ..training import DenoisingError, TrainingConfig, TrainingResult, normal, optimise, uniform
 from .judge import Judge, judge_loss
 from .networks import CrossUNetConfig, PictureBook, TextConfig, fold
 from .pictures import pages
@@ -35,14 +35,14 @@ def train_picture_book(
     model = PictureBook(TEXT, unet)
     error = DenoisingError("v", config, device)
     identity = f"picture book {TEXT} {unet} on scenes"
-    nothing = torch.tensor(tokens([]))
+    nothing = torch.tensor(tokens([]), device=device)
 
     def loss(model: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         pictures, words, _ = pages(index.tolist(), config.seed)
 
         def predict(x_t: Tensor, timestep: Tensor) -> Tensor:
-            dropped = torch.rand(len(words), generator=generator) < config.null_label_share
-            said = torch.where(dropped[:, None], nothing, words).to(device)
+            dropped = uniform((len(words),), generator) < config.null_label_share
+            said = torch.where(dropped[:, None], nothing, words.to(device))
             return model(x_t, timestep, said)
 
         return error(fold(to_model_range(pictures)).to(device), predict, generator)
@@ -67,8 +67,8 @@ def train_judge(
 
     def loss(model: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         pictures, _, labels = pages(index.tolist(), config.seed)
-        size = JUDGE_NOISE * torch.rand(len(pictures), 1, 1, 1, generator=generator)
-        noisy = to_model_range(pictures) + size * torch.randn(pictures.shape, generator=generator)
-        return judge_loss(model, noisy.to(device), labels.to(device))
+        size = JUDGE_NOISE * uniform((len(pictures), 1, 1, 1), generator)
+        noisy = to_model_range(pictures).to(device) + size * normal(pictures.shape, generator)
+        return judge_loss(model, noisy, labels.to(device))
 
     return optimise(model, loss, epoch, config, checkpoint, device, f"judge {width} on scenes", initial, endless=True)
