@@ -147,7 +147,9 @@ def trained(args: argparse.Namespace, plan: TrainingPlan, device: str, began: fl
     train.add_arguments(parser)
     start = ["--start-from", args.start_from] if args.start_from else []
     where = ["--data", args.data, "--output", args.output, "--device", device.split(":")[0]]
-    train.train(parser.parse_args([str(a) for a in (args.plan, *where, *start, "--minutes", round(left, 3))]))
+    train.train(
+        parser.parse_args([str(a) for a in (args.plan, *where, *start, "--minutes", max(round(left, 3), 0.001))])
+    )
     record = read_json(args.output / f"{plan.name}.json")
     yield "images a second in training", record["images_per_second"]
     seen = record["steps"] * plan.training.batch_size / record["data"]["images"]

@@ -31,13 +31,13 @@ from ..models.picture_book.weights import (
     save_picture_book,
 )
 from ..models.training import (
-    CHOICES,
     TrainingResult,
     chosen_precision,
     classifier_accuracy,
     train_classifier,
     train_denoiser,
 )
+from ..models.training_config import CHOICES
 from ..models.training_plan import (
     DEFAULTS,
     DENOISER_SETTINGS,

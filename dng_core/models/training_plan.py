@@ -9,7 +9,7 @@ from typing import Any, Literal
 from .datasets import DATASETS, Dataset
 from .networks import UNetConfig
 from .picture_book.networks import CrossUNetConfig
-from .training import TrainingConfig
+from .training_config import TrainingConfig
 
 PLAN_FILES = Path(__file__).parent / "plans"
 Model = Literal["denoiser", "classifier", "text_to_image", "judge"]

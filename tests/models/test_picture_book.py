@@ -37,7 +37,7 @@ from dng_core.models.picture_book.weights import (
     save_picture_book,
 )
 from dng_core.models.picture_book.words import END, LENGTH, MOST_WORDS, START, WORDS, split, tokens
-from dng_core.models.training import TrainingConfig
+from dng_core.models.training_config import TrainingConfig
 
 from .small_training import same
 from .test_training import Stopped, stop_after

@@ -11,7 +11,8 @@ import torch
 from dng_core.models import training
 from dng_core.models.networks import UNet
 from dng_core.models.predictors import denoised
-from dng_core.models.training import TrainingConfig, TrainingResult, chosen_precision, train_classifier, train_denoiser
+from dng_core.models.training import TrainingResult, chosen_precision, train_classifier, train_denoiser
+from dng_core.models.training_config import TrainingConfig
 from dng_core.models.weight_files import ClassifierInfo
 from dng_core.schedules import DDPMSchedule
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..mnist import to_model_range
-from ..training import DenoisingError, TrainingConfig, TrainingResult, normal, optimise, uniform
+from ..training import DenoisingError, TrainingResult, normal, optimise, uniform
+from ..training_config import TrainingConfig
 from .judge import Judge, judge_loss
 from .networks import CrossUNetConfig, PictureBook, TextConfig, fold
 from .pictures import pages
