@@ -21,6 +21,7 @@ import torch
 from .. import __version__
 from ..files import read_json, write_json, write_whole
 from ..guidance import NegativeGuidance
+from ..headless.paths import PACKAGE_FOLDER
 from ..models.checkpoints import open_denoiser
 from ..models.devices import devices, machine
 from ..models.networks import UNet
@@ -37,7 +38,6 @@ from . import bench, train
 TRAINED = 0.9  # share of the time that is left which training may take; the rest is for loading and writing
 SAMPLING_STEPS = 50  # of the sheet; a choice, like the two numbers below
 GUIDED_STEPS, GUIDED_BATCH = 20, 8
-PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +96,7 @@ def checked(device: str) -> Iterator[tuple[str, str]]:
     try:
         run()
     except RuntimeError as error:
-        ours = [f for f in traceback.extract_tb(error.__traceback__) if PACKAGE in Path(f.filename).parents][-1]
+        ours = [f for f in traceback.extract_tb(error.__traceback__) if PACKAGE_FOLDER in Path(f.filename).parents][-1]
         yield "waits for the device", f"yes, in {Path(ours.filename).name}, line {ours.lineno}: {ours.line}"
     else:
         yield "waits for the device", f"no ({GUIDED_STEPS} steps, {GUIDED_BATCH} images)"

@@ -254,7 +254,8 @@ def optimise(
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as its matrix units compute
     current = model.state_dict()
     average = {k: v.detach().clone() for k, v in current.items()}
-    counters = [k for k, v in current.items() if not v.is_floating_point()]
+    floats = [k for k, v in current.items() if v.is_floating_point()]
+    averages, weights = [average[k] for k in floats], [current[k] for k in floats]
     optimiser = _optimiser(model, config)
     total = 0 if config.minutes else math.ceil(config.epochs * count / config.batch_size)  # 0: as many as fit
     per_epoch = count // config.batch_size
@@ -304,7 +305,8 @@ def optimise(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
 
-            _follow(average, current, min(config.ema_decay, (1 + step) / (10 + step)), counters)
+            with torch.no_grad():
+                get_ema_multi_avg_fn(min(config.ema_decay, (1 + step) / (10 + step)))(averages, weights, None)
             unseen.append(value.detach())
             now = time.monotonic()
             by_steps = config.checkpoint_every > 0 and (step + 1) % config.checkpoint_every == 0
@@ -317,7 +319,10 @@ def optimise(
             if step + 1 == start + WARM_STEPS:
                 warm_at = time.monotonic()
             if keep:
-                seconds, saved = time.monotonic() - began, time.monotonic()
+                for key in average.keys() - floats:  # the counters of batch normalisation
+                    average[key].copy_(current[key])
+                saved = time.monotonic()
+                seconds = saved - began
                 metadata = {"identity": identity, "step": str(step + 1), "of": str(total), "seconds": f"{seconds:.1f}"}
                 _save_checkpoint(checkpoint, model, average, optimiser, metadata, losses)
     measured = step + 1 - start - WARM_STEPS
@@ -325,18 +330,9 @@ def optimise(
     return TrainingResult(average, sum(losses) / len(losses), step + 1, seconds, speed)
 
 
-@torch.no_grad()
-def _follow(average: dict[str, Tensor], current: dict[str, Tensor], decay: float, counters: Sequence[str]) -> None:
-    """One step of the weights' moving average; ``counters`` (of batch normalisation) are copied."""
-    floats = [key for key in average if key not in counters]
-    get_ema_multi_avg_fn(decay)([average[k] for k in floats], [current[k] for k in floats], None)
-    for key in counters:
-        average[key].copy_(current[key])
-
-
 def _finite(losses: list[Tensor], step: int) -> list[float]:
     """The losses of the last steps up to ``step`` as numbers; FloatingPointError if one is not finite."""
-    values = torch.stack(losses).tolist() if losses else []
+    values = torch.stack(losses).tolist()
     for at, value in enumerate(values, step + 1 - len(values)):
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss became {value} at step {at}; lower the learning rate")

@@ -209,7 +209,7 @@ def test_a_training_by_minutes_ends_after_them_and_goes_on_where_it_was_stopped(
     monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
     whole = train_denoiser(images, labels, NETWORK, config, tmp_path / "whole", CPU)
     assert 60 <= whole.seconds < 70
-    assert 20 <= whole.steps <= 30  # each asks twice, and thrice more for a checkpoint
+    assert 20 <= whole.steps <= 30  # each asks twice, and once more for a checkpoint
     resumed = stopped_and_resumed(
         monkeypatch, 2, lambda: train_denoiser(images, labels, NETWORK, config, tmp_path / "broken", CPU)
     )

@@ -186,7 +186,7 @@ def test_presets_are_valid_and_have_all_methods(name):
 
 @pytest.mark.parametrize(("network", "scale"), [("mnist", CALIBRATED.guidance_scale), ("cifar10", 12.0)])
 def test_the_calibrated_preset_takes_what_was_measured_of_its_network(network, scale):
-    """On MNIST at the scale of the nodes' settings; on the weak network of CIFAR-10 at one that leaves 2 %."""
+    """On MNIST at the scale of the nodes' settings; on the weak network of CIFAR-10 at one that leaves 1 %."""
     plan = read_experiment(f"{network}_calibrated").methods[-1]
     measured = load_calibration(calibration_of(shipped_denoisers()[network])).calibration
     (settings,) = plan.sweep({})
